@@ -1,0 +1,320 @@
+"""The directory of checkpoints: commit, examine, quarantine, delete.
+
+    <root>/step-0000000030.a1/rank-00000.pack   encoded chunks, one after another
+                              rank-00000.json   the part: state tree, tensor and chunk tables
+                              manifest.json     the checkpoint exists if and only if this does
+           quarantine/<id>/…                    what failed, with a reason.json
+
+Nothing in it is ever modified in place. Checkpoints are untrusted input here: no pickle, and no
+bytes that make these functions raise anything but CheckpointError.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+from autoglm_resume import files
+from autoglm_resume.checkpoint import verify
+from autoglm_resume.checkpoint.document import digest, indented
+from autoglm_resume.checkpoint.gate import Facts, Integrity
+from autoglm_resume.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    Parent,
+    Part,
+    PartRef,
+    age,
+    parse_id,
+    part_file,
+)
+from autoglm_resume.checkpoint.structure import Structure
+from autoglm_resume.checkpoint.verify import Progress
+from autoglm_resume.errors import CheckpointError, CorruptCheckpoint
+
+QUARANTINE = "quarantine"
+REASON = "reason.json"
+PART_FILE = re.compile(r"rank-\d{5,}\.json\Z")
+
+
+class Store:
+    """Checkpoints under `root`, which need not exist yet. Holds no state of its own.
+
+    All methods raise OSError when the file system fails, and CheckpointError as they say.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.root)!r})"
+
+    def directory(self, id: str) -> Path:
+        """Where checkpoint `id` is, or would be."""
+        age(id)
+        return self.root / id
+
+    def committed(self) -> list[Path]:
+        """Directories that have a manifest, readable or not, newest first."""
+        return [path for path in self._all() if (path / MANIFEST).exists()]
+
+    def uncommitted(self) -> list[Path]:
+        """Directories without a manifest, newest first."""
+        return [path for path in self._all() if not (path / MANIFEST).exists()]
+
+    def latest(self) -> Path | None:
+        """The newest committed directory, unproven."""
+        return next(iter(self.committed()), None)
+
+    def _all(self) -> list[Path]:
+        found = [path for path in _entries(self.root) if parse_id(path.name) and path.is_dir()]
+        return sorted(found, key=lambda path: age(path.name), reverse=True)
+
+    # Commit
+
+    def commit(self, id: str) -> Manifest | None:
+        """Write the manifest of `id` if all parts are there; None if some are missing.
+
+        Any rank may call it at any time, and so may the supervisor; the first writer wins and all
+        get the same manifest. Older checkpoints that only lack theirs are committed first, so the
+        chain is not broken by whoever died in between.
+        Raises CorruptCheckpoint when the parts are damaged or disagree.
+        """
+        directory = self.directory(id)
+        if (directory / MANIFEST).exists():
+            return self.load_manifest(directory)
+        found = _all_parts(directory)
+        if found is None:
+            return None
+        lineage = found[0][0].lineage
+        for ancestor in reversed(lineage):
+            path = self.directory(ancestor)
+            with suppress(CheckpointError):
+                if path.is_dir() and not (path / MANIFEST).exists() and (old := _all_parts(path)):
+                    self._write_manifest(path, old)
+        return self._write_manifest(directory, found)
+
+    def complete(self) -> list[Manifest]:
+        """Commit every directory whose parts are all there; returns what was committed.
+
+        For the supervisor, before the gate, when no rank is alive.
+        """
+        done: list[Manifest] = []
+        for path in reversed(self.uncommitted()):
+            with suppress(CheckpointError):
+                if manifest := self.commit(path.name):
+                    done.append(manifest)
+        return done
+
+    def _write_manifest(self, directory: Path, found: list[tuple[Part, bytes]]) -> Manifest:
+        parts, documents = zip(*found, strict=True)
+        manifest = Manifest.of(parts, documents, self._parent(parts[0].lineage))
+        try:
+            files.write(directory / MANIFEST, manifest.encode(), replace=False)
+        except FileExistsError:
+            return self.load_manifest(directory)
+        return manifest
+
+    def _parent(self, lineage: Iterable[str]) -> Parent | None:
+        for ancestor in lineage:
+            with suppress(CheckpointError):
+                return Parent(ancestor, self.load_manifest(self.directory(ancestor)).digest)
+        return None
+
+    # Read
+
+    def load_manifest(self, path: Path) -> Manifest:
+        """Of the checkpoint in `path`, verified against its own digest.
+
+        Raises CheckpointError.
+        """
+        file = path / MANIFEST
+        with verify.reading(file):
+            data = file.read_bytes()
+        return Manifest.decode(data, str(file))
+
+    def load_part(self, path: Path, rank: int) -> Part:
+        """Rank `rank`'s part of the checkpoint in `path`, verified against the manifest.
+
+        Raises CheckpointError.
+        """
+        manifest = self.load_manifest(path)
+        if rank >= manifest.world_size:
+            raise CorruptCheckpoint(
+                f"{path / MANIFEST}: expected a part of rank {rank}, found {manifest.world_size}"
+                " parts"
+            )
+        return self._part(path, manifest, manifest.parts[rank])
+
+    def _part(self, path: Path, manifest: Manifest, ref: PartRef) -> Part:
+        file = path / ref.file
+        with verify.reading(file):
+            data = file.read_bytes()
+        if (found := digest(data)) != ref.digest:
+            raise CorruptCheckpoint(f"{file}: expected {ref.digest}, found {found}")
+        part = Part.decode(data, str(file))
+        _expect(file, "id", manifest.id, part.id)
+        _expect(file, "rank", ref.rank, part.rank)
+        _expect(file, "world size", manifest.world_size, part.world_size)
+        _expect(file, "raw bytes", ref.raw, part.raw)
+        _expect(file, "stored bytes", ref.stored, part.stored)
+        _expect(file, "objects", ref.objects, part.objects)
+        return part
+
+    def examine(self, path: Path, *, deep: bool = False, progress: Progress | None = None) -> Facts:
+        """Everything the gate wants to know; what is wrong is in `integrity`, never raised.
+
+        A pack whose stat fingerprint is what the saver recorded after reading it back is trusted;
+        otherwise, or with `deep`, every chunk is read and checked. `progress` gets bytes done.
+        """
+        manifest: Manifest | None = None
+        model: Structure | None = None
+        how: Literal["fingerprint", "content"] = "fingerprint"
+        problem, unreadable = "", False
+        try:
+            manifest = self.load_manifest(path)
+            _expect(path / MANIFEST, "id", path.name, manifest.id)
+            _check_chain(path, manifest)
+            for ref in manifest.parts:
+                part = self._part(path, manifest, ref)
+                model = model or part.model
+                pack = path / part.pack
+                with verify.reading(pack):
+                    if deep or verify.fingerprint(pack) != part.fingerprint:
+                        how = "content"
+                        verify.verify_pack(pack, part.chunks, progress=progress)
+        except CheckpointError as error:
+            problem, unreadable = error.message, not isinstance(error, CorruptCheckpoint)
+        parsed = parse_id(path.name)
+        return Facts(
+            id=path.name,
+            step=manifest.step if manifest else parsed[0] if parsed else 0,
+            path=str(path),
+            created=manifest.created if manifest else 0.0,
+            world_size=manifest.world_size if manifest else None,
+            model_hash=manifest.model_hash if manifest else None,
+            model=model,
+            integrity=Integrity(not problem, how, problem, unreadable),
+            raw=manifest.raw if manifest else 0,
+            stored=manifest.stored if manifest else 0,
+            manifest=manifest,
+        )
+
+    def candidates(self, deep: bool = False, progress: Progress | None = None) -> Iterator[Facts]:
+        """Facts of the committed checkpoints, newest first, each found out when asked for."""
+        for path in self.committed():
+            yield self.examine(path, deep=deep, progress=progress)
+
+    # Remove
+
+    def quarantine(self, id: str, reason: str) -> Path:
+        """Move checkpoint `id` out of the way, and write down why; returns where it is now."""
+        source = self.directory(id)
+        shelter = self.root / QUARANTINE
+        shelter.mkdir(exist_ok=True)
+        target = shelter / id
+        suffix = 1
+        while target.exists():
+            suffix += 1
+            target = shelter / f"{id}.{suffix}"
+        source.rename(target)
+        files.sync_directory(shelter)
+        files.sync_directory(self.root)
+        note = {"id": id, "reason": reason, "quarantined": time.time()}
+        # The note is a courtesy: a full disk must not stop the fallback to an older checkpoint.
+        with suppress(OSError):
+            files.write(target / REASON, indented(note))
+        return target
+
+    def quarantined(self) -> list[Path]:
+        """Directories in quarantine, by name."""
+        return sorted(path for path in _entries(self.root / QUARANTINE) if path.is_dir())
+
+    def delete(self, id: str) -> None:
+        """Remove checkpoint `id`, manifest first: dying in between leaves it uncommitted."""
+        directory = self.directory(id)
+        (directory / MANIFEST).unlink(missing_ok=True)
+        files.sync_directory(directory)
+        _remove(directory)
+        files.sync_directory(self.root)
+
+    def sweep(self) -> list[Path]:
+        """Remove uncommitted directories and temporary files; returns what was removed.
+
+        Only when no rank or saver is alive: theirs look the same.
+        """
+        abandoned = self.uncommitted()
+        for path in abandoned:
+            _remove(path)
+        for directory in (self.root, *self.committed()):
+            for path in _entries(directory):
+                if path.name.startswith(files.TEMPORARY):
+                    path.unlink(missing_ok=True)
+                    abandoned.append(path)
+        return abandoned
+
+
+def _entries(directory: Path) -> list[Path]:
+    try:
+        return list(directory.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _remove(directory: Path) -> None:
+    for path in _entries(directory):
+        if path.is_dir() and not path.is_symlink():
+            _remove(path)
+        else:
+            path.unlink(missing_ok=True)
+    directory.rmdir()
+
+
+def _all_parts(directory: Path) -> list[tuple[Part, bytes]] | None:
+    """Every rank's part and its bytes, in order; None while some are missing.
+
+    Raises CorruptCheckpoint when one is damaged or they cannot belong together.
+    """
+    present = sorted(p.name for p in _entries(directory) if PART_FILE.match(p.name))
+    if not present:
+        return None
+    first = _stored_part(directory / present[0])[0]
+    if len(present) < first.world_size:
+        # The usual case for all ranks but the last, so it must not cost reading all parts.
+        return None
+    _expect(directory, "parts", [part_file(r) for r in range(first.world_size)], present)
+    found = [_stored_part(directory / name) for name in present]
+    for part, _ in found:
+        _expect(directory, "id", directory.name, part.id)
+        pack = directory / part.pack
+        with verify.reading(pack):
+            _expect(pack, "bytes", part.stored, pack.stat().st_size)
+    return found
+
+
+def _stored_part(file: Path) -> tuple[Part, bytes]:
+    with verify.reading(file):
+        data = file.read_bytes()
+    return Part.decode(data, str(file)), data
+
+
+def _check_chain(path: Path, manifest: Manifest) -> None:
+    """The parent, if it is still there and readable, must be the one that was recorded."""
+    if manifest.parent is None:
+        return
+    file = path.parent / manifest.parent.id / MANIFEST
+    try:
+        parent = Manifest.decode(file.read_bytes(), str(file))
+    except (OSError, CheckpointError):
+        # Its own troubles are its own verdict.
+        return
+    _expect(path / MANIFEST, f"parent {parent.id}", manifest.parent.digest, parent.digest)
+
+
+def _expect(file: Path, what: str, expected: object, found: object) -> None:
+    if expected != found:
+        raise CorruptCheckpoint(f"{file}: {what}: expected {expected}, found {found}")

@@ -1,0 +1,61 @@
+"""The `autoglm` command. Importing it must stay cheap: everything heavy is imported by the command
+that needs it, when it runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from autoglm_resume import __version__
+from autoglm_resume.cli import resume, run
+from autoglm_resume.cli.guard import guarded
+
+app = typer.Typer(
+    name="autoglm",
+    help="torchrun that survives: launches your training, notices every way it can die, and "
+    "brings it back from the latest checkpoint that was proven good.",
+    epilog="Data goes to standard output, everything else to standard error. Exit codes: 0 done, "
+    "1 failed for good, 2 wrong usage, 75 interrupted with a checkpoint saved (run it again), "
+    "76 another supervisor has the run, 90 no acceptable checkpoint, 93 do not requeue, "
+    "128+N died by signal N.",
+    add_completion=False,
+    no_args_is_help=True,
+    # rich would double the time of --help, and its tracebacks hide ours.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"autoglm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None: ...
+
+
+app.command("run", epilog=run.EXAMPLES)(guarded(run.run))
+app.command("resume", epilog=resume.EXAMPLES)(guarded(resume.resume))
+
+
+def main() -> None:
+    """Run the command line; the exit code says what happened (see `errors`)."""
+    try:
+        app()
+    except Exception as error:
+        print(
+            f"autoglm: internal error: {type(error).__name__}: {error}\n"
+            f"autoglm: this is a bug of autoglm; please report it with this traceback",
+            file=sys.stderr,
+        )
+        raise

@@ -1,0 +1,40 @@
+"""`autoglm resume`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+EXAMPLES = """
+\b
+Examples:
+  autoglm resume                  the newest run under ./runs
+  autoglm resume runs/quickstart
+  autoglm resume job.yaml
+"""
+
+
+def resume(
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RUN]",
+            show_default=False,
+            help="A run directory or a job file. Default: the newest run under ./runs.",
+        ),
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="End with one JSON document on standard output.")
+    ] = False,
+) -> int:
+    """Continue an interrupted run as it was last started; does nothing on a finished one."""
+    from autoglm_resume.cli import target
+    from autoglm_resume.observe import report
+    from autoglm_resume.observe.live import Screen
+    from autoglm_resume.supervise import start
+
+    directory = target.run(run).path
+    screen = Screen(json=json)
+    with report.afterwards(directory, screen, json=json):
+        return start.resume(directory, screen=screen)

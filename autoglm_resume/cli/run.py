@@ -1,0 +1,56 @@
+"""`autoglm run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EXAMPLES = """
+\b
+Examples:
+  autoglm run job.yaml
+  autoglm run job.yaml --set checkpoint.every.steps=50 --set nproc_per_node=2
+  autoglm run job.yaml --dry-run
+  autoglm run job.yaml --drill kill:rank=1,step=30
+  autoglm run job.yaml --drill random:seed=7,every=20s
+"""
+
+
+def run(
+    job_file: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a field; repeatable."),
+    ] = None,
+    drills: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--drill",
+            metavar="SPEC",
+            help="Rehearse a failure: kill, stop, exit, corrupt:latest, random, none; repeatable.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be done, start nothing.")
+    ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over instead of continuing an earlier run.")
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="End with one JSON document on standard output.")
+    ] = False,
+) -> int:
+    """Train: start the job, or continue it where it stopped."""
+    from autoglm_resume.job.load import load
+    from autoglm_resume.observe import plan, report
+    from autoglm_resume.observe.live import Screen
+    from autoglm_resume.supervise import start
+
+    job = load(job_file, overrides or ())
+    if dry_run:
+        return plan.show(start.plan(job), json=json)
+    screen = Screen(job.logs.console, json=json)
+    with report.afterwards(job.run_dir, screen, json=json):
+        return start.start(job, fresh=fresh, drills=drills or (), screen=screen)

@@ -1,0 +1,62 @@
+"""The one way this package writes a file: temporary name, flush, rename, flush the directory.
+
+Whoever dies between any two of these steps leaves the old file or the new one, and at most a
+temporary file that the next sweep removes; never half of either under the real name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+TEMPORARY = ".tmp-"
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames and removals in `path` durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def writing(
+    path: Path, *, replace: bool = True, durable: bool = True
+) -> Iterator[BinaryIO]:
+    """Yield a file that becomes `path` when the block ends, and vanishes if it raises.
+
+    With `durable=False` it survives the death of this process but not of the machine, and a busy
+    disk delays nobody: for files that nothing needs after a reboot.
+
+    With `replace=False` an existing `path` wins and FileExistsError is raised: a hard link,
+    unlike a rename, cannot overwrite.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        if replace:
+            temporary.replace(path)
+        else:
+            os.link(temporary, path)
+            temporary.unlink()
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync_directory(path.parent)
+
+
+def write(path: Path, data: bytes, *, replace: bool = True, durable: bool = True) -> None:
+    """Write `data` to `path` so that a crash leaves the old content or the new."""
+    with writing(path, replace=replace, durable=durable) as file:
+        file.write(data)

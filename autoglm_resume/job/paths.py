@@ -1,0 +1,127 @@
+"""The paths and modules of a job: made absolute, and found before anything starts."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import os
+import re
+import stat
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from autoglm_resume.job.draft import Draft, Keys, similar_file
+
+
+@dataclass
+class Paths:
+    """Makes the paths of a draft absolute, `home` being where the job file lies.
+
+    What was left out gets its default, and what must exist but does not is refused.
+    """
+
+    draft: Draft
+    home: Path
+
+    def check(self) -> None:
+        data, home = self.draft.data, self.home
+        workdir = self._absolute(("workdir",), data, home, default=home)
+        run_dir = self._absolute(
+            ("run_dir",), data, home, default=home / "runs" / str(data["name"])
+        )
+        if data.get("checkpoint") is None:
+            data["checkpoint"] = {}
+        if isinstance(data["checkpoint"], dict):
+            default = (run_dir or home) / "checkpoints"
+            self._absolute(("checkpoint", "dir"), data["checkpoint"], home, default=default)
+        guards = data.get("guards")
+        files = guards.get("config_files") if isinstance(guards, dict) else None
+        for n in range(len(files) if isinstance(files, list) else 0):
+            self._file(("guards", "config_files", n), files, home)
+        if workdir and self._exists(("workdir",), workdir, "directory"):
+            script = self._file(("script",), data, workdir)
+            self._modules(script.parent if script else workdir)
+
+    def _absolute(
+        self, keys: Keys, holder: Any, base: Path, *, default: Path | None = None
+    ) -> Path | None:
+        """Replace the path at the last of `keys` in `holder`; None if there is none."""
+        text = holder.get(keys[-1]) if isinstance(holder, dict) else holder[keys[-1]]
+        if text is None and default:
+            holder[keys[-1]] = str(default)
+            return default
+        if not isinstance(text, str) or not text or "\0" in text:
+            return None
+        expanded = os.path.expandvars(os.path.expanduser(text))  # noqa: PTH111
+        for variable in re.findall(r"\$\{?(\w+)", text):
+            if variable not in os.environ:
+                self.draft.refuse(keys, f"the variable {variable} in {text!r} is not set")
+                return None
+        path = base / expanded
+        holder[keys[-1]] = str(path)
+        return path
+
+    def _file(self, keys: Keys, holder: Any, base: Path) -> Path | None:
+        path = self._absolute(keys, holder, base)
+        if path is None:
+            return None
+        self._exists(keys, path, "file")
+        return path
+
+    def _exists(self, keys: Keys, path: Path, kind: Literal["file", "directory"]) -> bool:
+        try:
+            mode = path.stat().st_mode
+        except FileNotFoundError:
+            self.draft.refuse(keys, f"no such {kind}: {path}{similar_file(path)}")
+        except OSError as error:
+            self.draft.refuse(keys, f"{path}: {error.strerror}")
+        else:
+            if stat.S_ISDIR(mode) == (kind == "directory"):
+                return True
+            found = "directory" if stat.S_ISDIR(mode) else "file"
+            self.draft.refuse(keys, f"expected a {kind}, found a {found}: {path}")
+        return False
+
+    def _modules(self, first: Path) -> None:
+        """Check that `module` and `preload` can be found from where the ranks will look."""
+        data = self.draft.data
+        env = data.get("env")
+        own = env.get("PYTHONPATH") if isinstance(env, dict) else None
+        extra = str(own or os.environ.get("PYTHONPATH", "")).split(os.pathsep)
+        path = [str(first), *(str(first / entry) for entry in extra if entry)]
+        wanted: list[tuple[Keys, Any, bool]] = [(("module",), data.get("module"), True)]
+        preload = data.get("preload")
+        for n, name in enumerate(preload if isinstance(preload, list) else ()):
+            wanted.append((("preload", n), name, False))
+        for keys, name, run in wanted:
+            if isinstance(name, str) and (missing := _missing(name, path, run=run)):
+                what = f"no module named {missing!r} in {first} or among the installed packages"
+                self.draft.refuse(keys, what)
+
+
+def _missing(module: str, path: Sequence[str], *, run: bool) -> str:
+    """The part of `module` that cannot be found, '' if all can. Imports nothing.
+
+    `importlib.util.find_spec` would run the code of the parents, which may import torch.
+    """
+    if not all(part.isidentifier() for part in module.split(".")) or module == "__main__":
+        return ""  # refused in better words when the job is validated
+    name, where = "", None
+    for part in [*module.split("."), *(["__main__"] if run else [])]:
+        parent, name = name, f"{name}.{part}" if name else part
+        if parent and where is None:
+            return "" if part == "__main__" and run else name  # a plain module holds no others
+        own = importlib.machinery.PathFinder.find_spec(name, where or path)
+        spec = own or _installed(name, where)
+        if spec is None:
+            return name
+        where = spec.submodule_search_locations and [*spec.submodule_search_locations]
+    return ""
+
+
+def _installed(name: str, path: Sequence[str] | None) -> importlib.machinery.ModuleSpec | None:
+    """Ask every finder of this interpreter: built-in, frozen, editable installs, `sys.path`."""
+    specs = (finder.find_spec(name, path) for finder in sys.meta_path)
+    return next((spec for spec in specs if spec), None)

@@ -1,0 +1,296 @@
+"""What a job is: every field, its default, and what it may hold.
+
+The models are frozen and refuse unknown keys. `load` fills in what depends on where the job file
+lies (`name`, `workdir`, `run_dir`, `checkpoint.dir`), so a `Job` in hand is complete: its paths are
+absolute, its durations are seconds, its sizes are bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+
+from autoglm_resume.job import units
+from autoglm_resume.job.fields import (
+    Count,
+    CountOrZero,
+    Duration,
+    FilePath,
+    ModuleName,
+    PositiveDuration,
+    Size,
+    Switch,
+    Text,
+    as_list,
+    as_mapping,
+    as_name,
+    as_processes,
+    as_variable,
+    expected,
+    one_of,
+    problem,
+)
+
+
+class Section(BaseModel):
+    """A mapping of the job file. A key without a value is as if it were not there."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_means_default(cls, data: object) -> object:
+        if not isinstance(data, Mapping):
+            raise expected("a mapping", data)
+        return {k: v for k, v in data.items() if v is not None or k not in cls.model_fields}
+
+
+class Every(Section):
+    """When to save: whenever one of the two has passed since the last save."""
+
+    steps: Count | None = Field(
+        default=None, description="Save after this many steps. Default: only `seconds` counts."
+    )
+    seconds: PositiveDuration | None = Field(
+        default=None,
+        validate_default=True,
+        description="Save after this much time. Default: 5m if `steps` is not given.",
+    )
+
+    @field_validator("seconds")
+    @classmethod
+    def _some_policy(cls, seconds: float | None, info: ValidationInfo) -> float | None:
+        return 300.0 if seconds is None and info.data.get("steps") is None else seconds
+
+
+class Checkpoint(Section):
+    """Where checkpoints are, when they are made, how many are kept."""
+
+    dir: FilePath = Field(
+        description="Directory of the checkpoints. Default: `checkpoints` in the run directory."
+    )
+    every: Every = Field(default_factory=Every, description="When to save.")
+    keep: Count = Field(default=3, description="How many of the newest good checkpoints to keep.")
+
+
+class Heartbeat(Section):
+    """How long a rank may be silent before it counts as hung."""
+
+    timeout: PositiveDuration = Field(
+        default=300.0, description="Longest time between two signs of progress of a rank."
+    )
+    startup: PositiveDuration = Field(
+        default=900.0,
+        description="Longest time from the launch of a rank to its first sign of progress.",
+    )
+
+
+class Restart(Section):
+    """How often, and how soon, a failed attempt is tried again."""
+
+    max_restarts: CountOrZero = Field(
+        default=10,
+        description="Restarts after failures. New checkpointed steps refill this budget.",
+    )
+    backoff: Duration = Field(
+        default=1.0, description="Delay when a restart made no progress; doubles each time."
+    )
+    max_backoff: Duration = Field(
+        default=120.0, validate_default=True, description="The delay grows no longer than this."
+    )
+    without_progress: Count = Field(
+        default=3,
+        description="Give up after this many attempts in a row without a new checkpoint.",
+    )
+    grace: Duration = Field(
+        default=0.5,
+        description="From SIGTERM to SIGKILL for the other ranks when one has failed.",
+    )
+
+    @field_validator("max_backoff")
+    @classmethod
+    def _not_below_backoff(cls, longest: float, info: ValidationInfo) -> float:
+        first = info.data.get("backoff", 0.0)
+        if longest < first:
+            texts = units.format_duration(longest), units.format_duration(first)
+            raise problem("{} is shorter than restart.backoff, {}".format(*texts))
+        return longest
+
+
+class Preemption(Section):
+    """What happens when the run is asked to stop."""
+
+    grace: Duration = Field(
+        default=60.0, description="How long the ranks may take to save and stop when asked to."
+    )
+
+
+class Guards(Section):
+    """What must hold before a checkpoint is used or a run is started."""
+
+    world_size: Switch = Field(
+        default="strict", description="Refuse checkpoints made by another number of ranks."
+    )
+    model: Switch = Field(default="strict", description="Refuse checkpoints made by another model.")
+    config_files: Annotated[tuple[FilePath, ...], BeforeValidator(as_list)] = Field(
+        default=(), description="Files whose content is part of the model hash."
+    )
+    free_disk: Size = Field(
+        default=2**30,
+        description="Refuse to start with less free space at the checkpoint directory.",
+    )
+
+
+class Logs(Section):
+    """What of the ranks' output is shown. The log files always hold all of it."""
+
+    console: Annotated[Literal["all", "rank0", "none"], one_of("all", "rank0", "none")] = Field(
+        default="all", description="Whose output the console shows."
+    )
+
+
+class Job(Section):
+    """A training job for autoglm. Paths are relative to the directory of the job file."""
+
+    name: Annotated[str, BeforeValidator(as_name)] = Field(
+        description="Name of the run. Default: the name of the job file without its ending."
+    )
+    script: FilePath | None = Field(
+        default=None,
+        description="The training script, relative to `workdir`. Or give `module`.",
+    )
+    module: ModuleName | None = Field(
+        default=None,
+        validate_default=True,
+        description="The training module, run as `python -m module`. Or give `script`.",
+    )
+    args: Annotated[tuple[Text, ...], BeforeValidator(as_list)] = Field(
+        default=(), description="Arguments of the script."
+    )
+    workdir: FilePath = Field(
+        description="Directory the ranks run in. Default: the directory of the job file."
+    )
+    env: Annotated[
+        dict[Annotated[str, AfterValidator(as_variable)], Text], BeforeValidator(as_mapping)
+    ] = Field(default_factory=dict, description="Environment variables for the ranks.")
+    run_dir: FilePath = Field(
+        description="Directory of the run: journal, logs, state. "
+        "Default: `runs/NAME` in the directory of the job file."
+    )
+    nproc_per_node: Annotated[
+        Annotated[int, Field(ge=1)] | Literal["auto"], BeforeValidator(as_processes)
+    ] = Field(
+        default="auto",
+        description="Ranks on this machine. `auto`: one per visible GPU, 1 without any.",
+    )
+    nnodes: Count = Field(default=1, description="Number of machines. This version runs on one.")
+    launcher: Annotated[Literal["warm", "torchrun"], one_of("warm", "torchrun")] = Field(
+        default="warm",
+        description="`warm` forks ranks from a process that has torch imported; `torchrun` runs "
+        "the real torchrun for every attempt.",
+    )
+    preload: Annotated[tuple[ModuleName, ...], BeforeValidator(as_list)] = Field(
+        default=(), description="More modules for the warm launcher to import before it forks."
+    )
+    checkpoint: Checkpoint = Field(description="Where, when and how many.")
+    heartbeat: Heartbeat = Field(
+        default_factory=Heartbeat, description="When a silent rank counts as hung."
+    )
+    restart: Restart = Field(default_factory=Restart, description="What follows a failure.")
+    preemption: Preemption = Field(
+        default_factory=Preemption, description="What follows a request to stop."
+    )
+    guards: Guards = Field(default_factory=Guards, description="What must hold before a start.")
+    logs: Logs = Field(default_factory=Logs, description="What the console shows.")
+
+    @field_validator("module")
+    @classmethod
+    def _script_or_module(cls, module: str | None, info: ValidationInfo) -> str | None:
+        if "script" in info.data and (module is None) == (info.data["script"] is None):
+            raise problem(
+                "missing: give script or module"
+                if module is None
+                else "script and module are both given, and only one can run"
+            )
+        return module
+
+    @field_validator("env")
+    @classmethod
+    def _usable_port(cls, env: dict[str, str]) -> dict[str, str]:
+        port = env.get("MASTER_PORT", "1")
+        if not (port.isdecimal() and 1 <= int(port) <= 65535):
+            raise problem(f"expected MASTER_PORT from 1 to 65535, found {port!r}")
+        return env
+
+    @field_validator("nnodes")
+    @classmethod
+    def _one_node(cls, nnodes: int) -> int:
+        if nnodes > 1:
+            raise problem(
+                f"expected 1, found {nnodes}: this version runs on one machine, "
+                "several nodes come with a later one"
+            )
+        return nnodes
+
+    @field_validator("preload")
+    @classmethod
+    def _only_warm(cls, preload: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if preload and info.data.get("launcher") == "torchrun":
+            raise problem("only the warm launcher preloads, and launcher is torchrun")
+        return preload
+
+
+def dump(job: Job) -> dict[str, Any]:
+    """`job` as JSON values, durations and sizes readable; `load` and `from_snapshot` take it."""
+    return job.model_dump(mode="json")
+
+
+def sections() -> dict[tuple[str, ...], tuple[str, ...]]:
+    """The known keys of the job file and of each of its sections, by path."""
+    found: dict[tuple[str, ...], tuple[str, ...]] = {}
+
+    def visit(section: type[Section], path: tuple[str, ...]) -> None:
+        found[path] = tuple(section.model_fields)
+        for name, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+                visit(field.annotation, (*path, name))
+
+    visit(Job, ())
+    return found
+
+
+class _EditorSchema(GenerateJsonSchema):
+    def field_title_should_be_set(self, schema: object) -> bool:
+        return False  # a title that repeats the key is noise in an editor
+
+
+def json_schema() -> JsonSchemaValue:
+    """The JSON Schema of a job file, for editors."""
+    schema = Job.model_json_schema(schema_generator=_EditorSchema)
+    for section in (schema, *schema["$defs"].values()):
+        section.pop("required", None)  # `load` fills in the fields that have no default
+        for field in section["properties"].values():
+            readable = {
+                units.DURATION_PATTERN: units.format_duration,
+                units.SIZE_PATTERN: units.format_size,
+            }.get(field.get("pattern"))
+            if readable and "default" in field:
+                field["default"] = readable(field["default"])
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "title": "autoglm job file",
+        "oneOf": [{"required": ["script"]}, {"required": ["module"]}],
+    }

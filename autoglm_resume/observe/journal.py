@@ -1,0 +1,86 @@
+"""The journal: append-only `events.jsonl` of a run, its only history.
+
+One JSON object a line: `event` (what), `time` (Unix seconds), `mono` (CLOCK_MONOTONIC seconds,
+which a changed wall clock does not touch; it is comparable between the processes of one boot),
+`attempt`, and what belongs to the event. A line that a crash tore is isolated and skipped.
+
+Ranks write the same kind of lines to files of their own, which the supervisor follows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+Event = dict[str, Any]
+
+
+def stamped(event: str, fields: Mapping[str, Any]) -> Event:
+    """An event of now."""
+    return {"event": event, "time": time.time(), "mono": time.monotonic(), **fields}
+
+
+def encode(event: Event) -> bytes:
+    """One line."""
+    return json.dumps(event, separators=(",", ":"), default=str).encode() + b"\n"
+
+
+def decode(lines: bytes) -> Iterator[Event]:
+    """The events in whole lines; what is not a JSON object with an `event` is skipped."""
+    for line in lines.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            event = json.loads(line)
+            if isinstance(event, dict) and isinstance(event.get("event"), str):
+                yield event
+
+
+def read(path: Path) -> list[Event]:
+    """Every event of a journal, oldest first; none if there is no such file."""
+    try:
+        return list(decode(path.read_bytes()))
+    except FileNotFoundError:
+        return []
+
+
+class Journal:
+    """The one writer of a journal.
+
+    A full disk must not stop a supervisor: lines that could not be written wait in memory and go
+    out, in order, with the next one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._waiting = b""
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        size = os.fstat(self._fd).st_size
+        if size and os.pread(self._fd, 1, size - 1) != b"\n":
+            self._waiting = b"\n"  # a crash tore the last line: keep it apart from ours
+
+    def append(self, event: Event) -> Event:
+        """Write `event`; it survives the death of this process at once, of the machine after sync."""
+        self._waiting += encode(event)
+        with contextlib.suppress(OSError):
+            written = os.write(self._fd, self._waiting)
+            self._waiting = self._waiting[written:]
+        return event
+
+    @property
+    def behind(self) -> bool:
+        """Whether lines wait for room on the disk."""
+        return bool(self._waiting)
+
+    def sync(self) -> None:
+        """Make what was written survive the machine."""
+        with contextlib.suppress(OSError):
+            os.fdatasync(self._fd)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self.sync()
+        os.close(self._fd)

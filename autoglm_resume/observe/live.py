@@ -1,0 +1,239 @@
+"""The console of a running job: worker lines, sentences, and one live line at the bottom.
+
+Written for an event loop: nothing here waits, starts a thread, or raises. A console that is gone
+(`| head`), or that nobody reads on (Ctrl-S), costs its lines and never the training.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import time
+from typing import Literal
+
+from autoglm_resume.observe.journal import Event
+from autoglm_resume.observe.say import sentence
+
+Console = Literal["all", "rank0", "none"]
+
+_PIECE = 4096
+"""Bytes that a pipe takes without blocking when poll says it is writable (PIPE_BUF)."""
+_PATIENCE = 200
+"""Milliseconds to wait for a reader who has fallen behind."""
+_QUIET = 30.0
+"""Seconds between status lines where there is no terminal."""
+
+_COLORS = re.compile(r"\x1b\[[0-9;:]*m")
+_ESCAPES = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]?"  # cursor movement and the like
+    r"|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?"  # titles, links, device strings
+    r"|\x1b[ -/]*[0-~]?"
+)
+_CONTROLS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
+
+_RESET, _ERASE = "\x1b[0m", "\r\x1b[2K"
+_RED, _GREEN, _YELLOW, _MAGENTA, _DIM = (f"\x1b[{n}m" for n in (31, 32, 33, 35, 2))
+_RANKS = tuple(f"\x1b[{n}m" for n in (36, 34, 35, 32, 33, 96, 94, 95, 92, 93))
+_MOODS = {
+    "failure": _RED,
+    "refused": _RED,
+    "quarantined": _RED,
+    "save_failed": _RED,
+    "run_failed": _RED,
+    "zygote_lost": _YELLOW,
+    "cold_start": _YELLOW,
+    "decision": _YELLOW,
+    "stop_requested": _YELLOW,
+    "run_interrupted": _YELLOW,
+    "first_step": _GREEN,
+    "run_completed": _GREEN,
+    "drill": _MAGENTA,
+    "committed": _DIM,
+    "zygote_ready": _DIM,
+}
+
+
+class Sink:
+    """A descriptor to print on, from which nothing comes back."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._dead = False
+        self._stalled = False
+        self._lost = 0
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLOUT)
+        try:
+            self.terminal = os.isatty(fd) and os.environ.get("TERM") != "dumb"
+        except OSError:
+            self.terminal, self._dead = False, True
+
+    @property
+    def colors(self) -> bool:
+        """Whether colours are wanted here; https://no-color.org."""
+        return self.terminal and not os.environ.get("NO_COLOR")
+
+    @property
+    def columns(self) -> int:
+        """Width of the terminal."""
+        try:
+            return os.get_terminal_size(self.fd).columns or 80
+        except OSError:
+            return 80
+
+    def write(self, text: str) -> None:
+        """Print `text`, or lose it."""
+        if self._lost and not self._dead and self._writable(0):
+            note = f"\nautoglm: {self._lost} pieces of output were not shown, the logs have them\n"
+            self._lost = 0
+            self._stalled = False
+            text = note + text
+        data = memoryview(text.encode("utf-8", "replace"))
+        while data and not self._dead:
+            if not self._writable(0 if self._stalled else _PATIENCE):
+                self._stalled = True
+                self._lost += 1
+                return
+            self._stalled = False
+            try:
+                data = data[os.write(self.fd, data[:_PIECE]) :]
+            except BlockingIOError:
+                continue
+            except OSError:
+                self._dead = True
+
+    def _writable(self, milliseconds: int) -> bool:
+        # A closed reader makes poll return too; the write then finds out.
+        return bool(self._poll.poll(milliseconds))
+
+
+class Screen:
+    """Standard output has what the ranks print, standard error has everything else.
+
+    With `json` the ranks' lines go to standard error too: standard output is then for one JSON
+    document at the end.
+    """
+
+    def __init__(
+        self,
+        console: Console = "all",
+        *,
+        json: bool = False,
+        out: int = 1,
+        err: int = 2,
+    ) -> None:
+        self.console: Console = console
+        self._err = Sink(err)
+        self._out = self._err if json else Sink(out)
+        self._status = ""
+        self._shown = -_QUIET
+
+    def worker_line(self, rank: int, text: str | bytes) -> None:
+        """One line that `rank` printed."""
+        if self.console == "none" or (self.console == "rank0" and rank != 0):
+            return
+        self._print(self._out, _from_rank(rank, text, self._out.colors))
+
+    def event(self, event: Event) -> None:
+        """What an event means to a person, if anything."""
+        text = sentence(event)
+        if text is None:
+            return
+        color = _MOODS.get(event["event"], "") if self._err.colors else ""
+        for line in text.split("\n"):
+            mood = color
+            if self._err.colors and event["event"] == "gate":
+                mood = _GREEN if " accepted " in line else _RED
+            line = printable(line, colors=False)
+            self._print(self._err, f"autoglm: {mood}{line}{_RESET if mood else ''}\n")
+
+    def note(self, text: str) -> None:
+        """A sentence that is no event."""
+        for line in text.splitlines():
+            self._print(self._err, f"autoglm: {printable(line, colors=False)}\n")
+
+    def traceback(self, rank: int, text: str) -> None:
+        """What the first rank to fail recorded."""
+        self._print(self._err, f"autoglm: rank {rank} failed first:\n")
+        for line in text.rstrip("\n").split("\n"):
+            self._print(self._err, _from_rank(rank, line, self._err.colors))
+
+    def status(
+        self,
+        step: int,
+        total: int | None = None,
+        loss: float | None = None,
+        rate: float | None = None,
+        last_checkpoint: int | None = None,
+        attempt: int = 0,
+    ) -> None:
+        """Where training is; `rate` is steps per second, `last_checkpoint` a step.
+
+        On a terminal one live line, elsewhere a line every 30 s.
+        """
+        parts = [f"step {step}" + (f"/{total}" if total else "")]
+        if loss is not None and loss == loss:
+            parts.append(f"loss {loss:.4g}")
+        if rate:
+            parts.append(f"{rate:.3g} steps/s" if rate >= 0.1 else f"{1 / rate:.0f} s/step")
+        if last_checkpoint is not None:
+            parts.append(f"checkpoint step {last_checkpoint}")
+        if attempt:
+            parts.append(f"attempt {attempt}")
+        text = " · ".join(parts)
+        if self._err.terminal:
+            self._status = text
+            self._err.write(_ERASE + self._line())
+        elif time.monotonic() - self._shown >= _QUIET:
+            self._shown = time.monotonic()
+            self._err.write(f"autoglm: {text}\n")
+
+    def close(self) -> None:
+        """Remove the live line; what follows is printed as usual."""
+        if self._status:
+            self._err.write(_ERASE)
+            self._status = ""
+
+    def _line(self) -> str:
+        text = f"autoglm: {self._status}"[: self._err.columns - 1]
+        return f"{_DIM}{text}{_RESET}" if self._err.colors else text
+
+    def _print(self, sink: Sink, text: str) -> None:
+        if not self._status:
+            sink.write(text)
+        elif sink is self._err:
+            sink.write(_ERASE + text + self._line())
+        elif sink.terminal:
+            self._err.write(_ERASE)
+            sink.write(text)
+            self._err.write(self._line())
+        else:
+            sink.write(text)
+
+
+def printable(text: str | bytes, *, colors: bool) -> str:
+    """One line of anybody's output, safe on a terminal: of the control sequences, colours remain.
+
+    Of what was overwritten with carriage returns (progress bars), the last state is shown.
+    """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "replace")
+    text = text.rstrip("\r\n")
+    if "\r" in text:
+        text = next((part for part in reversed(text.split("\r")) if part.strip()), "")
+    if text.isprintable():
+        return text
+    kept = _COLORS.findall(text) if colors else []
+    plain = [_CONTROLS.sub("", _ESCAPES.sub("", part)) for part in _COLORS.split(text)]
+    if not kept:
+        return "".join(plain)
+    colored = "".join(p + c for p, c in zip(plain, [*kept, ""], strict=True))
+    return colored + _RESET
+
+
+def _from_rank(rank: int, text: str | bytes, colors: bool) -> str:
+    prefix = f"[rank {rank}]"
+    if colors:
+        prefix = f"{_RANKS[rank % len(_RANKS)]}{prefix}{_RESET}"
+    return f"{prefix} {printable(text, colors=colors)}\n"

@@ -1,0 +1,216 @@
+"""What people read about an event: the one place of wording. Pure.
+
+Journals may be torn, or written by another version: unknown events say nothing, and what a known
+one lacks is left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from autoglm_resume.observe.journal import Event
+
+_DIGEST = re.compile(r"\b(blake3:[0-9a-f]{12})[0-9a-f]{52}\b")
+
+
+def sentence(event: Event) -> str | None:
+    """What `event` means to a person, None if nothing; several lines where it says several things.
+
+    Only rank 0 speaks for what all ranks do at the same time.
+    """
+    say = _SAY.get(event.get("event", ""))
+    return (say(event) or None) if say else None
+
+
+def seconds(value: float | None) -> str:
+    """“38 ms”, “1.02 s”, “63 s”, “12m 05s”, “3h 20m”; “?” where it is not known."""
+    if value is None:
+        return "?"
+    if value < 0.9995:
+        return f"{value * 1e3:.0f} ms"
+    if value < 9.995:
+        return f"{value:.2f} s"
+    if value < 99.5:
+        return f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    if minutes < 100:
+        return f"{minutes}m {rest:02d}s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h {minutes:02d}m"
+
+
+def size(count: int) -> str:
+    """“1.5 MiB”."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def plural(count: int, thing: str) -> str:
+    """“1 rank”, “2 ranks”."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
+def short(text: str) -> str:
+    """`text` with every digest cut to what the eye can compare."""
+    return _DIGEST.sub(r"\1…", text)
+
+
+def check(found: dict[str, Any]) -> str:
+    """A gate's check that failed: which, what was expected, what was found."""
+    detail = str(found.get("detail") or "")
+    if found.get("name") == "integrity" and detail:
+        return short(f"integrity: {detail}")
+    text = f"{found.get('name')}: expected {found.get('expected')}, found {found.get('found')}"
+    return short(f"{text}: {detail}" if detail else text)
+
+
+def rejection(verdict: dict[str, Any]) -> str:
+    """Why the gate would not take a checkpoint."""
+    failed = [check(c) for c in verdict.get("checks", ()) if not c.get("ok")]
+    return "; ".join(failed) or short(str(verdict.get("reason", "no reason was recorded")))
+
+
+def _run_started(e: Event) -> str:
+    return (
+        f"run {e.get('name', '?')}: {plural(e.get('world_size', 1), 'rank')}, "
+        f"{e.get('launcher', 'warm')} launcher, supervisor {e.get('pid', '?')} "
+        f"on {e.get('host', '?')}"
+    )
+
+
+def _supervisor_started(e: Event) -> str:
+    return f"continuing the run (supervisor {e.get('pid', '?')})" if e.get("resumed") else ""
+
+
+def _zygote_ready(e: Event) -> str:
+    skipped = ", ".join(map(str, e.get("skipped") or ()))
+    without = f", without {skipped}" if skipped else ""
+    return f"warm launcher ready in {seconds(e.get('seconds'))}{without}"
+
+
+def _gate(e: Event) -> str:
+    lines = []
+    verdicts = e.get("verdicts") or []
+    for verdict in verdicts:
+        step = verdict.get("step", "?")
+        if verdict.get("accepted"):
+            names = ", ".join(str(c.get("name")) for c in verdict.get("checks", ()))
+            lines.append(f"checkpoint step {step} accepted ({names})")
+        else:
+            lines.append(f"checkpoint step {step} rejected: {rejection(verdict)}")
+    if verdicts and e.get("accepted") is None:
+        lines.append(f"none of {plural(len(verdicts), 'checkpoint')} is acceptable")
+    return "\n".join(lines)
+
+
+def _attempt_started(e: Event) -> str:
+    step = e.get("step", 0)
+    cold = ", cold start" if e.get("cold") else ""
+    if e.get("attempt", 0):
+        return f"restarting from step {step} (attempt {e['attempt']}{cold})"
+    return f"starting from step {step}{cold}"
+
+
+def _first_step(e: Event) -> str:
+    return f"step {e.get('step', '?')} is complete: training" if e.get("rank", 0) == 0 else ""
+
+
+def _restored(e: Event) -> str:
+    if e.get("rank", 0) != 0:
+        return ""
+    return f"restored step {e.get('step', '?')} in {seconds(e.get('seconds'))}"
+
+
+def _save_failed(e: Event) -> str:
+    return (
+        f"rank {e.get('rank', '?')} could not save step {e.get('step', '?')}: "
+        f"{e.get('reason', 'no reason was recorded')}; training goes on"
+    )
+
+
+def _refused(e: Event) -> str:
+    return short(
+        f"rank {e.get('rank', '?')} refused checkpoint step {e.get('step', '?')}: "
+        f"{e.get('reason', 'no reason was recorded')}"
+    )
+
+
+def _stopped(e: Event) -> str:
+    return f"stopped after step {e.get('step', '?')}" if e.get("rank", 0) == 0 else ""
+
+
+def _drill(e: Event) -> str:
+    rank = e.get("rank")
+    whom = "every rank" if rank is None else f"rank {rank}"
+    step = e.get("step")
+    at = "" if step is None else f" at step {step}"
+    what = {
+        "kill": f"SIGKILL to {whom}{at}",
+        "random": f"SIGKILL to {whom}{at}",
+        "stop": f"SIGSTOP to {whom}{at}",
+        "exit": f"{whom} is to exit{at}",
+        "corrupt": f"flipping a bit in {e.get('target', 'a checkpoint')}{at}",
+    }.get(str(e.get("kind")), f"{e.get('spec', '?')}{at}")
+    return f"drill: {what}"
+
+
+def failed(e: Event) -> str:
+    """What a failure event says died."""
+    return short(str(e.get("summary") or "the worker group failed"))
+
+
+def _failure(e: Event) -> str:
+    cause = e.get("cause_mono")
+    if cause is None:
+        return failed(e)
+    return f"{failed(e)}, detected after {seconds(max(0.0, e.get('mono', cause) - cause))}"
+
+
+def _decision(e: Event) -> str:
+    if e.get("action") == "give_up":
+        return f"giving up: {short(str(e.get('reason', '')))}"
+    delay = e.get("delay") or 0.0
+    when = f"in {seconds(delay)}" if delay > 0 else "at once"
+    return f"restarting {when}: {short(str(e.get('reason', '')))}"
+
+
+def _completed(e: Event) -> str:
+    return f"run completed at step {e.get('step', '?')} in {seconds(e.get('seconds'))}"
+
+
+def _interrupted(e: Event) -> str:
+    return (
+        f"interrupted at step {e.get('step', '?')}: {e.get('reason', 'asked to stop')}; "
+        "continue with: autoglm resume"
+    )
+
+
+_SAY: dict[str, Callable[[Event], str]] = {
+    "run_started": _run_started,
+    "supervisor_started": _supervisor_started,
+    "zygote_ready": _zygote_ready,
+    "zygote_lost": lambda e: f"the warm launcher is gone: {e.get('reason', '?')}",
+    "cold_start": lambda e: f"starting cold: {e.get('reason', '?')}",
+    "gate": _gate,
+    "quarantined": lambda e: f"checkpoint step {e.get('step', '?')} moved to quarantine",
+    "attempt_started": _attempt_started,
+    "restored": _restored,
+    "first_step": _first_step,
+    "committed": lambda e: f"checkpoint step {e.get('step', '?')} committed",
+    "save_failed": _save_failed,
+    "refused": _refused,
+    "stopped": _stopped,
+    "drill": _drill,
+    "failure": _failure,
+    "decision": _decision,
+    "stop_requested": lambda e: f"stop requested by {e.get('by', '?')}: saving first",
+    "run_completed": _completed,
+    "run_interrupted": _interrupted,
+    "run_failed": lambda e: f"run failed: {short(str(e.get('reason', '?')))}",
+}

@@ -1,0 +1,336 @@
+"""One attempt: launch the worker group, watch it, and say how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from autoglm_resume import files
+from autoglm_resume.errors import Interrupted
+from autoglm_resume.job.spec import Job
+from autoglm_resume.observe.journal import Event
+from autoglm_resume.observe.live import Screen
+from autoglm_resume.supervise import liveness, node
+from autoglm_resume.supervise.failure import (
+    ErrorRecord,
+    Failure,
+    RankEvidence,
+    Refusal,
+    conclude,
+)
+from autoglm_resume.supervise.follow import Follower
+from autoglm_resume.supervise.group import Exit, Group, end_orphans
+from autoglm_resume.supervise.launcher import AGENT, Launcher, torchrun_exits, torchrun_log
+from autoglm_resume.supervise.pump import Pump
+from autoglm_resume.supervise.rehearse import Rehearsal
+from autoglm_resume.worker.board import Board, Control, Phase
+from autoglm_resume.worker.contract import Assignment
+
+TICK = 0.25
+"""Seconds between looks at the board; exits and events are noticed at once, without it."""
+
+Hear = Callable[[Event], "Event | None"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended: completed, failed, or (neither) interrupted."""
+
+    completed: bool
+    failure: Failure | None
+    step: int
+    """Steps completed by the furthest rank, -1 if none ran."""
+    checkpointed: int
+    """Step of the newest checkpoint it committed, 0 without one."""
+
+
+@dataclass
+class _Seen:
+    """What has been seen of the ranks so far."""
+
+    codes: dict[int, int] = field(default_factory=dict)
+    refusals: dict[int, Refusal] = field(default_factory=dict)
+    hung: list[int] = field(default_factory=list)
+    states: dict[int, str] = field(default_factory=dict)
+    broken_at: float | None = None
+    """Monotonic seconds of the first failure."""
+    total: int | None = None
+    """Steps the run is to have, if the script said so."""
+    committed: set[str] = field(default_factory=set)
+    checkpointed: int = 0
+    last_saved: float = 0.0
+    """Monotonic seconds of the last save, or of the start."""
+
+
+class Attempt:
+    """One attempt. `stops` grows by a signal each time the supervisor is asked to stop."""
+
+    def __init__(
+        self,
+        pump: Pump,
+        job: Job,
+        world_size: int,
+        tell: Callable[..., object],
+        screen: Screen,
+        rehearsal: Rehearsal,
+        stops: Sequence[signal.Signals],
+    ) -> None:
+        self._pump = pump
+        self._job = job
+        self._world_size = world_size
+        self._tell = tell
+        self._screen = screen
+        self._rehearsal = rehearsal
+        self._stops = stops
+        self._board, self._board_fd = Board.create(world_size)
+        self.board_path = f"/proc/{os.getpid()}/fd/{self._board_fd}"
+        self._control = Control()
+        self._seen = _Seen()
+        self._group = Group(pump, self._exited)
+        self._stop_deadline: float | None = None
+        self._pace = liveness.Pace()
+
+    def run(self, task: Assignment, launcher: Launcher, hear: Hear) -> Outcome:
+        """Run it to its end. `hear` gets every event of a rank and returns what to keep of it."""
+        self._task, self._hear = task, hear
+        files.write(task.path, task.to_json(), durable=False)
+        self._follower = Follower(
+            self._pump, task.path.parent, self._screen.worker_line, self._event
+        )
+        self._seen.last_saved = time.monotonic()
+        try:
+            launcher.start(task, self._group, cancelled=lambda: bool(self._stops))
+            if not self._group.pids:
+                return Outcome(False, None, -1, 0)
+            self._tell(
+                "attempt_started",
+                port=task.master_port,
+                resume=task.resume.id if task.resume else None,
+                step=task.resume.step if task.resume else 0,
+                pids={str(rank): pid for rank, pid in self._group.pids.items()},
+            )
+            self._rehearsal.begin(self._group, self._board, self._change)
+            self._pump.every(TICK, self._tick)
+            self._watch()
+            return self._conclude(launcher)
+        finally:
+            self._rehearsal.end()
+            self._pump.cancel(self._tick)
+            self._follower.close()
+            self._board.close()
+            os.close(self._board_fd)
+
+    # While it runs
+
+    def _watch(self) -> None:
+        while self._group.alive and self._seen.broken_at is None:
+            self._pump.run(self._stop_deadline)
+            if not self._stops:
+                continue
+            if self._stop_deadline is None:
+                self._stop_deadline = time.monotonic() + self._ask_to_stop()
+            if len(self._stops) > 1 or time.monotonic() >= self._stop_deadline:
+                return
+
+    def _ask_to_stop(self) -> float:
+        """Ask the ranks to save and stop; returns how many seconds they have for it."""
+        beats = self._board.beats()
+        if all(beat.step >= 0 for beat in beats):
+            self._announce("stop_at")
+            return self._job.preemption.grace
+        if any(beat.phase is not Phase.NONE for beat in beats):
+            return 0.0  # still starting: there is nothing yet that a save could keep
+        for rank in self._group.alive:  # no session: the script may have a handler of its own
+            self._group.signal(rank, signal.SIGTERM)
+        return self._job.preemption.grace
+
+    def _announce(self, what: str) -> None:
+        step = liveness.agreed_step(self._board.beats(), self._pace.seconds)
+        self._change(lambda control: replace(control, **{what: step}))
+
+    def _change(self, change: Callable[[Control], Control]) -> None:
+        self._control = change(self._control)
+        self._board.ask(self._control)
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        beats = self._board.beats()
+        self._pace.see(max(beat.step for beat in beats), now)
+        furthest = max(beat.step for beat in beats)
+        # A rank that was faster than the announcement has passed the step: name a later one.
+        if self._control.stop_at >= 0 and furthest > self._control.stop_at:
+            self._announce("stop_at")
+        every = self._job.checkpoint.every.seconds
+        if every is not None and now - self._seen.last_saved >= every:
+            stepping = all(beat.first_step_time for beat in beats)
+            if stepping and not 0 <= furthest <= self._control.save_at:
+                self._announce("save_at")
+        heartbeat = self._job.heartbeat
+        hung = liveness.hung(beats, now, heartbeat.timeout, heartbeat.startup)
+        hung = [rank for rank in hung if rank in self._group.alive]
+        if hung and self._seen.broken_at is None:
+            self._seen.hung = hung
+            self._seen.states = {rank: node.state(self._group.pids[rank]) for rank in hung}
+            self._break(now)
+        if furthest >= 0:
+            self._screen.status(
+                furthest,
+                self._seen.total,
+                beats[0].loss,
+                self._pace.rate,
+                self._seen.checkpointed,
+                self._task.attempt,
+            )
+
+    def _event(self, rank: int, event: Event) -> None:
+        match event["event"]:
+            case "rank_started" if AGENT in self._group.pids:
+                self._group.add(rank, event["pid"])
+            case "rank_ended":
+                self._seen.codes[rank] = event["code"]
+                return
+            case "steps":
+                self._seen.total = event["total"]
+                return
+            case "saved":
+                self._seen.last_saved = max(self._seen.last_saved, event["began"])
+            case "restored":
+                self._seen.checkpointed = max(self._seen.checkpointed, event["step"])
+            case "refused":
+                self._seen.refusals[rank] = Refusal(
+                    event["id"], event["step"], event["kind"], event["reason"]
+                )
+            case "committed" if event["id"] in self._seen.committed:
+                return  # every rank that finds all parts says so
+            case "committed":
+                self._seen.committed.add(event["id"])
+                self._seen.checkpointed = max(self._seen.checkpointed, event["step"])
+        kept = self._hear(event)
+        if kept is not None:
+            fields = {key: value for key, value in kept.items() if key != "event"}
+            self._tell(kept["event"], **fields)
+
+    def _exited(self, rank: int, how: Exit) -> None:
+        if how.by_us:
+            return
+        code, number = how.code, how.signal
+        if rank != AGENT and code is None and number is None:  # a child of torchrun
+            self._follower.drain()
+            code = self._seen.codes.get(rank, 1)
+        if number is not None or code not in (0, Interrupted.exit_code):
+            self._break(how.mono)
+
+    def _break(self, mono: float) -> None:
+        if self._seen.broken_at is None:
+            self._seen.broken_at = mono
+            # What the victims print now must not come before the first failing rank's traceback.
+            self._follower.quiet = True
+
+    # When it has ended
+
+    def _conclude(self, launcher: Launcher) -> Outcome:
+        began = time.monotonic()
+        hurry = len(self._stops) > 1
+        self._group.stop(0.0 if hurry else self._job.restart.grace, linger=frozenset([AGENT]))
+        end_orphans(launcher.own())
+        stopped = time.monotonic()
+        self._follower.drain()
+        beats = self._board.beats()
+        step = max(beat.step for beat in beats)
+        failure = None
+        if self._seen.broken_at is not None and not self._stops:
+            failure = self._failure(stopped - began)
+        self._follower.quiet = False
+        codes = [how.code for rank, how in self._group.exits.items() if rank != AGENT]
+        completed = (
+            failure is None
+            and self._seen.broken_at is None
+            and len(codes) == self._world_size
+            and all(how.code in (0, None) and not how.by_us for how in self._group.exits.values())
+            and all(code == 0 for code in self._seen.codes.values())
+        )
+        self._tell(
+            "attempt_ended",
+            outcome="completed" if completed else "failed" if failure else "interrupted",
+            step=step,
+            last_step_mono=max(beat.time for beat in beats) / 1e9,
+        )
+        return Outcome(completed, failure, step, self._seen.checkpointed)
+
+    def _failure(self, stop_seconds: float) -> Failure:
+        evidence = self._evidence()
+        failure = conclude(evidence, self._seen.hung, self._agent())
+        self._tell(
+            "failure",
+            mono=self._seen.broken_at,
+            kind=failure.kind.value,
+            root_rank=failure.rank,
+            summary=failure.summary,
+            ranks=[
+                {
+                    "rank": rank.rank,
+                    "code": rank.code,
+                    "signal": rank.signal,
+                    "by_us": rank.by_us,
+                    "step": rank.beat.step,
+                    "phase": rank.beat.phase.label,
+                }
+                for rank in evidence
+            ],
+            traceback=failure.traceback,
+            cause_mono=failure.cause_mono,
+            step=failure.step,
+        )
+        if failure.traceback and failure.rank is not None:
+            self._screen.traceback(failure.rank, failure.traceback)
+        self._tell("group_stopped", seconds=stop_seconds)
+        return failure
+
+    def _evidence(self) -> list[RankEvidence]:
+        torchrun = torchrun_exits(self._task) if AGENT in self._group.pids else {}
+        evidence = []
+        for rank in range(self._world_size):
+            how = self._group.exits.get(rank)
+            code, number = (how.code, how.signal) if how else (None, None)
+            if how is not None and code is None and number is None:
+                code = self._seen.codes.get(rank, torchrun.get(self._group.pids[rank]))
+                if code is not None and code < 0:
+                    code, number = None, -code
+            evidence.append(
+                RankEvidence(
+                    rank,
+                    code,
+                    number,
+                    order=how.order if how else 0,
+                    by_us=how.by_us if how else False,
+                    beat=self._board.beat(rank),
+                    error=self._error(rank),
+                    refusal=self._seen.refusals.get(rank),
+                    state=self._seen.states.get(rank, ""),
+                )
+            )
+        return evidence
+
+    def _error(self, rank: int) -> ErrorRecord | None:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            record: dict[str, Any] = json.loads(self._task.error(rank).read_bytes())
+            return ErrorRecord(
+                record["type"], record["message"], record["traceback"], record["mono"]
+            )
+        return None
+
+    def _agent(self) -> str:
+        """What torchrun has to say when no rank of its own was seen to fail."""
+        how = self._group.exits.get(AGENT)
+        if how is None or not how.code:
+            return ""
+        with contextlib.suppress(OSError):
+            tail = torchrun_log(self._task).read_text(errors="replace").strip().splitlines()[-1:]
+            return f"torchrun exited with code {how.code}: {''.join(tail)}"
+        return f"torchrun exited with code {how.code}"

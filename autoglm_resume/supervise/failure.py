@@ -1,0 +1,152 @@
+"""What happened to a worker group: from the evidence to a class, a root rank and a sentence. Pure."""
+
+from __future__ import annotations
+
+import enum
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from autoglm_resume.errors import Interrupted
+from autoglm_resume.worker.board import Beat, Phase
+
+
+@dataclass(frozen=True)
+class ErrorRecord:
+    """The exception that ended a rank, as it recorded it itself."""
+
+    type: str
+    message: str
+    traceback: str
+    mono: float
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A rank would not load the checkpoint it was given."""
+
+    id: str
+    step: int
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class RankEvidence:
+    """What is known of one rank when the whole group is down."""
+
+    rank: int
+    code: int | None = None
+    """Exit code, None if it died by a signal or is not known."""
+    signal: int | None = None
+    order: int = 0
+    """Position in the order in which the ranks were seen to end."""
+    by_us: bool = False
+    """Whether it ended after we began to stop the group."""
+    beat: Beat = Beat()
+    error: ErrorRecord | None = None
+    refusal: Refusal | None = None
+    state: str = ""
+    """Process state at the time of a hang, such as “stopped”."""
+
+    @property
+    def failed(self) -> bool:
+        return not self.by_us and (self.signal is not None or self.code not in (0, Interrupted.exit_code, None))
+
+
+class Kind(enum.Enum):
+    """Failure classes."""
+
+    SIGNAL = "signal"
+    EXIT = "exit"
+    EXCEPTION = "exception"
+    HANG = "hang"
+    REFUSED = "refused"
+    PORT = "port in use"
+    LAUNCH = "launch"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The conclusion."""
+
+    kind: Kind
+    rank: int | None
+    """The rank that failed first, not one of those that failed because of it."""
+    summary: str
+    step: int
+    """Steps completed by the furthest rank, -1 if none ran."""
+    cause_mono: float | None = None
+    traceback: str = ""
+    code: int | None = None
+    signal: int | None = None
+
+
+def conclude(
+    ranks: Sequence[RankEvidence], hung: Sequence[int] = (), agent: str = ""
+) -> Failure:
+    """The failure of a group whose ranks left this evidence.
+
+    `hung` ranks missed their beats; `agent` is what torchrun said about its own end.
+    """
+    step = max((r.beat.step for r in ranks), default=-1)
+    refused = next((r for r in ranks if r.refusal is not None), None)
+    if refused is not None and refused.refusal is not None:
+        summary = f"rank {refused.rank} refused the checkpoint: {refused.refusal.reason}"
+        return Failure(Kind.REFUSED, refused.rank, summary, step, _cause(refused))
+    if hung:
+        return _hang([r for r in ranks if r.rank in hung], step)
+    failed = [r for r in ranks if r.failed]
+    if not failed:
+        summary = agent or "the worker group ended without a failed rank"
+        return Failure(Kind.LAUNCH, None, summary, step)
+    root = min(failed, key=_precedence)
+    if root.signal is not None:
+        kind, what = Kind.SIGNAL, f"died by {signal_name(root.signal)}"
+    elif root.error is not None:
+        taken = "EADDRINUSE" in root.error.message or "already in use" in root.error.message
+        kind = Kind.PORT if taken else Kind.EXCEPTION
+        first = root.error.message.strip().splitlines()
+        what = f"failed with {root.error.type}" + (f": {first[0][:300]}" if first else "")
+    else:
+        kind, what = Kind.EXIT, f"exited with code {root.code}"
+    summary = f"rank {root.rank} {what} {where(root.beat)}"
+    trace = root.error.traceback if root.error else ""
+    return Failure(kind, root.rank, summary, step, _cause(root), trace, root.code, root.signal)
+
+
+def where(beat: Beat) -> str:
+    """“at step 41, in backward”."""
+    if beat.phase is Phase.NONE or beat.step < 0:
+        return beat.phase.label if beat.phase is not Phase.NONE else "before its first step"
+    return f"at step {beat.step}, {beat.phase.label}"
+
+
+def signal_name(number: int) -> str:
+    """“SIGKILL”."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _precedence(rank: RankEvidence) -> tuple[int, float]:
+    # A rank that a signal killed can only have been first: its peers' collectives break after it.
+    # Among exceptions the earliest record is the root; without one, the order of the exits.
+    if rank.signal is not None:
+        return (0, rank.order)
+    if rank.error is not None:
+        return (1, rank.error.mono)
+    return (1, float("inf")) if rank.code == 1 else (0, rank.order)
+
+
+def _cause(rank: RankEvidence) -> float | None:
+    return rank.error.mono if rank.error else None
+
+
+def _hang(ranks: Sequence[RankEvidence], step: int) -> Failure:
+    # Peers of a stuck rank wait in a collective, so prefer one whose process says why it is stuck.
+    root = min(ranks, key=lambda r: (r.state != "stopped", r.beat.step, r.beat.time))
+    state = f" (the process is {root.state})" if root.state == "stopped" else ""
+    summary = f"rank {root.rank} stopped making progress {where(root.beat)}{state}"
+    return Failure(Kind.HANG, root.rank, summary, step, root.beat.time / 1e9)

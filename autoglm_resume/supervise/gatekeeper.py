@@ -1,0 +1,127 @@
+"""Passing the gate: finish what a crash left half done, judge, and put what is corrupt away."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from autoglm_resume.checkpoint.gate import Choice, Expectation, Verdict, choose
+from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.errors import NoAcceptableCheckpoint
+from autoglm_resume.job.spec import Job
+from autoglm_resume.supervise.history import Model
+from autoglm_resume.worker.contract import ResumePoint
+
+
+@dataclass
+class Gatekeeper:
+    """The checks before every start of the ranks of one run."""
+
+    job: Job
+    world_size: int
+    tell: Callable[..., object]
+    model: Model | None = None
+    checkpointed: int = 0
+    """Step of the newest checkpoint this run ever committed, 0 without one."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """What ranks would not load, by id."""
+
+    def __post_init__(self) -> None:
+        self.store = Store(Path(self.job.checkpoint.dir))
+
+    def pass_gate(self) -> ResumePoint | None:
+        """The checkpoint to start from, None to start from step 0. No rank may be alive.
+
+        Raises NoAcceptableCheckpoint, having changed nothing, if there are only unacceptable ones.
+        """
+        began = time.monotonic()
+        self._complete()
+        choice = self.judge()
+        accepted = choice.accepted
+        self.tell(
+            "gate",
+            verdicts=[verdict.to_json() for verdict in choice.verdicts],
+            accepted=accepted.id if accepted else None,
+            step=accepted.step if accepted else 0,
+            seconds=time.monotonic() - began,
+        )
+        if accepted is None or accepted.manifest is None:
+            self._require_a_fresh_start(choice)
+            return None
+        for verdict in choice.verdicts:
+            if verdict.corrupt:
+                self._quarantine(verdict)
+        return ResumePoint(accepted.id, accepted.step, accepted.manifest.digest)
+
+    def judge(self, *, every: bool = False) -> Choice:
+        """Verdicts, without changing anything."""
+        return choose(self.store.candidates(), self._expectation(self.refused), every=every)
+
+    def _complete(self) -> None:
+        try:
+            manifests = self.store.complete()
+        except OSError as error:
+            # Only what was not committed yet is lost by going on, as with any other crash.
+            self.tell("warning", text=f"{self.store.root}: could not commit what is there: {error}")
+            return
+        for manifest in manifests:
+            self.tell(
+                "committed",
+                id=manifest.id,
+                step=manifest.step,
+                digest=manifest.digest,
+                objects=manifest.objects,
+            )
+            self.checkpointed = max(self.checkpointed, manifest.step)
+
+    def _quarantine(self, verdict: Verdict) -> None:
+        try:
+            self.store.quarantine(verdict.id, verdict.reason)
+        except OSError as error:
+            # It stays where it is and is rejected again next time.
+            self.tell("warning", text=f"{verdict.path}: could not be quarantined: {error}")
+        else:
+            self.tell("quarantined", id=verdict.id, step=verdict.step, reason=verdict.reason)
+
+    def _expectation(self, refused: Mapping[str, str]) -> Expectation:
+        guards = self.job.guards
+        return Expectation(
+            world_size=self.world_size,
+            model_hash=self.model.hash if self.model else None,
+            model=self.model.structure if self.model else None,
+            check_world_size=guards.world_size == "strict",
+            check_model=guards.model == "strict",
+            refused=refused,
+        )
+
+    def _require_a_fresh_start(self, choice: Choice) -> None:
+        directory = self.store.root
+        if choice.verdicts:
+            lines = [f"  {verdict.id}: {verdict.reason}" for verdict in choice.verdicts]
+            raise NoAcceptableCheckpoint(
+                f"{directory}: checkpoints are there, but none is acceptable; nothing was changed\n"
+                + "\n".join(lines),
+                hint="; ".join(_ways_out(choice))
+                + "; or start over with `autoglm run --fresh`, which keeps the old files",
+            )
+        if self.store.quarantined() or self.checkpointed:
+            raise NoAcceptableCheckpoint(
+                f"{directory}: expected the checkpoint of step {self.checkpointed} or an older one, "
+                "found none; nothing was changed",
+                hint="is the file system mounted? Put a checkpoint back, or start over with "
+                "`autoglm run --fresh`",
+            )
+
+
+def _ways_out(choice: Choice) -> list[str]:
+    failed = {check.name for v in choice.verdicts for check in v.checks if not check.ok}
+    ways = {
+        "integrity": "restore the damaged files from a copy",
+        "world size": "run with the number of ranks that made the checkpoints "
+        "(nproc_per_node), or set guards.world_size: off",
+        "model hash": "go back to the model that made the checkpoints, or point checkpoint.dir "
+        "elsewhere",
+    }
+    return [way for name, way in ways.items() if name in failed]

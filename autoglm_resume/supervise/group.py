@@ -1,0 +1,129 @@
+"""A worker group as processes: who is alive, how each ended, and ending the rest."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psutil
+
+from autoglm_resume.supervise.pump import Pump
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How a process ended; both None where another process reaped it."""
+
+    code: int | None
+    signal: int | None
+    mono: float
+    order: int
+    by_us: bool
+
+
+class Group:
+    """Processes keyed by rank; pidfds tell when one ends, and no pid is ever signalled after that.
+
+    A process that we do not own (a rank below torchrun) is watched all the same; only its exit
+    code is then unknown here.
+    """
+
+    def __init__(self, pump: Pump, on_exit: Callable[[int, Exit], None]) -> None:
+        self._pump = pump
+        self._on_exit = on_exit
+        self._pidfds: dict[int, int] = {}
+        self.pids: dict[int, int] = {}
+        self.exits: dict[int, Exit] = {}
+        self.stopping = False
+
+    def add(self, rank: int, pid: int) -> None:
+        """Watch `pid` as `rank`."""
+        self.pids[rank] = pid
+        try:
+            fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self._ended(rank, None, None)
+            return
+        self._pidfds[rank] = fd
+        self._pump.watch(fd, lambda: self._readable(rank))
+
+    @property
+    def alive(self) -> list[int]:
+        """Ranks that have not ended."""
+        return sorted(self._pidfds)
+
+    def signal(self, rank: int, number: int) -> None:
+        """Send a signal to one rank, if it still lives."""
+        fd = self._pidfds.get(rank)
+        if fd is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(fd, number)
+
+    def stop(self, grace: float, linger: frozenset[int] = frozenset()) -> None:
+        """End every rank: SIGTERM, and SIGKILL after `grace` seconds.
+
+        The processes in `linger` are given the same grace to end by themselves after the ranks:
+        torchrun reports exit codes that only it can know.
+        """
+        self.stopping = True
+        if grace > 0:
+            for rank in self._but(linger):
+                self.signal(rank, signal.SIGTERM)
+                # A stopped process would see the SIGTERM only after it is continued.
+                self.signal(rank, signal.SIGCONT)
+            self._pump.wait(lambda: not self._but(linger), time.monotonic() + grace)
+        for rank in self._but(linger):
+            self.signal(rank, signal.SIGKILL)
+        self._pump.wait(lambda: not self._but(linger))
+        self._pump.wait(lambda: not self._pidfds, time.monotonic() + grace)
+        for rank in self.alive:
+            self.signal(rank, signal.SIGKILL)
+        self._pump.wait(lambda: not self._pidfds)
+
+    def _but(self, spared: frozenset[int]) -> list[int]:
+        return [rank for rank in self.alive if rank not in spared]
+
+    def _readable(self, rank: int) -> None:
+        fd = self._pidfds[rank]
+        try:
+            result = os.waitid(os.P_PIDFD, fd, os.WEXITED | os.WNOHANG)
+        except ChildProcessError:
+            self._ended(rank, None, None)
+            return
+        if result is None:
+            return
+        if result.si_code == os.CLD_EXITED:
+            self._ended(rank, result.si_status, None)
+        else:
+            self._ended(rank, None, result.si_status)
+
+    def _ended(self, rank: int, code: int | None, number: int | None) -> None:
+        fd = self._pidfds.pop(rank, None)
+        if fd is not None:
+            self._pump.forget(fd)
+            os.close(fd)
+        self.exits[rank] = Exit(code, number, time.monotonic(), len(self.exits), self.stopping)
+        self._on_exit(rank, self.exits[rank])
+
+
+def end_orphans(keep: frozenset[int]) -> list[int]:
+    """Kill and reap every child of this process but `keep`; returns their pids.
+
+    This process adopts orphans, so when a worker group is dead its children are exactly what the
+    ranks left behind: data loader workers, daemons, helpers. Killing one may orphan the next.
+    """
+    ended: list[int] = []
+    while orphans := [child for child in psutil.Process().children() if child.pid not in keep]:
+        for child in orphans:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        psutil.wait_procs(orphans, timeout=5)
+        new = [child.pid for child in orphans if child.pid not in ended]
+        if not new:
+            break  # stuck in the kernel: nothing more can be done about them from here
+        ended += new
+    return ended

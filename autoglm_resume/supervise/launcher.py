@@ -1,0 +1,196 @@
+"""Starting a worker group: by forks of a zygote, cold where that is not possible, or by torchrun."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from autoglm_resume.supervise.group import Group
+from autoglm_resume.supervise.pump import Pump
+from autoglm_resume.supervise.zygote import HOME, State, Zygote
+from autoglm_resume.worker.contract import ASSIGNMENT, Assignment
+
+AGENT = -1
+"""Key of the torchrun process itself in a group."""
+
+_EXIT_LINE = re.compile(r"exitcode\s*:\s*(-?\d+)\s*\(pid:\s*(\d+)\)")
+
+
+class Launcher(Protocol):
+    """How ranks come to be."""
+
+    def start(
+        self, assignment: Assignment, group: Group, cancelled: Callable[[], bool]
+    ) -> None:
+        """Start every rank into `group`, unless `cancelled` turns true first."""
+        ...
+
+    def learn(self, modules: Sequence[str]) -> None:
+        """The script was seen to import these: have them ready for the next attempt."""
+        ...
+
+    def own(self) -> frozenset[int]:
+        """Pids of processes that belong to the launcher and outlive an attempt."""
+        ...
+
+    def close(self) -> None:
+        """End them."""
+        ...
+
+
+class Warm:
+    """Forks of a zygote; a cold start whenever there is none that can fork."""
+
+    LOSSES = 3
+    """A zygote lost this often is not tried again: something in its modules does not agree."""
+    PATIENCE = 120.0
+    """Seconds for a zygote's imports, after which a cold start is tried."""
+
+    def __init__(
+        self,
+        pump: Pump,
+        environment: Mapping[str, str],
+        modules: Sequence[str],
+        log: Path,
+        tell: Callable[..., object],
+    ) -> None:
+        self._pump = pump
+        self._environment = environment
+        self._modules = list(modules)
+        self._log = log
+        self._tell = tell
+        self._losses = 0
+        self._cold: list[subprocess.Popen[bytes]] = []
+        self._zygote: Zygote | None = self._spawn()
+
+    def start(
+        self, assignment: Assignment, group: Group, cancelled: Callable[[], bool]
+    ) -> None:
+        ranks = range(assignment.world_size)
+        self.revive()
+        deadline = time.monotonic() + self.PATIENCE
+        self._pump.wait(lambda: cancelled() or self._settled(), deadline)
+        if cancelled():
+            return
+        pids = self._zygote.fork(assignment.path, ranks) if self._zygote else None
+        if pids is None:
+            self._tell("cold_start", reason="there is no zygote to fork from")
+            pids = {rank: self._exec(assignment, rank) for rank in ranks}
+        for rank, pid in pids.items():
+            group.add(rank, pid)
+
+    def learn(self, modules: Sequence[str]) -> None:
+        new = [name for name in modules if name not in self._modules]
+        self._modules += new
+        if self._zygote is not None and new:
+            self._zygote.preload(new)
+
+    def own(self) -> frozenset[int]:
+        return frozenset([self._zygote.pid]) if self._zygote is not None else frozenset()
+
+    def revive(self) -> None:
+        """Replace a zygote that is gone, so that the next restart is warm again."""
+        if self._zygote is None or self._zygote.state is not State.GONE:
+            return
+        self._losses += 1
+        if self._zygote.unfit_module in self._modules:
+            self._modules.remove(self._zygote.unfit_module)
+        elif self._losses >= self.LOSSES:
+            self._zygote = None
+            return
+        self._zygote = self._spawn()
+
+    def close(self) -> None:
+        if self._zygote is not None:
+            self._zygote.close()
+
+    def _settled(self) -> bool:
+        self.revive()
+        return self._zygote is None or self._zygote.state is State.READY
+
+    def _spawn(self) -> Zygote:
+        return Zygote(self._pump, self._environment, self._modules, self._log, self._tell)
+
+    def _exec(self, assignment: Assignment, rank: int) -> int:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "autoglm_resume.worker.rank"],
+            cwd=HOME,
+            env={**self._environment, **assignment.rank_environment(rank)},
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        # Kept: a Popen that is thrown away reaps the process behind the group's back.
+        self._cold.append(process)
+        return process.pid
+
+
+class Torchrun:
+    """The real torchrun, one command per attempt.
+
+    Its own restarts stay off: they would pass by the gate, and torch 2.13 reuses one store for
+    all of them, on which 8 of 10 restarts hung when tried (pytorch#135712 is the NCCL report).
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def start(
+        self, assignment: Assignment, group: Group, cancelled: Callable[[], bool]
+    ) -> None:
+        if cancelled():
+            return
+        with torchrun_log(assignment).open("ab") as output:
+            process = subprocess.Popen(
+                torchrun_command(assignment),
+                cwd=HOME,
+                env={
+                    **self._environment,
+                    **assignment.environment,
+                    ASSIGNMENT: str(assignment.path),
+                },
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._processes.append(process)
+        group.add(AGENT, process.pid)
+
+    def learn(self, modules: Sequence[str]) -> None:
+        """Nothing is kept between attempts."""
+
+    def own(self) -> frozenset[int]:
+        return frozenset()
+
+    def close(self) -> None:
+        """Nothing outlives an attempt."""
+
+
+def torchrun_command(assignment: Assignment) -> list[str]:
+    """One attempt as a torchrun command; the ranks find the script through the assignment."""
+    return [
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *("--nnodes=1", f"--nproc-per-node={assignment.world_size}", "--max-restarts=0"),
+        *(f"--master-addr={assignment.master_addr}", f"--master-port={assignment.master_port}"),
+        *("-m", "autoglm_resume.worker.rank"),
+    ]
+
+
+def torchrun_log(assignment: Assignment) -> Path:
+    """What torchrun itself says."""
+    return Path(assignment.directory) / "torchrun.log"
+
+
+def torchrun_exits(assignment: Assignment) -> dict[int, int]:
+    """Exit codes by pid, negative for signals, from torchrun's report of a failure."""
+    try:
+        text = torchrun_log(assignment).read_text(errors="replace")
+    except OSError:
+        return {}
+    return {int(pid): int(code) for code, pid in _EXIT_LINE.findall(text)}

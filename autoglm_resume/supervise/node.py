@@ -1,0 +1,93 @@
+"""This machine: GPUs, ports, disk, and the state of a process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+
+import psutil
+
+from autoglm_resume.errors import UsageError
+
+
+def visible_gpus() -> int:
+    """GPUs that a worker would see, without initialising CUDA; 0 where there is no driver."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        devices = [item.strip() for item in listed.split(",")]
+        # CUDA takes the entries before the first invalid one.
+        return next((n for n, item in enumerate(devices) if item in ("", "-1")), len(devices))
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return 0
+    try:
+        return int(pynvml.nvmlDeviceGetCount())
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def free_port(fixed: int | None = None) -> int:
+    """A TCP port for this attempt's rendezvous: a fresh one, or `fixed` if nobody listens on it.
+
+    Raises UsageError that names who has a fixed port.
+    """
+    with socket.socket() as probe:
+        # As the store itself does, so that connections of a previous attempt do not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", fixed or 0))
+        except OSError as error:
+            raise UsageError(
+                f"env.MASTER_PORT: expected port {fixed} to be free, found {_owner(fixed or 0)}",
+                hint="end that process, choose another port, or leave MASTER_PORT out: autoglm "
+                "then takes a free port for every attempt",
+            ) from error
+        return int(probe.getsockname()[1])
+
+
+def _owner(port: int) -> str:
+    for connection in psutil.net_connections("tcp"):
+        if connection.laddr and connection.laddr.port == port and connection.pid:
+            try:
+                name = psutil.Process(connection.pid).name()
+            except psutil.Error:
+                name = "?"
+            return f"it in use by process {connection.pid} ({name})"
+    return "it in use"
+
+
+def state(pid: int) -> str:
+    """“running”, “sleeping”, “stopped”, “disk-sleep”, …; empty if there is no such process."""
+    try:
+        return str(psutil.Process(pid).status())
+    except psutil.Error:
+        return ""
+
+
+def check_directory(path: Path, free_bytes: int) -> None:
+    """Make `path` and prove that files can be written there. Raises UsageError saying why not."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(b"\0")
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise UsageError(
+            f"checkpoint.dir: {path}: expected a directory that this user can write to, found: "
+            f"{error.strerror}",
+            hint="choose another checkpoint.dir, or make that one writable",
+        ) from error
+    free = shutil.disk_usage(path).free
+    if free < free_bytes:
+        raise UsageError(
+            f"guards.free_disk: {path}: expected at least {free_bytes / 2**30:.2f} GiB free, "
+            f"found {free / 2**30:.2f} GiB",
+            hint="free some space, or lower guards.free_disk",
+        )

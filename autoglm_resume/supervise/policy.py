@@ -1,0 +1,95 @@
+"""What to do after a failure. Pure: the history goes in, a decision comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from autoglm_resume.errors import AutoglmError, DoNotRequeue
+from autoglm_resume.supervise.failure import Failure, Kind
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The job's `restart`; times in seconds."""
+
+    max_restarts: int
+    backoff: float
+    max_backoff: float
+    without_progress: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """One attempt that failed."""
+
+    started_from: int
+    """Step of the checkpoint it began with, 0 without one."""
+    furthest: int
+    """Steps completed by the furthest rank, -1 if none ran."""
+    checkpointed: int
+    """Step of the newest checkpoint committed when it ended, 0 without one."""
+
+
+@dataclass(frozen=True)
+class Restart:
+    """Start the group again after `delay` seconds."""
+
+    delay: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """End the run with exit code `code`."""
+
+    reason: str
+    code: int
+
+
+Decision = Restart | GiveUp
+
+
+def decide(history: Sequence[Ended], failure: Failure, rules: Rules, jitter: float) -> Decision:
+    """Answer the last failure in `history` (oldest first, that one included).
+
+    New checkpointed steps refill the budget of `max_restarts`. Attempts in a row that come no
+    further than the run had come before end it early, however much is left: it would die the same
+    way again. The first restart after progress is immediate; then the delay doubles, and
+    `jitter`, in [0, 1), takes up to half of it off so that many runs do not return at once.
+    """
+    if failure.code == DoNotRequeue.exit_code:
+        return GiveUp("the job asked not to be run again (exit code 93)", DoNotRequeue.exit_code)
+    if failure.kind is Kind.REFUSED:
+        return Restart(0.0, "the gate takes another checkpoint")
+    stuck, spent = _tally(history)
+    if stuck >= rules.without_progress:
+        return GiveUp(
+            f"{_times(stuck)} in a row without new progress: {failure.summary}",
+            AutoglmError.exit_code,
+        )
+    if spent > rules.max_restarts:
+        return GiveUp(
+            f"max_restarts: {rules.max_restarts} is spent: {failure.summary}",
+            AutoglmError.exit_code,
+        )
+    if stuck == 0:
+        return Restart(0.0, "it had made progress")
+    delay = min(rules.max_backoff, rules.backoff * 2.0 ** (stuck - 1)) * (1 - jitter / 2)
+    return Restart(delay, f"{_times(stuck)} without new progress")
+
+
+def _tally(history: Sequence[Ended]) -> tuple[int, int]:
+    """Attempts in a row that came no further, and restarts spent since the last new checkpoint."""
+    stuck = spent = 0
+    furthest = checkpointed = history[0].started_from if history else 0
+    for attempt in history:
+        stuck = 0 if attempt.furthest > furthest else stuck + 1
+        spent = 1 if attempt.checkpointed > checkpointed else spent + 1
+        furthest = max(furthest, attempt.furthest)
+        checkpointed = max(checkpointed, attempt.checkpointed)
+    return stuck, spent
+
+
+def _times(count: int) -> str:
+    return "it died once" if count == 1 else f"it died {count} times"

@@ -1,0 +1,102 @@
+"""The supervisor's event loop: it waits for descriptors, signals and deadlines, never for a sleep."""
+
+from __future__ import annotations
+
+import contextlib
+import selectors
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+
+class HasFileno(Protocol):
+    """Anything to wait for."""
+
+    def fileno(self) -> int: ...
+
+
+class Pump:
+    """Calls a handler when its descriptor is readable, and timers when they fall due.
+
+    The caller's own flow stays sequential: `while not done: pump.run(...)`.
+    """
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._timers: dict[Callable[[], None], tuple[float, float]] = {}
+
+    def watch(self, source: int | HasFileno, handler: Callable[[], None]) -> None:
+        """Call `handler` whenever `source` is readable."""
+        self._selector.register(source, selectors.EVENT_READ, handler)
+
+    def forget(self, source: int | HasFileno) -> None:
+        """Stop watching; harmless if it is not watched."""
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(source)
+
+    def every(self, seconds: float, timer: Callable[[], None]) -> None:
+        """Call `timer` every `seconds` from now on."""
+        self._timers[timer] = (seconds, time.monotonic() + seconds)
+
+    def cancel(self, timer: Callable[[], None]) -> None:
+        """Forget a timer."""
+        self._timers.pop(timer, None)
+
+    def run(self, until: float | None = None) -> None:
+        """Wait for the next thing to happen, at most until monotonic time `until`; handle it."""
+        due = min((at for _, at in self._timers.values()), default=None)
+        deadlines = [at for at in (due, until) if at is not None]
+        timeout = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+        for key, _ in self._selector.select(timeout):
+            # An earlier handler of this round may have closed it.
+            if self._selector.get_map().get(key.fd) is key:
+                key.data()
+        now = time.monotonic()
+        for timer, (seconds, at) in list(self._timers.items()):
+            if now >= at and timer in self._timers:
+                self._timers[timer] = (seconds, now + seconds)
+                timer()
+
+    def wait(self, condition: Callable[[], bool], until: float | None = None) -> bool:
+        """Run until `condition` holds or time `until` has come; whether it holds."""
+        while not condition():
+            if until is not None and time.monotonic() >= until:
+                return False
+            self.run(until)
+        return True
+
+    def close(self) -> None:
+        """Release the selector."""
+        self._selector.close()
+
+
+class Signals:
+    """Signals as readable events: the handler runs in the pump, never in the middle of something."""
+
+    def __init__(self, pump: Pump, numbers: Iterable[signal.Signals], handler: Any) -> None:
+        self._pump = pump
+        self._handler = handler
+        self._read, self._write = socket.socketpair()
+        self._read.setblocking(False)
+        self._write.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        self._numbers = frozenset(numbers)
+        self._before = {n: signal.signal(n, lambda *_: None) for n in self._numbers}
+        pump.watch(self._read, self._readable)
+
+    def _readable(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            for number in self._read.recv(4096):
+                if number in self._numbers:
+                    self._handler(signal.Signals(number))
+
+    def close(self) -> None:
+        """Give the signals back."""
+        signal.set_wakeup_fd(self._wakeup)
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        self._pump.forget(self._read)
+        self._read.close()
+        self._write.close()

@@ -1,0 +1,148 @@
+"""A run's directory: journal, job, one folder per attempt, and the lock of its supervisor.
+
+    runs/NAME/
+      job.json            the job as it was last started, every default filled in
+      events.jsonl        the journal
+      lock                held (flock) by the supervisor while it lives; says who it is
+      attempts/000/       rank-N.log, rank-N.events.jsonl, rank-N.error.json, assignment.json
+      checkpoints/        unless the job puts them elsewhere
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from autoglm_resume import files
+from autoglm_resume.errors import RunLocked, UsageError
+from autoglm_resume.observe import journal
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The supervisor that has a run."""
+
+    pid: int
+    host: str
+    since: float
+    """Unix seconds."""
+    board: str = ""
+    """Path of the present attempt's heartbeat board."""
+
+
+class RunDirectory:
+    """One run, by its directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.journal = path / "events.jsonl"
+        self.attempts = path / "attempts"
+        self._job = path / "job.json"
+        self._lock = path / "lock"
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was ever started here."""
+        return self._job.exists()
+
+    def attempt(self, number: int) -> Path:
+        """Directory of one attempt."""
+        return self.attempts / f"{number:03d}"
+
+    def events(self) -> list[journal.Event]:
+        """The whole journal."""
+        return journal.read(self.journal)
+
+    def save_job(self, job: dict[str, Any]) -> None:
+        """Keep the resolved job, so that the run can be resumed from its directory alone."""
+        files.write(self._job, json.dumps(job, indent=1).encode() + b"\n")
+
+    def job(self) -> dict[str, Any]:
+        """The job as it was last started."""
+        try:
+            job = json.loads(self._job.read_bytes())
+        except FileNotFoundError:
+            raise UsageError(f"{self.path}: no run was started here (no {self._job.name})") from None
+        except ValueError as error:
+            raise UsageError(f"{self._job}: expected JSON, found: {error}") from None
+        if not isinstance(job, dict):
+            raise UsageError(f"{self._job}: expected a JSON object")
+        return job
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[Lock]:
+        """Hold the run. Raises RunLocked while another process does; a dead process cannot."""
+        with _flock(self._lock) as fd:
+            yield Lock(fd)
+
+    def holder(self) -> Holder | None:
+        """Who has the run now, None if nobody."""
+        try:
+            with self._lock.open("rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except OSError:
+                    return _read_holder(file.fileno())
+        except FileNotFoundError:
+            pass
+        return None
+
+
+@dataclass
+class Lock:
+    """The lock this process holds."""
+
+    fd: int
+
+    def describe(self, board: str) -> None:
+        """Tell other commands who holds it and where the heartbeats are."""
+        holder = Holder(os.getpid(), socket.gethostname(), time.time(), board)
+        data = json.dumps(asdict(holder)).encode()
+        with contextlib.suppress(OSError):
+            os.pwrite(self.fd, data, 0)
+            os.ftruncate(self.fd, len(data))
+
+
+@contextlib.contextmanager
+def locked_checkpoints(directory: Path) -> Iterator[None]:
+    """Hold a checkpoint directory, which two runs must never write to at once."""
+    with _flock(directory / ".lock") as fd:
+        Lock(fd).describe("")
+        yield
+
+
+@contextlib.contextmanager
+def _flock(path: Path) -> Iterator[int]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunLocked(
+                f"{path.parent}: another supervisor has it: {_sentence(_read_holder(fd))}",
+                hint="wait for it, or end it with: autoglm stop",
+            ) from None
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _read_holder(fd: int) -> Holder:
+    try:
+        return Holder(**json.loads(os.pread(fd, 4096, 0)))
+    except (ValueError, TypeError):
+        return Holder(0, "unknown", 0.0)
+
+
+def _sentence(holder: Holder) -> str:
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.since))
+    return f"process {holder.pid} on {holder.host}, since {since}"

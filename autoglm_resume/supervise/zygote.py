@@ -1,0 +1,145 @@
+"""The supervisor's handle on its zygote process."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import autoglm_resume
+from autoglm_resume.supervise.pump import Pump
+
+MESSAGE = 1 << 20
+PATIENCE = 5.0
+"""Seconds for a fork, which takes milliseconds."""
+
+HOME = Path(autoglm_resume.__file__).parent.parent
+"""Where this package lies: `python -m` finds it there, whatever the user's directory holds."""
+
+
+class State(enum.Enum):
+    """What a zygote can do now."""
+
+    BUSY = "busy"
+    READY = "ready"
+    GONE = "gone"
+
+
+class Zygote:
+    """One zygote process. `tell` hears what it says, as (event, fields) for the journal."""
+
+    def __init__(
+        self,
+        pump: Pump,
+        environment: Mapping[str, str],
+        modules: Sequence[str],
+        log: Path,
+        tell: Callable[..., object],
+    ) -> None:
+        self._pump = pump
+        self._tell = tell
+        self.state = State.BUSY
+        self.unfit_module: str | None = None
+        self._reply: dict[str, Any] | None = None
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket = ours
+        with theirs, log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "autoglm_resume.worker.zygote"),
+                    *(str(theirs.fileno()), str(os.getpid()), *modules),
+                ],
+                cwd=HOME,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        pump.watch(ours, self._readable)
+
+    @property
+    def pid(self) -> int:
+        """Of the process, also after its end."""
+        return self._process.pid
+
+    def preload(self, modules: Sequence[str]) -> None:
+        """Import more while the ranks run."""
+        if self.state is State.READY:
+            self.state = State.BUSY
+            self._send({"op": "preload", "modules": list(modules)})
+
+    def fork(self, assignment: Path, ranks: Sequence[int]) -> dict[int, int] | None:
+        """Pids of freshly forked ranks; None if the zygote is not or no longer able to."""
+        if self.state is not State.READY:
+            return None
+        self.state = State.BUSY
+        self._reply = None
+        self._send({"op": "fork", "assignment": str(assignment), "ranks": list(ranks)})
+        if not self._pump.wait(lambda: self.state is not State.BUSY, time.monotonic() + PATIENCE):
+            self._gone("silent")
+            self._tell("zygote_lost", reason=f"it did not fork within {PATIENCE:.0f} s")
+            return None
+        if self._reply is None or self._reply["op"] != "forked":
+            return None
+        return {int(rank): pid for rank, pid in self._reply["pids"].items()}
+
+    def close(self) -> None:
+        """End the process."""
+        if self.state is not State.GONE:
+            self._gone("closed")
+
+    def _send(self, request: dict[str, Any]) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._socket.send(json.dumps(request).encode())
+
+    def _readable(self) -> None:
+        try:
+            message = self._socket.recv(MESSAGE)
+        except ConnectionResetError:
+            message = b""
+        if not message:
+            self._gone("died")
+            code = self._process.returncode
+            self._tell("zygote_lost", reason=_ending(code))
+            return
+        reply = json.loads(message)
+        if reply["op"] == "unfit":
+            self.unfit_module = reply["module"]
+            self._gone("unfit")
+            after = f" after importing {reply['module']}" if reply["module"] else ""
+            self._tell("zygote_lost", reason=f"it cannot fork safely: {reply['reason']}{after}")
+            return
+        self._reply = reply
+        self.state = State.READY
+        if reply["op"] == "ready":
+            fields = {key: reply[key] for key in ("seconds", "modules", "skipped")}
+            self._tell("zygote_ready", **fields)
+
+    def _gone(self, reason: str) -> None:
+        self.state = State.GONE
+        self._pump.forget(self._socket)
+        self._socket.close()
+        if reason != "died":
+            self._process.kill()
+        # It cannot ignore this for long: its socket is closed and it holds no device.
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _ending(code: int | None) -> str:
+    if code is not None and code < 0:
+        return f"it died by signal {-code}"
+    return f"it ended with exit code {code}"

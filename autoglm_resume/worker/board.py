@@ -1,0 +1,247 @@
+"""The heartbeat board: shared memory between the supervisor and its ranks.
+
+A beat is a store into memory: no system call, no lock, about a microsecond. Every record has two
+copies that are written in turn, each with a sequence number and a CRC-32, and a reader takes the
+valid copy with the higher number. So a torn read is impossible on any memory model, and a rank
+that is killed in the middle of a store leaves its previous beat readable.
+
+The memory is an anonymous file (memfd) of the supervisor: full disks do not touch it and nothing
+is left behind, whoever dies. Others open it as `/proc/<supervisor>/fd/<n>`.
+
+Layout: a 64-byte header, one control record (written by the supervisor, read by every rank at
+each step boundary), then one record per rank. A record is two copies of 64 bytes.
+"""
+
+from __future__ import annotations
+
+import enum
+import mmap
+import os
+import struct
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_MAGIC = b"autoglm board 1\0"
+_HEADER = struct.Struct("<16sI")
+_COPY = 64
+_RECORD = 2 * _COPY
+_FIRST = 64
+
+_CRC = struct.Struct("<I")
+# sequence, pid, phase, step, time, first step time, loss, grad norm; then the CRC
+_BEAT = struct.Struct("<QIIqqqdd")
+# sequence, save_at, stop_at, exit_rank, exit_at, exit_code; then the CRC
+_CONTROL = struct.Struct("<Qqqqqi")
+
+
+class Phase(enum.IntEnum):
+    """What a rank was doing at its last beat."""
+
+    NONE = 0
+    START = 1
+    RESTORE = 2
+    DATA = 3
+    FORWARD = 4
+    BACKWARD = 5
+    OPTIMIZER = 6
+    SAVE = 7
+    DONE = 8
+
+    @property
+    def label(self) -> str:
+        """As in “died at step 41, in backward”."""
+        return _LABELS[self]
+
+
+_LABELS = {
+    Phase.NONE: "before its first beat",
+    Phase.START: "in start-up",
+    Phase.RESTORE: "while restoring",
+    Phase.DATA: "between steps",
+    Phase.FORWARD: "in forward",
+    Phase.BACKWARD: "in backward",
+    Phase.OPTIMIZER: "in the optimizer",
+    Phase.SAVE: "while saving",
+    Phase.DONE: "after its last step",
+}
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A rank's last sign of progress; times are CLOCK_MONOTONIC nanoseconds, 0 for never."""
+
+    pid: int = 0
+    phase: Phase = Phase.NONE
+    step: int = -1
+    """Steps completed; -1 before the rank knows where it starts."""
+    time: int = 0
+    first_step_time: int = 0
+    loss: float = float("nan")
+    grad_norm: float = float("nan")
+
+
+@dataclass(frozen=True)
+class Control:
+    """What the supervisor asks of the ranks; -1 where it asks nothing. Steps are completed steps."""
+
+    save_at: int = -1
+    stop_at: int = -1
+    exit_rank: int = -1
+    exit_at: int = -1
+    exit_code: int = 0
+
+
+class _Record:
+    """Two copies of a packed struct, written in turn."""
+
+    def __init__(self, memory: mmap.mmap, offset: int, layout: struct.Struct) -> None:
+        self._memory = memory
+        self._offset = offset
+        self._layout = layout
+        self._sequence = max((s for s, _ in self._valid()), default=0)
+
+    def _valid(self) -> Iterator[tuple[int, tuple[int | float, ...]]]:
+        size = self._layout.size
+        for copy in (0, 1):
+            start = self._offset + copy * _COPY
+            data = self._memory[start : start + size + 4]
+            values = self._layout.unpack(data[:size])
+            if values[0] and _CRC.unpack(data[size:])[0] == zlib.crc32(data[:size]):
+                yield values[0], values
+
+    def write(self, *values: int | float) -> None:
+        self._sequence += 1
+        data = self._layout.pack(self._sequence, *values)
+        start = self._offset + (self._sequence & 1) * _COPY
+        self._memory[start : start + len(data) + 4] = data + _CRC.pack(zlib.crc32(data))
+
+    def read(self) -> tuple[int | float, ...] | None:
+        # Both copies can only be invalid together if the writer went round twice during the read.
+        for _ in range(100):
+            newest = max(self._valid(), default=None, key=lambda item: item[0])
+            if newest is not None:
+                return newest[1][1:]
+            if not any(self._memory[self._offset : self._offset + _RECORD]):
+                return None
+        return None
+
+
+class Board:
+    """The supervisor's side: reads beats, writes requests."""
+
+    def __init__(self, memory: mmap.mmap, world_size: int) -> None:
+        self._memory = memory
+        self.world_size = world_size
+        self._control = _Record(memory, _FIRST, _CONTROL)
+        self._beats = [
+            _Record(memory, _FIRST + _RECORD * (1 + rank), _BEAT) for rank in range(world_size)
+        ]
+
+    @classmethod
+    def create(cls, world_size: int) -> tuple[Board, int]:
+        """A new board and the descriptor that keeps it alive."""
+        fd = os.memfd_create("autoglm-board", os.MFD_CLOEXEC)
+        size = _FIRST + _RECORD * (1 + world_size)
+        os.ftruncate(fd, size)
+        memory = mmap.mmap(fd, size)
+        memory[: _HEADER.size] = _HEADER.pack(_MAGIC, world_size)
+        return cls(memory, world_size), fd
+
+    @classmethod
+    def open(cls, path: Path) -> Board:
+        """The board that another process made; OSError or ValueError if it is not there."""
+        with path.open("r+b") as file:
+            memory = mmap.mmap(file.fileno(), 0)
+        magic, world_size = _HEADER.unpack(memory[: _HEADER.size])
+        if magic != _MAGIC:
+            raise ValueError(f"{path} is not a heartbeat board")
+        return cls(memory, world_size)
+
+    def beat(self, rank: int) -> Beat:
+        """The last beat of `rank`, also after its death."""
+        values = self._beats[rank].read()
+        if values is None:
+            return Beat()
+        pid, phase, step, at, first, loss, grad_norm = values
+        return Beat(
+            int(pid), Phase(int(phase)), int(step), int(at), int(first), loss, grad_norm
+        )
+
+    def beats(self) -> tuple[Beat, ...]:
+        """The last beat of every rank."""
+        return tuple(self.beat(rank) for rank in range(self.world_size))
+
+    def ask(self, control: Control) -> None:
+        """Publish a request to every rank."""
+        self._control.write(
+            control.save_at,
+            control.stop_at,
+            control.exit_rank,
+            control.exit_at,
+            control.exit_code,
+        )
+
+    def control(self) -> Control:
+        """The last request."""
+        values = self._control.read()
+        return Control(*(int(v) for v in values)) if values else Control()
+
+    def pulse(self, rank: int) -> Pulse:
+        """The rank's own side."""
+        return Pulse(self, self._beats[rank])
+
+    def close(self) -> None:
+        """Unmap the memory."""
+        self._memory.close()
+
+
+class Pulse:
+    """A rank's side: writes its own beats, reads the requests."""
+
+    def __init__(self, board: Board, record: _Record) -> None:
+        self._board = board
+        self._write = record.write
+        self._pid = os.getpid()
+        self._phase = int(Phase.START)
+        self._step = -1
+        self._first = 0
+        self._loss = float("nan")
+        self._grad_norm = float("nan")
+
+    def phase(self, phase: Phase) -> None:
+        """Beat: the rank entered `phase`."""
+        self._phase = int(phase)
+        self._beat(time.monotonic_ns())
+
+    def at(self, step: int) -> None:
+        """Beat: `step` steps are complete, without having run one (a resume)."""
+        self._step = step
+        self._beat(time.monotonic_ns())
+
+    def completed(self, step: int) -> None:
+        """Beat: `step` steps are complete."""
+        now = time.monotonic_ns()
+        self._step = step
+        self._phase = int(Phase.DATA)
+        if not self._first:
+            self._first = now
+        self._beat(now)
+
+    def report(self, loss: float | None, grad_norm: float | None) -> None:
+        """Keep figures to go with the next beat."""
+        if loss is not None:
+            self._loss = loss
+        if grad_norm is not None:
+            self._grad_norm = grad_norm
+
+    def _beat(self, now: int) -> None:
+        self._write(
+            self._pid, self._phase, self._step, now, self._first, self._loss, self._grad_norm
+        )
+
+    def control(self) -> Control:
+        """What the supervisor asks."""
+        return self._board.control()

@@ -1,0 +1,133 @@
+"""What a rank is told by its supervisor: torchrun's environment, and one JSON file.
+
+The environment is exactly torchrun's, so scripts written for torchrun run unchanged. What only
+autoglm's own session needs is in the file that AUTOGLM_ASSIGNMENT names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+ASSIGNMENT = "AUTOGLM_ASSIGNMENT"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What to run."""
+
+    script: str | None
+    module: str | None
+    args: tuple[str, ...]
+    workdir: str
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """The checkpoint that the gate accepted for this attempt."""
+
+    id: str
+    step: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One attempt, as its ranks need to know it. All paths are absolute."""
+
+    run_id: str
+    attempt: int
+    world_size: int
+    master_addr: str
+    master_port: int
+    max_restarts: int
+    supervisor: int
+    """Process id; ranks die with it."""
+    directory: str
+    """Of this attempt: logs, events and errors of every rank."""
+    board: str
+    source: Source
+    checkpoint_dir: str
+    resume: ResumePoint | None
+    every_steps: int | None
+    every_seconds: float | None
+    keep: int
+    check_model: bool
+    config_files: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    """The job's `env`."""
+
+    def log(self, rank: int) -> Path:
+        """Standard output and error of `rank`."""
+        return Path(self.directory) / f"rank-{rank}.log"
+
+    def events(self, rank: int) -> Path:
+        """Events of `rank`, one JSON object a line."""
+        return Path(self.directory) / f"rank-{rank}.events.jsonl"
+
+    def error(self, rank: int) -> Path:
+        """The exception that ended `rank`, written before the process ends."""
+        return Path(self.directory) / f"rank-{rank}.error.json"
+
+    @property
+    def path(self) -> Path:
+        """The assignment's own file."""
+        return Path(self.directory) / "assignment.json"
+
+    def to_json(self) -> bytes:
+        """File content."""
+        return json.dumps(asdict(self), indent=1).encode()
+
+    @classmethod
+    def load(cls, path: Path) -> Assignment:
+        """Read what `to_json` wrote."""
+        data = json.loads(path.read_bytes())
+        source = data.pop("source")
+        resume = data.pop("resume")
+        config_files = tuple(data.pop("config_files"))
+        return cls(
+            source=Source(**{**source, "args": tuple(source["args"])}),
+            resume=ResumePoint(**resume) if resume else None,
+            config_files=config_files,
+            **data,
+        )
+
+    @classmethod
+    def from_environment(cls) -> Assignment | None:
+        """The assignment of this process, None without a supervisor."""
+        path = os.environ.get(ASSIGNMENT)
+        return cls.load(Path(path)) if path else None
+
+    def rank_environment(self, rank: int) -> dict[str, str]:
+        """What `rank` finds in its environment beyond the supervisor's own."""
+        world = str(self.world_size)
+        return {
+            **self.environment,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": world,
+            "LOCAL_WORLD_SIZE": world,
+            "GROUP_RANK": "0",
+            "GROUP_WORLD_SIZE": "1",
+            "ROLE_NAME": "default",
+            "ROLE_RANK": str(rank),
+            "ROLE_WORLD_SIZE": world,
+            "MASTER_ADDR": self.master_addr,
+            "MASTER_PORT": str(self.master_port),
+            "TORCHELASTIC_RESTART_COUNT": str(self.attempt),
+            "TORCHELASTIC_MAX_RESTARTS": str(self.max_restarts),
+            "TORCHELASTIC_RUN_ID": self.run_id,
+            "TORCHELASTIC_USE_AGENT_STORE": "False",
+            "TORCHELASTIC_ERROR_FILE": str(Path(self.directory) / f"rank-{rank}.torchelastic.json"),
+            ASSIGNMENT: str(self.path),
+        }
+
+
+def shared_environment(world_size: int) -> dict[str, str]:
+    """Defaults that torchrun sets for every rank and that libraries read while being imported."""
+    defaults = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
+    if world_size > 1:
+        defaults["OMP_NUM_THREADS"] = "1"
+    return {name: value for name, value in defaults.items() if name not in os.environ}

@@ -1,0 +1,30 @@
+"""Events of one rank: rare, so each is a line appended to a file that the supervisor follows."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+from autoglm_resume.observe.journal import encode, stamped
+
+
+class Events:
+    """Appends events to a file; without one (no supervisor) they go nowhere."""
+
+    def __init__(self, path: Path | None, rank: int) -> None:
+        self._path = path
+        self._rank = rank
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Write one event. A full disk loses it, and never the training."""
+        if self._path is None:
+            return
+        line = encode(stamped(event, {"rank": self._rank, **fields}))
+        with contextlib.suppress(OSError):
+            fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            try:
+                os.write(fd, line)
+            finally:
+                os.close(fd)

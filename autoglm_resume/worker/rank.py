@@ -1,0 +1,160 @@
+"""From a fresh process to the user's script: what every rank does first and last.
+
+Reached from a zygote's fork, from a cold start (`python -m autoglm_resume.worker.rank`), and from
+torchrun, which starts the same module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import runpy
+import signal
+import sys
+import time
+import traceback
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from autoglm_resume import files, linux
+from autoglm_resume.worker import imports
+from autoglm_resume.worker.board import Board, Phase
+from autoglm_resume.worker.contract import ASSIGNMENT, Assignment, Source
+from autoglm_resume.worker.events import Events
+
+_OWN_FILES = (__file__, runpy.__file__, "<frozen runpy>")
+
+
+def settle(assignment: Assignment, rank: int, environment: Mapping[str, str]) -> None:
+    """Make this process rank `rank`: session, logs, `environment`, signals."""
+    if os.getsid(0) != os.getpid():
+        os.setsid()  # so that the supervisor can end what the rank started, with the rank
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.set_wakeup_fd(-1)
+    _redirect(assignment.log(rank))
+    os.environ.update(environment)
+    os.chdir(assignment.source.workdir)
+    faulthandler.enable(all_threads=True)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed()  # forked ranks would all share the zygote's state
+    with contextlib.suppress(OSError, ValueError):
+        Board.open(Path(assignment.board)).pulse(rank).phase(Phase.NONE)
+    Events(assignment.events(rank), rank).emit("rank_started", pid=os.getpid())
+
+
+def run(assignment: Assignment, rank: int) -> int:
+    """Run the user's script to its end and return the exit code of this process.
+
+    An exception that ends it is recorded beside the logs before anything else happens, so that
+    the *first* failing rank can be told from the ones that failed because of it.
+    """
+    code = 0
+    try:
+        _execute(assignment.source)
+    except SystemExit as end:
+        code = _exit_code(end)
+    except BaseException as error:
+        _record(assignment, rank, error)
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1
+    # Below torchrun nobody but torchrun can reap this process and see its code.
+    Events(assignment.events(rank), rank).emit("rank_ended", code=code)
+    return code
+
+
+def _execute(source: Source) -> None:
+    if source.module is not None:
+        sys.argv = [source.module, *source.args]
+        sys.path.insert(0, source.workdir)
+        imports.begin(source.workdir)
+        runpy.run_module(source.module, run_name="__main__", alter_sys=True)
+        return
+    script = source.script
+    assert script is not None
+    sys.argv = [script, *source.args]
+    home = os.path.dirname(script)
+    sys.path.insert(0, home)
+    imports.begin(source.workdir, home)
+    # Not runpy.run_path: it takes the module away again when the script ends, while its
+    # exit handlers and threads still need it, and multiprocessing could not find __main__.
+    main = types.ModuleType("__main__")
+    main.__dict__.update(__file__=script, __builtins__=__builtins__)
+    sys.modules["__main__"] = main
+    code = compile(Path(script).read_bytes(), script, "exec")
+    exec(code, main.__dict__)
+
+
+def _record(assignment: Assignment, rank: int, error: BaseException) -> None:
+    trace = _script_part(error.__traceback__)
+    lines = traceback.format_exception(type(error), error, trace)
+    print("".join(lines), file=sys.stderr, end="", flush=True)
+    record = {
+        "rank": rank,
+        "type": type(error).__name__,
+        "message": str(error)[:10_000],
+        "traceback": "".join(lines)[-100_000:],
+        "mono": time.monotonic(),
+    }
+    with contextlib.suppress(OSError):
+        files.write(assignment.error(rank), json.dumps(record).encode())
+
+
+def _script_part(trace: TracebackType | None) -> TracebackType | None:
+    """The traceback without our own frames at its top."""
+    start = trace
+    while start is not None and start.tb_frame.f_code.co_filename in _OWN_FILES:
+        start = start.tb_next
+    return start or trace
+
+
+def _exit_code(end: SystemExit) -> int:
+    if end.code is None:
+        return 0
+    if isinstance(end.code, int):
+        return end.code & 0xFF
+    print(end.code, file=sys.stderr)
+    return 1
+
+
+def _redirect(log: Path) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(nothing)
+    os.close(output)
+    for stream in (sys.stdout, sys.stderr):
+        # Lines reach the log when they are printed, not when the rank is dead.
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def main() -> None:
+    """A rank in a process of its own: a cold start, or a child of torchrun."""
+    assignment = Assignment.load(Path(os.environ[ASSIGNMENT]))
+    sys.path.pop(0)  # where this package lies, put there by `python -m`
+    parent = os.getppid()
+    under_torchrun = "TORCHELASTIC_USE_AGENT_STORE" in os.environ
+    if under_torchrun and parent == assignment.supervisor:
+        sys.exit(1)  # torchrun died before this line, and the supervisor adopted its child
+    linux.die_with_parent(parent if under_torchrun else assignment.supervisor)
+    rank = int(os.environ["RANK"])
+    if under_torchrun:
+        # Its own agent serves the store, so the rest of its contract must stand as it is.
+        environment = {"TORCHELASTIC_RESTART_COUNT": str(assignment.attempt)}
+    else:
+        environment = assignment.rank_environment(rank)
+    settle(assignment, rank, environment)
+    sys.exit(run(assignment, rank))
+
+
+if __name__ == "__main__":
+    main()

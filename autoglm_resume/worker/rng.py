@@ -1,0 +1,34 @@
+"""Every random generator of a process, as plain state: Python, NumPy, torch CPU, each CUDA device."""
+
+from __future__ import annotations
+
+import random
+import sys
+from typing import Any
+
+import torch
+
+
+def capture() -> dict[str, Any]:
+    """The state of all generators. NumPy and CUDA only where this process uses them."""
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        state["numpy"] = numpy.random.get_state()
+    if torch.cuda.is_initialized():
+        state["cuda"] = [generator.get_state() for generator in torch.cuda.default_generators]
+    return state
+
+
+def restore(state: dict[str, Any]) -> None:
+    """Continue every generator where `capture` saw it."""
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if "numpy" in state:
+        import numpy
+
+        numpy.random.set_state(state["numpy"])
+    if "cuda" in state:
+        torch.cuda.init()
+        for generator, saved in zip(torch.cuda.default_generators, state["cuda"], strict=False):
+            generator.set_state(saved)

@@ -1,0 +1,170 @@
+"""The zygote: imports torch and what the script needs once, and forks ranks on request.
+
+It stays single-threaded and never touches CUDA, because neither survives a fork; it checks both
+before every fork and refuses if it must. A forked rank is orphaned on purpose: the kernel gives it
+to the supervisor, which reaps its true exit code, and both survive the zygote's death.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from autoglm_resume import linux
+from autoglm_resume.worker import rank as rank_process
+from autoglm_resume.worker.contract import Assignment
+
+ALWAYS = (
+    "torch",
+    "torch.distributed",
+    "torch.nn.parallel",
+    "torch._dynamo",  # torch.optim.AdamW() imports it, for as long as torch itself takes
+    "torch.utils.data",
+    "autoglm_resume.worker.session",
+)
+MESSAGE = 1 << 20
+
+
+class Rank(NamedTuple):
+    """In a forked child: what to become."""
+
+    assignment: Assignment
+    rank: int
+
+
+def threads() -> int:
+    """Threads of this process, those of C libraries included."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def unfit() -> str:
+    """Why a fork of this process would not work; empty if it would."""
+    if threads() > 1:
+        return f"it has grown to {threads()} threads"
+    with contextlib.suppress(OSError):
+        for fd in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/self/fd/{fd}").startswith("/dev/nvidia"):
+                    return "CUDA is initialised in it"
+    return ""
+
+
+def preload(modules: list[str]) -> dict[str, Any]:
+    """Import `modules` in order; stops at the first that makes a fork unsafe, and names it."""
+    began = time.monotonic()
+    skipped = []
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            skipped.append(f"{name}: {type(error).__name__}: {error}")
+        reason = unfit()
+        if reason:
+            return {"op": "unfit", "module": name, "reason": reason}
+    gc.collect()
+    gc.freeze()
+    return {
+        "op": "ready",
+        "seconds": time.monotonic() - began,
+        "modules": len(sys.modules),
+        "skipped": skipped,
+    }
+
+
+def serve(control: socket.socket) -> Rank | None:
+    """Answer requests until the supervisor is gone; in a forked child, return what to become."""
+    forked: dict[int, int] = {}
+    while True:
+        message = control.recv(MESSAGE)
+        if not message:
+            _end(list(forked.values()))
+            return None
+        request = json.loads(message)
+        if request["op"] == "preload":
+            reply = preload(request["modules"])
+        else:
+            reason = unfit()
+            if reason:
+                reply = {"op": "unfit", "module": None, "reason": reason}
+            else:
+                assignment = Assignment.load(Path(request["assignment"]))
+                forked.clear()
+                for rank in request["ranks"]:
+                    pid = _fork(assignment.supervisor)
+                    if pid == 0:
+                        control.close()
+                        return Rank(assignment, rank)
+                    forked[rank] = pid
+                reply = {"op": "forked", "pids": forked}
+        with contextlib.suppress(BrokenPipeError):
+            control.send(json.dumps(reply).encode())
+
+
+def _end(ranks: list[int]) -> None:
+    """The supervisor is dead, so the ranks are; end what they started, such as loader workers."""
+    for pid in ranks:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
+
+
+def _fork(supervisor: int) -> int:
+    """Fork a grandchild that becomes a child of `supervisor`; 0 in it, its pid here."""
+    told, tell = os.pipe()
+    adopted, adopt = os.pipe()
+    child = os.fork()
+    if child == 0:
+        grandchild = os.fork()
+        if grandchild:
+            os.write(tell, grandchild.to_bytes(8, "little"))
+            os._exit(0)
+        os.close(told)
+        os.close(tell)
+        os.close(adopt)
+        # The parent-death signal belongs to the parent at the time of the call, so wait until
+        # the process between us is reaped and the supervisor is the parent.
+        os.read(adopted, 1)
+        os.close(adopted)
+        linux.die_with_parent(supervisor)
+        return 0
+    os.close(tell)
+    os.close(adopted)
+    try:
+        os.waitpid(child, 0)
+        return int.from_bytes(os.read(told, 8), "little")
+    finally:
+        os.close(told)
+        os.close(adopt)
+
+
+def main() -> None:
+    """`python -m autoglm_resume.worker.zygote FD SUPERVISOR MODULE…`"""
+    control = socket.socket(fileno=int(sys.argv[1]))
+    control.set_inheritable(False)
+    supervisor = int(sys.argv[2])
+    modules = sys.argv[3:]
+    linux.die_with_parent(supervisor, signal.SIGTERM)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.path.pop(0)  # where this package lies, put there by `python -m`
+    # Some modules ask for devices when they are imported; through NVML that does not initialise CUDA.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    with contextlib.suppress(OSError):
+        control.send(json.dumps(preload([*ALWAYS, *modules])).encode())
+    linux.outlive_parent()  # from here on a closed socket says it
+    become = serve(control)
+    if become is not None:
+        environment = become.assignment.rank_environment(become.rank)
+        rank_process.settle(become.assignment, become.rank, environment)
+        sys.exit(rank_process.run(become.assignment, become.rank))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+
+from autoglm_resume.checkpoint import manifest as m
+from autoglm_resume.checkpoint.document import compact, digest, digest_of_digests, indented
+from autoglm_resume.checkpoint.manifest import Manifest, Part
+from autoglm_resume.checkpoint.structure import Structure
+from autoglm_resume.errors import CheckpointError, CorruptCheckpoint, NewerFormat
+
+CONTENT = digest(b"12345678")
+
+
+def part(rank: int = 0, **changes: Any) -> Part:
+    tensor = m.Tensor("model/w", "float32", (2,), digest_of_digests([CONTENT]), (0,))
+    state = {"model": {"w": {"$tensor": "model/w"}}, "rng": {}}
+    made = Part(
+        id="step-0000000030.a1",
+        step=30,
+        rank=rank,
+        world_size=2,
+        lineage=("step-0000000020.a1",),
+        created=5.0 + rank,
+        versions={"torch": "2.13.0"},
+        model=Structure.of([("w", "float32", (2,))]),
+        objects={
+            "model": m.object_digest(state["model"], [tensor]),
+            "rng": m.object_digest({}, []),
+        },
+        state=state,
+        tensors=(tensor,),
+        chunks=(m.Chunk(CONTENT, 8, 8, 0, "raw"),),
+        pack=m.pack_file(rank),
+        fingerprint=m.Fingerprint(8, 1, 2, 3),
+        rng=True,
+        data=False,
+    )
+    return replace(made, **changes)
+
+
+def manifest(parent: m.Parent | None = None) -> Manifest:
+    parts = [part(0), part(1)]
+    return Manifest.of(parts, [p.encode() for p in parts], parent)
+
+
+def test_documents_bring_back_what_was_written() -> None:
+    assert Part.decode(part().encode(), "f") == part()
+    for parent in (None, m.Parent("step-0000000020.a1", CONTENT)):
+        assert Manifest.decode(manifest(parent).encode(), "f") == manifest(parent)
+
+
+def test_a_manifest_is_a_function_of_its_parts() -> None:
+    made = manifest()
+    assert (made.created, made.raw, made.stored, made.rng, made.data) == (6.0, 16, 16, True, False)
+    assert made.model_hash == part().model.hash  # type: ignore[union-attr]
+    assert made.objects == dict(part().objects)
+    assert made.encode() == manifest().encode()
+
+
+def test_objects_have_one_digest_whatever_the_rank_attempt_and_time() -> None:
+    other = part(1, id="step-0000000030.a7", created=99.0, lineage=())
+    assert other.objects == part().objects
+    changed = m.object_digest({"w": {"$tensor": "model/w"}}, [])
+    assert changed != part().objects["model"]
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_every_flipped_bit_of_a_manifest_is_noticed(bit: int) -> None:
+    data = manifest(m.Parent("step-0000000020.a1", CONTENT)).encode()
+    for place in range(len(data)):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << bit
+        with pytest.raises(CheckpointError, match="some/manifest.json"):
+            Manifest.decode(bytes(flipped), "some/manifest.json")
+
+
+def test_every_truncation_of_a_document_is_noticed() -> None:
+    for decode, data in ((Manifest.decode, manifest().encode()), (Part.decode, part().encode())):
+        for size in range(len(data)):
+            with pytest.raises(CorruptCheckpoint):
+                decode(data[:size], "f")
+
+
+def set_at(document: Any, path: str, value: Any) -> Any:
+    *inner, last = [int(k) if k.isdigit() else k for k in path.split(".")]
+    place = document
+    for key in inner:
+        place = place[key]
+    if value is KeyError:
+        del place[last]
+    else:
+        place[last] = value
+    return document
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("format", 0, "format"),
+        ("format", "1", "format"),
+        ("id", "step-1.a", "id"),
+        ("id", "../../etc", "id"),
+        ("step", 31, "step 30"),
+        ("step", 30.0, "step"),
+        ("step", True, "step"),
+        ("rank", 2, "rank below 2"),
+        ("rank", KeyError, "rank: expected a whole number from 0, found nothing"),
+        ("world_size", 0, "world_size"),
+        ("world_size", 10**400, "bits"),
+        ("lineage", ["x"], "lineage"),
+        ("lineage", ["step-0000000030.a1"], "other checkpoints"),
+        ("created", "now", "created"),
+        ("versions", {"torch": 2}, "versions.torch"),
+        ("model", [], "model"),
+        ("model.tensors", [["w", "float32"]], "model.tensors[0]"),
+        ("objects.model", "blake3:0", "objects.model"),
+        ("objects.model", CONTENT, "digest of model"),
+        ("objects.extra", CONTENT, "objects in the state"),
+        ("state", [], "state"),
+        ("state.model", None, "digest of model"),
+        ("pack", "../rank-00000.pack", "plain file name"),
+        ("pack", "a/b", "plain file name"),
+        ("pack", "..", "plain file name"),
+        ("fingerprint.size", 9, "size of the pack"),
+        ("fingerprint.inode", -1, "inode"),
+        ("tensors.0.name", "other/w", "object"),
+        ("tensors.0.dtype", "object", "dtype"),
+        ("tensors.0.shape", [3], "model/w: bytes: expected 12, found 8"),
+        ("tensors.0.shape", [-2], "shape"),
+        ("tensors.0.chunks", [1], "model/w: chunks"),
+        ("tensors.0.chunks", [], "model/w: bytes"),
+        ("tensors.0.digest", CONTENT, "model/w: digest"),
+        ("chunks.0.offset", 1, "chunk 0: offset"),
+        ("chunks.0.raw", 0, "raw"),
+        ("chunks.0.stored", 7, "size of the pack"),
+        ("chunks.0.codec", 1, "codec"),
+    ],
+)
+def test_a_part_with_a_wrong_field_is_refused_by_name(path: str, value: Any, says: str) -> None:
+    document = set_at(json.loads(part().encode()), path, value)
+    with pytest.raises(CorruptCheckpoint) as caught:
+        Part.decode(compact(document), "dir/rank-00000.json")
+    assert says in caught.value.message
+    assert "dir/rank-00000.json" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("parts.0.file", "rank-00001.json", "rank 0 in rank-00000.json"),
+        ("parts.0.file", "/etc/passwd", "plain file name"),
+        ("parts.1", KeyError, "2 parts"),
+        ("parent", {"id": "..", "digest": CONTENT}, "parent"),
+        ("parent", {"id": "step-0000000030.a1", "digest": CONTENT}, "another checkpoint"),
+        ("model_hash", "x", "model_hash"),
+        ("layout", 3, "layout"),
+        ("rng", 1, "rng"),
+    ],
+)
+def test_a_sealed_manifest_is_still_checked_field_by_field(
+    path: str, value: Any, says: str
+) -> None:
+    document = set_at(manifest().to_json(), path, value)
+    with pytest.raises(CorruptCheckpoint) as caught:
+        Manifest.decode(sealed(document), "f")
+    assert says in caught.value.message
+
+
+def sealed(document: Any) -> bytes:
+    from autoglm_resume.checkpoint.document import canonical
+
+    body = {key: value for key, value in document.items() if key != "digest"}
+    return indented({**document, "digest": digest(canonical(body))})
+
+
+def test_a_wrong_digest_names_both() -> None:
+    with pytest.raises(CorruptCheckpoint) as caught:
+        Manifest.decode(indented({**manifest().to_json(), "digest": CONTENT}), "f")
+    assert CONTENT in caught.value.message
+    assert manifest().digest in caught.value.message
+
+
+def test_a_newer_format_names_both_numbers() -> None:
+    for decode, document in (
+        (Manifest.decode, manifest().to_json()),
+        (Part.decode, json.loads(part().encode())),
+    ):
+        with pytest.raises(NewerFormat, match=r"format 7, this version reads up to format 1"):
+            decode(indented({**document, "format": 7}), "f")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xff\xfe",
+        b"null",
+        b"[]",
+        b'"x"',
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"9" * 10_000,
+        b'{"format": 1e999}',
+        b'{"format": NaN}',
+        b'{"format": 1, "digest": "blake3:' + b"0" * 64 + b'", "x": ' + b"[" * 900 + b"]" * 900 + b"}",
+    ],
+    ids=lambda d: repr(d[:12]),
+)  # fmt: skip
+def test_bytes_that_are_no_document_are_corrupt_and_nothing_else(data: bytes) -> None:
+    for decode in (Manifest.decode, Part.decode):
+        with pytest.raises(CorruptCheckpoint):
+            decode(data, "f")
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=5,
+)
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_any_value_in_any_place_is_read_or_refused(data: st.DataObject) -> None:
+    document = json.loads(part().encode())
+    paths = [
+        *document,
+        *(f"tensors.0.{k}" for k in document["tensors"][0]),
+        *(f"chunks.0.{k}" for k in document["chunks"][0]),
+        *(f"fingerprint.{k}" for k in document["fingerprint"]),
+    ]
+    set_at(document, data.draw(st.sampled_from(paths)), data.draw(json_values))
+    try:
+        Part.decode(compact(document), "f")
+    except CheckpointError as error:
+        assert error.message.startswith("f: ")
+
+
+def test_parts_that_disagree_are_not_one_checkpoint() -> None:
+    for changes in (
+        {"rank": 0},
+        {"world_size": 3},
+        {"lineage": ()},
+        {"id": "step-0000000030.a2"},
+    ):
+        parts = [part(0), replace(part(1), **changes)]
+        with pytest.raises(CorruptCheckpoint):
+            Manifest.of(parts, [p.encode() for p in parts], None)
+
+
+def test_ids_sort_by_step_then_attempt() -> None:
+    names = [m.checkpoint_id(*i) for i in ((9, "a10"), (9, "a9"), (10, "a0"), (9, "f00d"))]
+    assert sorted(names, key=m.age) == [names[3], names[1], names[0], names[2]]
+    assert m.parse_id("step-0000000009.a10") == (9, "a10")
+    for bad in ("step-9.a1", "step-0000000009", "step-0000000009.A", "quarantine", ""):
+        assert m.parse_id(bad) is None
+    with pytest.raises(ValueError):
+        m.checkpoint_id(-1, "a0")
+
+
+def test_the_pure_modules_and_the_store_never_import_torch(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    script: Callable[[str], str] = "import sys; import {0}; print(*sys.modules)".format
+    for name in ("manifest", "structure", "store", "codec", "gate", "retention"):
+        done = subprocess.run(
+            [sys.executable, "-c", script(f"autoglm_resume.checkpoint.{name}")],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        loaded = set(done.stdout.split())
+        assert not loaded & {"torch", "numpy", "pydantic", "typer", "rich", "pickle"}, name

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from autoglm_resume.checkpoint import restore, saver, snapshot
+from autoglm_resume.checkpoint.manifest import CHUNK_BYTES, checkpoint_id
+from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.checkpoint.verify import fingerprint
+
+Snaps = Callable[..., list[snapshot.Snapshot]]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 2 MiB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(path)]
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    mounted = subprocess.run(command, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no mount here: {mounted.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def files_in(path: Path) -> list[str]:
+    return sorted(p.name for p in path.rglob("*") if p.is_file())
+
+
+def test_a_part_is_a_pack_and_a_document_and_the_last_rank_commits(
+    tmp_path: Path, snaps: Snaps
+) -> None:
+    store = Store(tmp_path / "not" / "there" / "yet")
+    first, second = snaps(3)
+    saver.persist(first, store)
+    assert store.latest() is None
+    part = saver.persist(second, store)
+    path = store.directory(first.id)
+    assert store.latest() == path
+    assert files_in(path) == [
+        "manifest.json",
+        "rank-00000.json",
+        "rank-00000.pack",
+        "rank-00001.json",
+        "rank-00001.pack",
+    ]
+    assert store.load_part(path, 1) == part
+    assert part.fingerprint == fingerprint(path / part.pack)
+
+
+def test_equal_chunks_are_stored_once(tmp_path: Path) -> None:
+    weight = torch.randn(3 * CHUNK_BYTES // 8)
+    state = {"a": weight, "b": weight.clone(), "zeros": torch.zeros(CHUNK_BYTES)}
+    store = Store(tmp_path)
+    taken = snapshot.take({"m": state}, id=checkpoint_id(1, "a0"), rank=0, world_size=1)
+    part = saver.persist(taken, store)
+    assert part.raw == taken.nbytes == 7 * CHUNK_BYTES
+    assert part.stored == CHUNK_BYTES * 5 // 2
+    back = restore.read(store, store.directory(taken.id), 0).states["m"]
+    assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_packs_of_several_windows_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saver, "WINDOW_BYTES", 2 * CHUNK_BYTES)
+    weight = torch.randn(9 * CHUNK_BYTES // 8)
+    store = Store(tmp_path)
+    taken = snapshot.take({"m": {"w": weight}}, id=checkpoint_id(1, "a0"), rank=0, world_size=1)
+    saver.persist(taken, store)
+    assert store.examine(store.directory(taken.id), deep=True).integrity.ok
+    assert torch.equal(restore.read(store, store.directory(taken.id), 0).states["m"]["w"], weight)
+
+
+def test_a_full_disk_fails_the_save_and_leaves_the_one_before(
+    small_disk: Path, snaps: Snaps, save: Any
+) -> None:
+    store = Store(small_disk / "ckpt")
+    old = save(store, 1)
+    for taken in snaps(2, width=800):
+        with pytest.raises(saver.SaveFailed) as caught:
+            saver.persist(taken, store)
+        assert "No space left" in caught.value.message
+        assert f"needs {taken.nbytes:,} bytes" in caught.value.message
+        assert f"{taken.id}/rank-0000{taken.rank}.pack" in caught.value.message
+    assert files_in(store.directory("step-0000000002.a0")) == []
+    assert store.latest() == store.directory(old)
+    assert store.examine(store.directory(old), deep=True).integrity.ok
+    new = save(store, 3)
+    assert store.latest() == store.directory(new)
+
+
+def test_a_disk_that_fills_between_pack_and_part_leaves_neither(
+    small_disk: Path, snaps: Snaps
+) -> None:
+    """Room for the pack, and for nothing more."""
+    store = Store(small_disk)
+    (taken,) = snaps(1, ranks=1, width=256)
+    ballast = small_disk / "ballast"
+    for spare in range(0, 40 * 4096, 4096):
+        ballast.write_bytes(bytes((2 << 20) - taken.nbytes - spare))
+        try:
+            saver.persist(taken, store)
+        except saver.SaveFailed:
+            assert not store.directory(taken.id).exists() or files_in(
+                store.directory(taken.id)
+            ) in ([], ["rank-00000.json", "rank-00000.pack"])
+            for path in store.uncommitted():
+                store.delete(path.name)
+        else:
+            break
+        ballast.unlink()
+    assert store.examine(store.directory(taken.id), deep=True).integrity.ok
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path, snaps: Snaps) -> None:
+    (tmp_path / "ckpt").write_text("a file")
+    with pytest.raises(saver.SaveFailed, match="ckpt") as caught:
+        saver.persist(snaps(1)[0], Store(tmp_path / "ckpt"))
+    assert caught.value.exit_code == 1
+
+
+def test_a_part_is_never_written_twice(tmp_path: Path, snaps: Snaps) -> None:
+    store = Store(tmp_path)
+    saver.persist(snaps(1)[0], store)
+    before = (store.directory("step-0000000001.a0") / "rank-00000.json").read_bytes()
+    with pytest.raises(saver.SaveFailed, match="never written twice"):
+        saver.persist(snaps(1)[0], store)
+    assert (store.directory("step-0000000001.a0") / "rank-00000.json").read_bytes() == before
+
+
+def test_ranks_that_save_at_the_same_instant_agree_on_one_manifest(
+    tmp_path: Path, snaps: Snaps
+) -> None:
+    fork = multiprocessing.get_context("fork")
+    store = Store(tmp_path)
+    for step in range(1, 6):
+        barrier = fork.Barrier(4)
+
+        def rank(taken: snapshot.Snapshot, barrier: Any = barrier) -> None:
+            barrier.wait()
+            saver.persist(taken, store)
+
+        ranks = [fork.Process(target=rank, args=(s,)) for s in snaps(step, ranks=4, width=8)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+        assert [process.exitcode for process in ranks] == [0] * 4
+        facts = store.examine(store.committed()[0], deep=True)
+        assert (facts.step, facts.integrity.problem) == (step, "")
+    assert not list(tmp_path.rglob(".tmp-*"))
