@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -25,9 +26,7 @@ def sync_directory(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing(
-    path: Path, *, replace: bool = True, durable: bool = True
-) -> Iterator[BinaryIO]:
+def writing(path: Path, *, replace: bool = True, durable: bool = True) -> Iterator[BinaryIO]:
     """Yield a file that becomes `path` when the block ends, and vanishes if it raises.
 
     With `durable=False` it survives the death of this process but not of the machine, and a busy
@@ -36,7 +35,8 @@ def writing(
     With `replace=False` an existing `path` wins and FileExistsError is raised: a hard link,
     unlike a rename, cannot overwrite.
     """
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    # A pid alone is not unique where containers share a disk.
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}")
     try:
         with temporary.open("wb") as file:
             yield file

@@ -107,15 +107,17 @@ class GLM(nn.Module):
 
 def corpus(megabytes: int) -> tuple[Tensor, Tensor]:
     """The standard library's source as bytes: for training, and every 20th file held out."""
-    library = Path(sysconfig.get_path("stdlib"))
+    library = sysconfig.get_path("stdlib")
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    paths: list[Path] = []
+    for folder, folders, files in os.walk(library):
+        folders[:] = set(folders) - skipped
+        paths += (Path(folder, name) for name in files if name.endswith(".py"))
     texts: tuple[list[bytes], list[bytes]] = ([], [])
     room = megabytes * 2**20
-    for n, path in enumerate(sorted(library.rglob("*.py"))):
-        if skipped.isdisjoint(path.relative_to(library).parts):
-            text = path.read_bytes()[:room]
-            texts[n % 20 == 0].append(text)
-            room -= len(text)
+    for n, path in enumerate(sorted(paths)):
+        texts[n % 20 == 0].append(path.read_bytes()[:room])
+        room -= len(texts[n % 20 == 0][-1])
     if not all(texts):
         raise SystemExit(f"glm.py: no Python source under {library}")
     train, held_out = (torch.frombuffer(bytearray(b"".join(t)), dtype=torch.uint8) for t in texts)
@@ -129,7 +131,7 @@ def windows(text: Tensor, context: int) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=360)
     parser.add_argument("--batch", type=int, default=8, help="windows per rank and step")
     parser.add_argument("--context", type=int, default=192, help="bytes per window")
     parser.add_argument("--width", type=int, default=128)

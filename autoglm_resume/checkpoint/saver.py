@@ -171,12 +171,14 @@ def _discard(*paths: Path) -> None:
 
 
 def _failure(error: Exception, file: Path, needed: int) -> SaveFailed:
-    cause = error.strerror if isinstance(error, OSError) else str(error)
-    free = "unknown"
+    hint = "training goes on, and the checkpoint before stays the latest"
+    if not isinstance(error, OSError):
+        return SaveFailed(f"{file}: not saved: {error}", hint=hint)
+    free = "an unknown number"
     with suppress(OSError):
-        disk = os.statvfs(next(p for p in (file, *file.parents) if p.exists()))
+        disk = os.statvfs(next(place for place in (file, *file.parents) if place.exists()))
         free = f"{disk.f_bavail * disk.f_frsize:,}"
     return SaveFailed(
-        f"{file}: not saved: {cause}; it needs {needed:,} bytes, {free} are free there",
-        hint="training goes on, and the checkpoint before stays the latest",
+        f"{file}: not saved: {error.strerror}; it needs {needed:,} bytes, {free} are free there",
+        hint=hint,
     )

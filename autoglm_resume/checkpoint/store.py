@@ -235,27 +235,35 @@ class Store:
         return sorted(path for path in _entries(self.root / QUARANTINE) if path.is_dir())
 
     def delete(self, id: str) -> None:
-        """Remove checkpoint `id`, manifest first: dying in between leaves it uncommitted."""
-        directory = self.directory(id)
-        (directory / MANIFEST).unlink(missing_ok=True)
-        files.sync_directory(directory)
-        _remove(directory)
-        files.sync_directory(self.root)
+        """Remove checkpoint `id`, committed or not.
 
-    def sweep(self) -> list[Path]:
-        """Remove uncommitted directories and temporary files; returns what was removed.
-
-        Only when no rank or saver is alive: theirs look the same.
+        It vanishes by one rename. Unlinking the manifest alone would leave parts that the next
+        `complete` commits again, perhaps without a parent that is deleted by then: another
+        manifest than the one whose digest the next checkpoint of the chain has recorded.
         """
-        abandoned = self.uncommitted()
-        for path in abandoned:
-            _remove(path)
+        grave = self.root / f"{files.TEMPORARY}{id}"
+        if grave.exists():
+            _remove(grave)
+        self.directory(id).rename(grave)
+        files.sync_directory(self.root)
+        _remove(grave)
+
+    def abandoned(self) -> list[Path]:
+        """Uncommitted directories and temporary files.
+
+        Ask when no rank or saver is alive: theirs look the same.
+        """
+        found = self.uncommitted()
         for directory in (self.root, *self.committed()):
-            for path in _entries(directory):
-                if path.name.startswith(files.TEMPORARY):
-                    path.unlink(missing_ok=True)
-                    abandoned.append(path)
-        return abandoned
+            found += (p for p in _entries(directory) if p.name.startswith(files.TEMPORARY))
+        return found
+
+    def sweep(self, abandoned: Iterable[Path] | None = None) -> list[Path]:
+        """Remove what is abandoned, now or as it was found earlier; returns what was removed."""
+        found = self.abandoned() if abandoned is None else list(abandoned)
+        for path in found:
+            _remove(path)
+        return found
 
 
 def _entries(directory: Path) -> list[Path]:
@@ -265,13 +273,13 @@ def _entries(directory: Path) -> list[Path]:
         return []
 
 
-def _remove(directory: Path) -> None:
-    for path in _entries(directory):
-        if path.is_dir() and not path.is_symlink():
-            _remove(path)
-        else:
-            path.unlink(missing_ok=True)
-    directory.rmdir()
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        for entry in _entries(path):
+            _remove(entry)
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _all_parts(directory: Path) -> list[tuple[Part, bytes]] | None:

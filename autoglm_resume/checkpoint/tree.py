@@ -2,7 +2,8 @@
 
 Lossless and type-exact. Plain JSON values stand for themselves; everything else is an object with
 one member that names its type: `{"$tuple": [...]}`, `{"$tensor": "model/layers.0.weight"}`. A dict
-whose keys are plain strings is a JSON object, any other dict a list of pairs.
+whose keys are plain strings is a JSON object, any other dict a list of pairs. The leaf of a tensor
+that was not in host memory has a second member, `"device": "cuda"`.
 
 Supported: None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict,
 OrderedDict (with the `_metadata` that modules hang on it), Counter, defaultdict of a builtin type,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from autoglm_resume import __version__
-from autoglm_resume.cli import resume, run
+from autoglm_resume.cli import inspect, logs, resume, run, schema, status, stop, verify
 from autoglm_resume.cli.guard import guarded
 
 app = typer.Typer(
@@ -44,8 +44,17 @@ def _main(
 ) -> None: ...
 
 
+_inspect = typer.Typer(help="Look into files that autoglm wrote.", no_args_is_help=True)
+_inspect.command("ckpt", epilog=inspect.EXAMPLES)(guarded(inspect.ckpt))
+
 app.command("run", epilog=run.EXAMPLES)(guarded(run.run))
 app.command("resume", epilog=resume.EXAMPLES)(guarded(resume.resume))
+app.command("status", epilog=status.EXAMPLES)(guarded(status.status))
+app.command("logs", epilog=logs.EXAMPLES)(guarded(logs.logs))
+app.command("stop", epilog=stop.EXAMPLES)(guarded(stop.stop))
+app.add_typer(_inspect, name="inspect")
+app.command("verify", epilog=verify.EXAMPLES)(guarded(verify.verify))
+app.command("schema", epilog=schema.EXAMPLES)(guarded(schema.schema))
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ def resume(
     from autoglm_resume.observe.live import Screen
     from autoglm_resume.supervise import start
 
-    directory = target.run(run).path
-    screen = Screen(json=json)
-    with report.afterwards(directory, screen, json=json):
-        return start.resume(directory, screen=screen)
+    found = target.run(run)
+    screen = Screen(found.job().get("logs", {}).get("console", "all"), json=json)
+    with report.afterwards(found.path, screen, json=json):
+        return start.resume(found.path, screen)

@@ -53,4 +53,4 @@ def run(
         return plan.show(start.plan(job), json=json)
     screen = Screen(job.logs.console, json=json)
     with report.afterwards(job.run_dir, screen, json=json):
-        return start.start(job, fresh=fresh, drills=drills or (), screen=screen)
+        return start.start(job, screen, fresh=fresh, drills=drills or ())

@@ -33,12 +33,27 @@ def run(given: str | None) -> RunDirectory:
         return found
     if not path.exists():
         raise UsageError(
-            f"{given}: no such run directory or job file", hint="autoglm status lists ./runs"
+            f"{given}: no such run directory or job file",
+            hint="`autoglm status runs` lists the runs in ./runs",
         )
     raise UsageError(
         f"{given}: expected a run directory (with job.json) or a job file (.yaml)",
         hint="autoglm status DIR lists the runs in a directory",
     )
+
+
+def runs_in(given: str | None) -> list[RunDirectory]:
+    """The runs in the directory `given`, if it is one of runs and not a run itself."""
+    if given is None or RunDirectory(Path(given)).exists or not Path(given).is_dir():
+        return []
+    return runs(Path(given))
+
+
+def checkpoints(given: str | None) -> Path:
+    """Where the checkpoints are that `given` means; a path that is no job file means itself."""
+    if given is None or given.endswith((".yaml", ".yml")):
+        return run(given).path
+    return Path(given)
 
 
 def newest(directory: Path) -> RunDirectory:

@@ -9,6 +9,7 @@ supervisors with a reboot in between is there nothing but the wall clock.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -157,9 +158,7 @@ def _elapsed(supervisors: Sequence[Life], now: float | None) -> tuple[float, flo
     lived = sum(life.end - life.begin for life in supervisors)
     if supervisors and now is not None:
         lived += max(0.0, now - supervisors[-1].end)
-    down = sum(
-        _between(before, after) for before, after in zip(supervisors, supervisors[1:], strict=False)
-    )
+    down = sum(_between(before, after) for before, after in itertools.pairwise(supervisors))
     return lived + down, down
 
 

@@ -63,7 +63,7 @@ class Journal:
             self._waiting = b"\n"  # a crash tore the last line: keep it apart from ours
 
     def append(self, event: Event) -> Event:
-        """Write `event`; it survives the death of this process at once, of the machine after sync."""
+        """Write `event`: safe from the death of this process, and after `sync` of the machine."""
         self._waiting += encode(event)
         with contextlib.suppress(OSError):
             written = os.write(self._fd, self._waiting)

@@ -6,6 +6,7 @@ Written for an event loop: nothing here waits, starts a thread, or raises. A con
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import select
@@ -162,22 +163,22 @@ class Screen:
     def status(
         self,
         step: int,
-        total: int | None = None,
-        loss: float | None = None,
         rate: float | None = None,
+        loss: float | None = None,
         last_checkpoint: int | None = None,
         attempt: int = 0,
+        total: int | None = None,
     ) -> None:
-        """Where training is; `rate` is steps per second, `last_checkpoint` a step.
+        """Where training is: completed steps (-1 before the first), steps per second.
 
         On a terminal one live line, elsewhere a line every 30 s.
         """
-        parts = [f"step {step}" + (f"/{total}" if total else "")]
-        if loss is not None and loss == loss:
+        parts = ["starting" if step < 0 else f"step {step}" + (f"/{total}" if total else "")]
+        if loss is not None and not math.isnan(loss):
             parts.append(f"loss {loss:.4g}")
         if rate:
             parts.append(f"{rate:.3g} steps/s" if rate >= 0.1 else f"{1 / rate:.0f} s/step")
-        if last_checkpoint is not None:
+        if last_checkpoint:
             parts.append(f"checkpoint step {last_checkpoint}")
         if attempt:
             parts.append(f"attempt {attempt}")

@@ -143,7 +143,7 @@ def _phases(
         gate = following.gate
         if gate is not None:
             begun = mono(gate) - (number(gate, "seconds") or 0.0)
-            moments += [("decide", begun), ("gate", mono(gate))]
+            moments += [("wait", begun), ("gate", mono(gate))]
         restored = following.all("restored")
         restoring = [mono(e) - (number(e, "seconds") or 0.0) for e in restored]
         moments += [

@@ -211,6 +211,7 @@ _SAY: dict[str, Callable[[Event], str]] = {
     "decision": _decision,
     "stop_requested": lambda e: f"stop requested by {e.get('by', '?')}: saving first",
     "run_completed": _completed,
+    "warning": lambda e: short(str(e.get("text", ""))),
     "run_interrupted": _interrupted,
     "run_failed": lambda e: f"run failed: {short(str(e.get('reason', '?')))}",
 }

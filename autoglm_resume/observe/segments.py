@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from autoglm_resume.observe.journal import Event
 
 _TELL_STEP = frozenset(
-    ("first_step", "restored", "saved", "committed", "failure", "finished", "stopped")
-    + ("attempt_ended",)
+    "first_step restored saved committed failure finished stopped attempt_ended".split()
 )
 
 
@@ -158,21 +157,27 @@ def _worked(life: Life) -> bool:
 
 
 def attempts(events: Iterable[Event]) -> list[Segment]:
-    """The attempts of a run, oldest first."""
-    found: list[Segment] = []
-    by_number: dict[int, Segment] = {}
+    """The attempts of a run, oldest first.
+
+    A rank's event names its attempt, which may not have been announced yet, or be over already;
+    the supervisor's events between two attempts name the first, but a gate opens the second.
+    """
+    everything = list(events)
+    found: dict[int, Segment] = {}
     gate: Event | None = None
-    for event in events:
-        match event["event"]:
-            case "gate":
-                gate = event
-            case "attempt_started":
-                found.append(Segment(event, gate))
-                by_number[found[-1].attempt] = found[-1]
-                gate = None
-            case _ if found:
-                # A rank's event names its attempt, and may arrive after the next one began.
-                named = number(event, "attempt")
-                segment = by_number.get(int(named)) if named is not None else None
-                (segment or found[-1]).events.append(event)
-    return found
+    for event in everything:
+        if event["event"] == "gate":
+            gate = event
+        elif event["event"] == "attempt_started":
+            segment = Segment(event, gate)
+            found.setdefault(segment.attempt, segment)
+            gate = None
+    latest: Segment | None = None
+    for event in everything:
+        named = number(event, "attempt")
+        home = latest if named is None else found.get(int(named), latest)
+        if event["event"] == "attempt_started":
+            latest = home
+        elif home is not None and event["event"] != "gate":
+            home.events.append(event)
+    return list(found.values())

@@ -68,6 +68,11 @@ class _Seen:
     """Monotonic seconds of the last save, or of the start."""
 
 
+def hurried(stops: Sequence[signal.Signals]) -> bool:
+    """Whether a person insists: a second Ctrl-C. Schedulers send SIGTERM over and over."""
+    return stops.count(signal.SIGINT) > 1
+
+
 class Attempt:
     """One attempt. `stops` grows by a signal each time the supervisor is asked to stop."""
 
@@ -120,6 +125,7 @@ class Attempt:
             self._watch()
             return self._conclude(launcher)
         finally:
+            self._group.stop(0.0)
             self._rehearsal.end()
             self._pump.cancel(self._tick)
             self._follower.close()
@@ -135,7 +141,7 @@ class Attempt:
                 continue
             if self._stop_deadline is None:
                 self._stop_deadline = time.monotonic() + self._ask_to_stop()
-            if len(self._stops) > 1 or time.monotonic() >= self._stop_deadline:
+            if hurried(self._stops) or time.monotonic() >= self._stop_deadline:
                 return
 
     def _ask_to_stop(self) -> float:
@@ -181,11 +187,11 @@ class Attempt:
         if furthest >= 0:
             self._screen.status(
                 furthest,
-                self._seen.total,
-                beats[0].loss,
-                self._pace.rate,
-                self._seen.checkpointed,
-                self._task.attempt,
+                rate=self._pace.rate,
+                loss=beats[0].loss,
+                last_checkpoint=self._seen.checkpointed,
+                attempt=self._task.attempt,
+                total=self._seen.total,
             )
 
     def _event(self, rank: int, event: Event) -> None:
@@ -236,8 +242,8 @@ class Attempt:
 
     def _conclude(self, launcher: Launcher) -> Outcome:
         began = time.monotonic()
-        hurry = len(self._stops) > 1
-        self._group.stop(0.0 if hurry else self._job.restart.grace, linger=frozenset([AGENT]))
+        grace = 0.0 if hurried(self._stops) else self._job.restart.grace
+        self._group.stop(grace, linger=frozenset([AGENT]))
         end_orphans(launcher.own())
         stopped = time.monotonic()
         self._follower.drain()
@@ -301,7 +307,7 @@ class Attempt:
             if how is not None and code is None and number is None:
                 code = self._seen.codes.get(rank, torchrun.get(self._group.pids[rank]))
                 if code is not None and code < 0:
-                    code, number = None, -code
+                    number, code = -code, None
             evidence.append(
                 RankEvidence(
                     rank,

@@ -1,11 +1,11 @@
 """Drills: faults that a person orders, so that a recovery can be rehearsed. Parsing is pure.
 
-    kill:rank=1,step=30     SIGKILL rank 1 when it has completed 30 steps
-    stop:rank=0,step=30     SIGSTOP it: a hang
-    exit:code=3,step=30     let a rank exit (needs a session)
-    corrupt:latest,step=30  flip one bit in the newest checkpoint, then kill a rank
-    random:seed=7,every=20s,count=5   SIGKILL ranks at random moments
-    none                    no drill
+kill:rank=1,step=30     SIGKILL rank 1 when it has completed 30 steps
+stop:rank=0,step=30     SIGSTOP it: a hang
+exit:code=3,step=30     let a rank exit (needs a session)
+corrupt:latest,step=30  flip one bit in the newest checkpoint, then kill a rank
+random:seed=7,every=20s,count=5   SIGKILL ranks at random moments
+none                    no drill
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What happened to a worker group: from the evidence to a class, a root rank and a sentence. Pure."""
+"""What happened to a worker group: from evidence to a class, a root rank, a sentence. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autoglm_resume.errors import Interrupted
-from autoglm_resume.worker.board import Beat, Phase
+from autoglm_resume.worker.board import NEVER, Beat, Phase
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class RankEvidence:
     """Position in the order in which the ranks were seen to end."""
     by_us: bool = False
     """Whether it ended after we began to stop the group."""
-    beat: Beat = Beat()
+    beat: Beat = NEVER
     error: ErrorRecord | None = None
     refusal: Refusal | None = None
     state: str = ""
@@ -51,7 +51,9 @@ class RankEvidence:
 
     @property
     def failed(self) -> bool:
-        return not self.by_us and (self.signal is not None or self.code not in (0, Interrupted.exit_code, None))
+        return not self.by_us and (
+            self.signal is not None or self.code not in (0, Interrupted.exit_code, None)
+        )
 
 
 class Kind(enum.Enum):
@@ -82,9 +84,7 @@ class Failure:
     signal: int | None = None
 
 
-def conclude(
-    ranks: Sequence[RankEvidence], hung: Sequence[int] = (), agent: str = ""
-) -> Failure:
+def conclude(ranks: Sequence[RankEvidence], hung: Sequence[int] = (), agent: str = "") -> Failure:
     """The failure of a group whose ranks left this evidence.
 
     `hung` ranks missed their beats; `agent` is what torchrun said about its own end.

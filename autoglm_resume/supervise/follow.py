@@ -47,8 +47,8 @@ class Follower:
 
     def drain(self) -> None:
         """Read everything there is now."""
-        for name in sorted(os.listdir(self._directory)):
-            self._read(name)
+        for path in sorted(self._directory.iterdir()):
+            self._read(path.name)
 
     def close(self) -> None:
         """Read the rest and stop following."""

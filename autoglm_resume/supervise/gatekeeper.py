@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ class Gatekeeper:
     """What ranks would not load, by id."""
 
     def __post_init__(self) -> None:
+        self._abandoned: list[Path] = []
         self.store = Store(Path(self.job.checkpoint.dir))
 
     def pass_gate(self) -> ResumePoint | None:
@@ -38,6 +40,7 @@ class Gatekeeper:
         """
         began = time.monotonic()
         self._complete()
+        self._abandoned = self.store.abandoned()
         choice = self.judge()
         accepted = choice.accepted
         self.tell(
@@ -53,6 +56,20 @@ class Gatekeeper:
         for verdict in choice.verdicts:
             if verdict.corrupt:
                 self._quarantine(verdict)
+        return ResumePoint(accepted.id, accepted.step, accepted.manifest.digest)
+
+    def clean(self) -> None:
+        """Remove what was abandoned when the gate was passed; ranks may run by now."""
+        with contextlib.suppress(OSError):
+            self.store.sweep(self._abandoned)
+        self._abandoned = []
+
+    def newest(self) -> ResumePoint | None:
+        """What the gate would take now. No rank may be alive."""
+        self._complete()
+        accepted = self.judge().accepted
+        if accepted is None or accepted.manifest is None:
+            return None
         return ResumePoint(accepted.id, accepted.step, accepted.manifest.digest)
 
     def judge(self, *, every: bool = False) -> Choice:
@@ -108,8 +125,8 @@ class Gatekeeper:
             )
         if self.store.quarantined() or self.checkpointed:
             raise NoAcceptableCheckpoint(
-                f"{directory}: expected the checkpoint of step {self.checkpointed} or an older one, "
-                "found none; nothing was changed",
+                f"{directory}: expected the checkpoint of step {self.checkpointed} or an older "
+                "one, found none; nothing was changed",
                 hint="is the file system mounted? Put a checkpoint back, or start over with "
                 "`autoglm run --fresh`",
             )

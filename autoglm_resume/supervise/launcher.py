@@ -1,4 +1,4 @@
-"""Starting a worker group: by forks of a zygote, cold where that is not possible, or by torchrun."""
+"""Starting a worker group: forked from a zygote, cold where that cannot be, or by torchrun."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ _EXIT_LINE = re.compile(r"exitcode\s*:\s*(-?\d+)\s*\(pid:\s*(\d+)\)")
 class Launcher(Protocol):
     """How ranks come to be."""
 
-    def start(
-        self, assignment: Assignment, group: Group, cancelled: Callable[[], bool]
-    ) -> None:
+    def start(self, assignment: Assignment, group: Group, cancelled: Callable[[], bool]) -> None:
         """Start every rank into `group`, unless `cancelled` turns true first."""
         ...
 
@@ -68,9 +66,7 @@ class Warm:
         self._cold: list[subprocess.Popen[bytes]] = []
         self._zygote: Zygote | None = self._spawn()
 
-    def start(
-        self, assignment: Assignment, group: Group, cancelled: Callable[[], bool]
-    ) -> None:
+    def start(self, assignment: Assignment, group: Group, cancelled: Callable[[], bool]) -> None:
         ranks = range(assignment.world_size)
         self.revive()
         deadline = time.monotonic() + self.PATIENCE
@@ -140,9 +136,7 @@ class Torchrun:
         self._environment = environment
         self._processes: list[subprocess.Popen[bytes]] = []
 
-    def start(
-        self, assignment: Assignment, group: Group, cancelled: Callable[[], bool]
-    ) -> None:
+    def start(self, assignment: Assignment, group: Group, cancelled: Callable[[], bool]) -> None:
         if cancelled():
             return
         with torchrun_log(assignment).open("ab") as output:

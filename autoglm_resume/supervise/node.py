@@ -20,7 +20,7 @@ def visible_gpus() -> int:
         devices = [item.strip() for item in listed.split(",")]
         # CUDA takes the entries before the first invalid one.
         return next((n for n, item in enumerate(devices) if item in ("", "-1")), len(devices))
-    import pynvml
+    import pynvml  # type: ignore[import-untyped]
 
     try:
         pynvml.nvmlInit()

@@ -1,4 +1,4 @@
-"""The supervisor's event loop: it waits for descriptors, signals and deadlines, never for a sleep."""
+"""The supervisor's event loop: it waits for descriptors, signals and deadlines; no sleeps."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Pump:
 
 
 class Signals:
-    """Signals as readable events: the handler runs in the pump, never in the middle of something."""
+    """Signals as readable events: handled in the pump, never in the middle of something."""
 
     def __init__(self, pump: Pump, numbers: Iterable[signal.Signals], handler: Any) -> None:
         self._pump = pump
@@ -82,7 +82,8 @@ class Signals:
         self._read.setblocking(False)
         self._write.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
-        self._numbers = frozenset(numbers)
+        # nohup ignores SIGHUP for its children, and means it.
+        self._numbers = frozenset(n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN)
         self._before = {n: signal.signal(n, lambda *_: None) for n in self._numbers}
         pump.watch(self._read, self._readable)
 

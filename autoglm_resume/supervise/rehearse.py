@@ -38,9 +38,7 @@ class Rehearsal:
         self._board: Board | None = None
         self._change: Change | None = None
 
-    def begin(
-        self, group: Group, board: Board, change: Change
-    ) -> None:
+    def begin(self, group: Group, board: Board, change: Change) -> None:
         """Watch a new attempt; `change` changes the request on its board."""
         self._group, self._board, self._change = group, board, change
         if self._at_steps:
@@ -75,7 +73,8 @@ class Rehearsal:
             self._pump.cancel(self._look)
 
     def _due(self, drill: Drill) -> bool:
-        assert self._board is not None and self._group is not None
+        assert self._board is not None
+        assert self._group is not None
         rank = drill.rank or 0
         if rank not in self._group.alive or self._group.stopping:
             return False

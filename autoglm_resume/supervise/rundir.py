@@ -1,11 +1,11 @@
 """A run's directory: journal, job, one folder per attempt, and the lock of its supervisor.
 
-    runs/NAME/
-      job.json            the job as it was last started, every default filled in
-      events.jsonl        the journal
-      lock                held (flock) by the supervisor while it lives; says who it is
-      attempts/000/       rank-N.log, rank-N.events.jsonl, rank-N.error.json, assignment.json
-      checkpoints/        unless the job puts them elsewhere
+runs/NAME/
+  job.json            the job as it was last started, every default filled in
+  events.jsonl        the journal
+  lock                held (flock) by the supervisor while it lives; says who it is
+  attempts/000/       rank-N.log, rank-N.events.jsonl, rank-N.error.json, assignment.json
+  checkpoints/        unless the job puts them elsewhere
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class RunDirectory:
         try:
             job = json.loads(self._job.read_bytes())
         except FileNotFoundError:
-            raise UsageError(f"{self.path}: no run was started here (no {self._job.name})") from None
+            raise UsageError(
+                f"{self.path}: no run was started here (no {self._job.name})"
+            ) from None
         except ValueError as error:
             raise UsageError(f"{self._job}: expected JSON, found: {error}") from None
         if not isinstance(job, dict):

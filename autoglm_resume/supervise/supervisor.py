@@ -14,12 +14,12 @@ from typing import Any
 
 import autoglm_resume
 from autoglm_resume import linux
-from autoglm_resume.errors import AutoglmError, CheckpointError, Interrupted, died_by_signal
+from autoglm_resume.errors import AutoglmError, Interrupted, died_by_signal
 from autoglm_resume.job.spec import Job, dump
 from autoglm_resume.observe.journal import Event, Journal, stamped
 from autoglm_resume.observe.live import Screen
 from autoglm_resume.supervise import history, policy
-from autoglm_resume.supervise.attempt import Attempt, Outcome
+from autoglm_resume.supervise.attempt import Attempt, Outcome, hurried
 from autoglm_resume.supervise.drill import Drill
 from autoglm_resume.supervise.gatekeeper import Gatekeeper
 from autoglm_resume.supervise.group import end_orphans
@@ -45,7 +45,12 @@ def environment(job: Job) -> dict[str, str]:
 
 
 def assignment(
-    job: Job, run: RunDirectory, run_id: str, number: int, port: int, resume: ResumePoint | None,
+    job: Job,
+    run: RunDirectory,
+    run_id: str,
+    number: int,
+    port: int,
+    resume: ResumePoint | None,
     board: str,
 ) -> Assignment:
     """What the ranks of attempt `number` are told."""
@@ -75,7 +80,7 @@ def assignment(
 
 
 class Supervisor:
-    """One life of a run's supervisor. Raises CheckpointError and UsageError before any rank runs."""
+    """One life of a run's supervisor."""
 
     def __init__(
         self, run: RunDirectory, lock: Lock, job: Job, drills: Sequence[Drill], screen: Screen
@@ -101,7 +106,10 @@ class Supervisor:
         self._drills = drills
 
     def run(self) -> int:
-        """Bring the run to its end, and return the exit code."""
+        """Bring the run to its end and return the exit code.
+
+        Raises NoAcceptableCheckpoint, and UsageError for what the start of an attempt needs.
+        """
         linux.adopt_orphans()
         signals = Signals(self._pump, STOPS, self._stop_asked)
         began = time.monotonic()
@@ -136,7 +144,7 @@ class Supervisor:
                 )
                 return 0
             if self._stops or outcome.failure is None:
-                return self._interrupted(self._newest())
+                return self._interrupted(self._gate.newest())
             self._ended.append(
                 policy.Ended(resume.step if resume else 0, outcome.step, self._gate.checkpointed)
             )
@@ -180,6 +188,8 @@ class Supervisor:
                     return None
                 if rank != 0:  # a large model's structure is written down once
                     return {**event, "model": None}
+            case "first_step":
+                self._gate.clean()
             case "imports":
                 launcher.learn(event["modules"])
             case "committed":
@@ -224,8 +234,8 @@ class Supervisor:
 
     def _interrupted(self, newest: ResumePoint | None) -> int:
         number = self._stops[0] if self._stops else signal.SIGTERM
-        if len(self._stops) > 1:
-            code, reason = died_by_signal(self._stops[1]), "stopped at once, as asked twice"
+        if hurried(self._stops):
+            code, reason = died_by_signal(signal.SIGINT), "stopped at once, as asked twice"
         elif newest is not None:
             code, reason = Interrupted.exit_code, f"stopped; continues from step {newest.step}"
         else:
@@ -234,15 +244,10 @@ class Supervisor:
         self._tell("run_interrupted", code=code, reason=reason, step=step)
         return code
 
-    def _newest(self) -> ResumePoint | None:
-        try:
-            return self._gate.pass_gate()
-        except CheckpointError:
-            return None
-
     def _stop_asked(self, number: signal.Signals) -> None:
         self._stops.append(number)
-        self._tell("stop_requested", by=number.name)
+        if len(self._stops) == 1:
+            self._tell("stop_requested", by=number.name)
 
     def _rules(self) -> policy.Rules:
         restart = self._job.restart

@@ -49,6 +49,7 @@ class Zygote:
         self.state = State.BUSY
         self.unfit_module: str | None = None
         self._reply: dict[str, Any] | None = None
+        self._introduced = False
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket = ours
         with theirs, log.open("ab") as output:
@@ -121,7 +122,8 @@ class Zygote:
             return
         self._reply = reply
         self.state = State.READY
-        if reply["op"] == "ready":
+        if reply["op"] == "ready" and not self._introduced:
+            self._introduced = True
             fields = {key: reply[key] for key in ("seconds", "modules", "skipped")}
             self._tell("zygote_ready", **fields)
 

@@ -83,9 +83,13 @@ class Beat:
     grad_norm: float = float("nan")
 
 
+NEVER = Beat()
+"""Of a rank that has not beaten."""
+
+
 @dataclass(frozen=True)
 class Control:
-    """What the supervisor asks of the ranks; -1 where it asks nothing. Steps are completed steps."""
+    """What the supervisor asks of the ranks, in completed steps; -1 where it asks nothing."""
 
     save_at: int = -1
     stop_at: int = -1
@@ -164,11 +168,9 @@ class Board:
         """The last beat of `rank`, also after its death."""
         values = self._beats[rank].read()
         if values is None:
-            return Beat()
+            return NEVER
         pid, phase, step, at, first, loss, grad_norm = values
-        return Beat(
-            int(pid), Phase(int(phase)), int(step), int(at), int(first), loss, grad_norm
-        )
+        return Beat(int(pid), Phase(int(phase)), int(step), int(at), int(first), loss, grad_norm)
 
     def beats(self) -> tuple[Beat, ...]:
         """The last beat of every rank."""

@@ -1,4 +1,4 @@
-"""A sampler that deals every sample exactly once per epoch, however often training is interrupted."""
+"""A sampler that deals every sample once per epoch, however often training is interrupted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autoglm_resume.errors import UsageError
 class ResumableSampler:
     """A batch sampler for `torch.utils.data.DataLoader(..., batch_sampler=sampler)`.
 
-    Each global batch (`batch_size` × world size samples of the epoch's permutation) is dealt to
+    Each global batch (`batch_size` times world size samples of the epoch's permutation) is dealt to
     the ranks in turn; the last one of an epoch may be smaller, and what would not give every rank
     a sample joins the batch before it. So nothing is padded, dropped, or seen twice.
 

@@ -1,4 +1,4 @@
-"""Beats from inside a step, so that a dead rank's last phase is known: forward, backward, optimizer."""
+"""Beats from inside a step, so that the phase in which a rank died is known."""
 
 from __future__ import annotations
 

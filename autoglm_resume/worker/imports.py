@@ -16,7 +16,7 @@ def begin(*own: str) -> None:
     """
     global _known, _own
     _known = frozenset(sys.modules)
-    _own = tuple(os.path.join(os.path.realpath(path), "") for path in own)
+    _own = tuple(os.path.realpath(path) + os.sep for path in own)
 
 
 def imported_since_start() -> list[str]:

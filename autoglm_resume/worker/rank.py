@@ -78,7 +78,7 @@ def _execute(source: Source) -> None:
     script = source.script
     assert script is not None
     sys.argv = [script, *source.args]
-    home = os.path.dirname(script)
+    home = str(Path(script).parent)
     sys.path.insert(0, home)
     imports.begin(source.workdir, home)
     # Not runpy.run_path: it takes the module away again when the script ends, while its

@@ -1,4 +1,4 @@
-"""Every random generator of a process, as plain state: Python, NumPy, torch CPU, each CUDA device."""
+"""Every random generator of a process: Python, NumPy, torch on the CPU and each CUDA device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def capture() -> dict[str, Any]:
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         state["numpy"] = numpy.random.get_state()
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = [generator.get_state() for generator in torch.cuda.default_generators]
     return state
 
@@ -29,6 +29,6 @@ def restore(state: dict[str, Any]) -> None:
 
         numpy.random.set_state(state["numpy"])
     if "cuda" in state:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         for generator, saved in zip(torch.cuda.default_generators, state["cuda"], strict=False):
             generator.set_state(saved)

@@ -10,7 +10,6 @@ It works unchanged under autoglm, under plain torchrun, and alone with python.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from collections.abc import Iterator
@@ -75,6 +74,7 @@ class Session:
         self._resumed = False
         self._stepped = False
         self._saved_step = -1
+        self._reported = 0.0
         self._lineage: tuple[str, ...] = ()
         self._requests: Requests | None = None
         events = assignment.events(chosen.rank) if assignment else None
@@ -184,7 +184,15 @@ class Session:
             self._stop()
 
     def report(self, *, loss: Any | None = None, grad_norm: Any | None = None) -> None:
-        """Show figures of this step in the heartbeat; numbers or one-element tensors."""
+        """Show figures of this step in the heartbeat; numbers or one-element tensors.
+
+        Reading a tensor on a device waits for the device, so that happens once a second at most.
+        """
+        now = time.monotonic()
+        if _on_device(loss) or _on_device(grad_norm):
+            if now - self._reported < 1:
+                return
+            self._reported = now
         self._pulse.report(_number(loss), _number(grad_norm))
 
     def save(self) -> bool:
@@ -348,6 +356,10 @@ def _unwrapped(obj: Any) -> Any:
             obj = obj._orig_mod
         else:
             return obj
+
+
+def _on_device(value: Any | None) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type != "cpu"
 
 
 def _number(value: Any | None) -> float | None:

@@ -1,4 +1,4 @@
-"""What a session needs to know, from its supervisor's assignment or, without one, from the script."""
+"""What a session needs to know: from its supervisor or, without one, from the script."""
 
 from __future__ import annotations
 
@@ -93,6 +93,9 @@ def _choose(
     settings: Settings, model_hash: str | None
 ) -> ResumePoint | NoAcceptableCheckpoint | None:
     store = Store(settings.checkpoint_dir)
+    store.complete()
+    if settings.world_size == 1 or dist.is_initialized():
+        store.sweep()  # the other ranks wait for this answer, so nothing is being written
     expectation = Expectation(world_size=settings.world_size, model_hash=model_hash)
     choice = choose(store.candidates(), expectation)
     if choice.accepted is not None and choice.accepted.manifest is not None:

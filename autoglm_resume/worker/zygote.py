@@ -43,7 +43,7 @@ class Rank(NamedTuple):
 
 def threads() -> int:
     """Threads of this process, those of C libraries included."""
-    return len(os.listdir("/proc/self/task"))
+    return sum(1 for _ in Path("/proc/self/task").iterdir())
 
 
 def unfit() -> str:
@@ -51,9 +51,9 @@ def unfit() -> str:
     if threads() > 1:
         return f"it has grown to {threads()} threads"
     with contextlib.suppress(OSError):
-        for fd in os.listdir("/proc/self/fd"):
+        for fd in Path("/proc/self/fd").iterdir():
             with contextlib.suppress(OSError):
-                if os.readlink(f"/proc/self/fd/{fd}").startswith("/dev/nvidia"):
+                if str(fd.readlink()).startswith("/dev/nvidia"):
                     return "CUDA is initialised in it"
     return ""
 
@@ -154,7 +154,7 @@ def main() -> None:
     linux.die_with_parent(supervisor, signal.SIGTERM)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.path.pop(0)  # where this package lies, put there by `python -m`
-    # Some modules ask for devices when they are imported; through NVML that does not initialise CUDA.
+    # Some modules count devices when they are imported; NVML does that without initialising CUDA.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     with contextlib.suppress(OSError):
         control.send(json.dumps(preload([*ALWAYS, *modules])).encode())

@@ -16,7 +16,7 @@ from autoglm_resume.checkpoint.gate import Expectation, choose
 from autoglm_resume.checkpoint.snapshot import Snapshot
 from autoglm_resume.checkpoint.store import Store
 
-OLD, NEW = "step-0000000001.a0", "step-0000000002.a0"
+OLDEST, OLD, NEW = (f"step-000000000{step}.a0" for step in (0, 1, 2))
 OPERATIONS = {"open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.scandir"}
 SURVIVED, CRASHED, FAILED = 0, 9, 1
 
@@ -51,7 +51,7 @@ def save_both(store: Store, taken: list[Snapshot]) -> None:
 
 STORIES: dict[str, Callable[[Store], object]] = {
     "save": lambda store: None,
-    "save and delete the old one": lambda store: store.delete(OLD),
+    "save and delete the old ones": lambda store: [store.delete(id) for id in (OLDEST, OLD)],
     "save and quarantine the new one": lambda store: store.quarantine(NEW, "a drill"),
     "save and sweep": lambda store: store.sweep(),
 }
@@ -61,11 +61,12 @@ STORIES: dict[str, Callable[[Store], object]] = {
 def test_dying_at_any_file_operation_leaves_the_old_or_the_new_checkpoint(
     tmp_path: Path, snaps: Callable[..., list[Snapshot]], save: Any, story: str
 ) -> None:
-    taken = snaps(2, lineage=[OLD], width=8)
+    taken = snaps(2, lineage=[OLD, OLDEST], width=8)
     outcomes = set()
     for at in range(1, 200):
         store = Store(tmp_path / str(at))
-        save(store, 1, width=8)
+        save(store, 0, width=8)
+        save(store, 1, width=8, lineage=[OLDEST])
 
         def work(store: Store = store) -> None:
             save_both(store, taken)
@@ -82,6 +83,7 @@ def test_dying_at_any_file_operation_leaves_the_old_or_the_new_checkpoint(
         assert recovered.step >= chosen.step
         store.sweep()
         assert choose(store.candidates(deep=True), Expectation(2)).accepted == recovered
+        assert all(facts.integrity.ok for facts in store.candidates())
         assert store.uncommitted() == []
         assert not list(store.root.glob(f"step-*/{files.TEMPORARY}*"))
         outcomes.add(recovered.id)

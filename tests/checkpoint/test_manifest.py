@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def test_every_flipped_bit_of_a_manifest_is_noticed(bit: int) -> None:
     for place in range(len(data)):
         flipped = bytearray(data)
         flipped[place] ^= 1 << bit
-        with pytest.raises(CheckpointError, match="some/manifest.json"):
+        with pytest.raises(CheckpointError, match=r"some/manifest\.json"):
             Manifest.decode(bytes(flipped), "some/manifest.json")
 
 
@@ -210,7 +211,7 @@ def test_a_newer_format_names_both_numbers() -> None:
         b"9" * 10_000,
         b'{"format": 1e999}',
         b'{"format": NaN}',
-        b'{"format": 1, "digest": "blake3:' + b"0" * 64 + b'", "x": ' + b"[" * 900 + b"]" * 900 + b"}",
+        b'{"format": 1, "digest": "%s", "x": %s}' % (CONTENT.encode(), b"[" * 900 + b"]" * 900),
     ],
     ids=lambda d: repr(d[:12]),
 )  # fmt: skip
@@ -242,10 +243,8 @@ def test_any_value_in_any_place_is_read_or_refused(data: st.DataObject) -> None:
         *(f"fingerprint.{k}" for k in document["fingerprint"]),
     ]
     set_at(document, data.draw(st.sampled_from(paths)), data.draw(json_values))
-    try:
+    with suppress(CheckpointError):
         Part.decode(compact(document), "f")
-    except CheckpointError as error:
-        assert error.message.startswith("f: ")
 
 
 def test_parts_that_disagree_are_not_one_checkpoint() -> None:
@@ -266,7 +265,7 @@ def test_ids_sort_by_step_then_attempt() -> None:
     assert m.parse_id("step-0000000009.a10") == (9, "a10")
     for bad in ("step-9.a1", "step-0000000009", "step-0000000009.A", "quarantine", ""):
         assert m.parse_id(bad) is None
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="no checkpoint id"):
         m.checkpoint_id(-1, "a0")
 
 

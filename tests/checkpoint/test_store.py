@@ -13,7 +13,7 @@ import pytest
 from autoglm_resume import files
 from autoglm_resume.checkpoint import saver
 from autoglm_resume.checkpoint.gate import Expectation, choose
-from autoglm_resume.checkpoint.manifest import MANIFEST
+from autoglm_resume.checkpoint.manifest import MANIFEST, Parent
 from autoglm_resume.checkpoint.snapshot import Snapshot
 from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.errors import CorruptCheckpoint
@@ -62,7 +62,7 @@ def test_each_checkpoint_names_the_one_before(store: Store, save: Any) -> None:
     save(store, 2, lineage=[STEP_1])
     first, second = (store.load_manifest(store.directory(id)) for id in (STEP_1, STEP_2))
     assert first.parent is None
-    assert second.parent and (second.parent.id, second.parent.digest) == (STEP_1, first.digest)
+    assert second.parent == Parent(STEP_1, first.digest)
 
 
 def test_a_parent_that_was_never_finished_or_is_gone_is_skipped(
@@ -72,7 +72,8 @@ def test_a_parent_that_was_never_finished_or_is_gone_is_skipped(
     saver.persist(snaps(2, lineage=[STEP_1])[0], store)
     save(store, 3, lineage=[STEP_2, STEP_1])
     manifest = store.load_manifest(store.directory(STEP_3))
-    assert manifest.parent and manifest.parent.id == STEP_1
+    assert manifest.parent is not None
+    assert manifest.parent.id == STEP_1
     assert [p.name for p in store.uncommitted()] == [STEP_2]
 
 
@@ -96,7 +97,8 @@ def test_any_order_of_the_ranks_gives_the_same_manifest(tmp_path: Path, snaps: S
             assert store.commit(STEP_1) is None
             saver.persist(taken[rank], store)
         manifest = store.commit(STEP_1)
-        assert manifest and manifest == store.load_manifest(store.directory(STEP_1))
+        assert manifest is not None
+        assert manifest == store.load_manifest(store.directory(STEP_1))
         made.add(tuple(tuple(part.objects.items()) for part in manifest.parts))
     assert len(made) == 1
 
@@ -120,7 +122,8 @@ def test_parts_that_cannot_belong_together_are_not_committed(
             saver.persist(taken, other)
         return other.directory(STEP_1)
 
-    two, three, other = parts("two"), parts("three", ranks=3), parts("other", lineage=["step-0000000000.a0"])  # fmt: skip
+    two, three = parts("two"), parts("three", ranks=3)
+    other = parts("other", lineage=["step-0000000000.a0"])
     target = store.directory(STEP_1)
     for source in (three, other):
         shutil.copytree(two, target)
@@ -165,8 +168,10 @@ def test_facts_tell_the_gate_everything(store: Store, save: Any) -> None:
     save(store, 1)
     (facts,) = store.candidates()
     assert (facts.id, facts.step, facts.world_size, facts.created) == (STEP_1, 1, 2, 1_700_000_001)
-    assert facts.model and facts.model_hash == facts.model.hash
-    assert facts.manifest and facts.raw == facts.manifest.raw > facts.stored > 0
+    assert facts.model is not None
+    assert facts.model_hash == facts.model.hash
+    assert facts.manifest is not None
+    assert facts.raw == facts.manifest.raw > facts.stored > 0
     expectation = Expectation(2, facts.model_hash, facts.model)
     assert choose(store.candidates(), expectation).accepted == facts
 
@@ -178,7 +183,8 @@ def test_a_torn_manifest_is_latest_but_never_accepted(store: Store, save: Any) -
     file.write_bytes(file.read_bytes()[:100])
     assert store.latest() == store.directory(STEP_2)
     choice = choose(store.candidates(), Expectation(2))
-    assert choice.accepted and choice.accepted.id == STEP_1
+    assert choice.accepted is not None
+    assert choice.accepted.id == STEP_1
     assert choice.verdicts[0].corrupt
     assert "manifest.json: expected a JSON document" in choice.verdicts[0].reason
 

@@ -1,0 +1,66 @@
+"""`autoglm inspect ckpt`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autoglm_resume.errors import CheckpointError, UsageError
+
+EXAMPLES = """
+\b
+Examples:
+  autoglm inspect ckpt runs/quickstart
+  autoglm inspect ckpt runs/quickstart/checkpoints/step-0000000040.a0 --verify
+  autoglm inspect ckpt runs/quickstart --tensors
+  autoglm inspect ckpt runs/quickstart --json | jq .objects
+"""
+
+
+def ckpt(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PATH",
+            help="A checkpoint, a directory of checkpoints, or a run directory (then the newest).",
+        ),
+    ],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every byte instead of trusting fingerprints.")
+    ] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> int:
+    """Show a checkpoint: manifest, parts, chain, and the verdict of every check (90 if one fails).
+
+    Nothing is unpickled, so it is safe on files from anywhere.
+    """
+    from autoglm_resume.observe import inspection
+
+    target = inspection.find(path)
+    if not target.paths:
+        raise UsageError(f"{target.store.root}: no checkpoint there yet")
+    expected = inspection.expectation(target.run)
+    newest = target.paths[0]
+    if verify:
+        with inspection.Progress(
+            f"verifying {newest.name}", inspection.stored_bytes(target, [newest])
+        ) as progress:
+            found = inspection.inspect(target, newest, expected, progress)
+    else:
+        found = inspection.inspect(target, newest, expected)
+    others = [] if target.single else inspection.verdicts(target, expected)
+    if json:
+        import json as jsonlib
+
+        document = inspection.to_json(found, tensors=tensors)
+        if not target.single:
+            document["all"] = [verdict.to_json() for verdict in others]
+        print(jsonlib.dumps(document, indent=2))
+    else:
+        listing = [inspection.verdicts_table(others)] if others else []
+        inspection.show([*listing, *inspection.tables(found, tensors=tensors)])
+    good = found.verdict.accepted and all(verdict.accepted for verdict in others)
+    return 0 if good else CheckpointError.exit_code

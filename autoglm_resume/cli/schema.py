@@ -1,0 +1,22 @@
+"""`autoglm schema`."""
+
+from __future__ import annotations
+
+import json
+
+EXAMPLES = """
+\b
+Examples:
+  autoglm schema > job.schema.json
+\b
+Then begin a job file with this line, for editors that speak YAML:
+  # yaml-language-server: $schema=job.schema.json
+"""
+
+
+def schema() -> int:
+    """Print the JSON Schema of job files, so that editors complete and check them."""
+    from autoglm_resume.job.load import json_schema
+
+    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+    return 0

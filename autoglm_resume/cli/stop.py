@@ -1,0 +1,39 @@
+"""`autoglm stop`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+EXAMPLES = """
+\b
+Examples:
+  autoglm stop                    the newest run under ./runs
+  autoglm stop runs/quickstart
+  autoglm resume runs/quickstart  goes on from there
+"""
+
+
+def stop(
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RUN]",
+            show_default=False,
+            help="A run directory or a job file. Default: the newest run under ./runs.",
+        ),
+    ] = None,
+) -> int:
+    """Ask a run to save and stop, and wait until it has."""
+    from autoglm_resume.cli import target
+    from autoglm_resume.observe import stopping
+
+    found = target.run(run)
+    holder = found.holder()
+    if holder is None:
+        print(f"{found.path}: not running")
+        return 0
+    stopping.stop(found, holder)
+    print(stopping.outcome(found))
+    return 0

@@ -1,0 +1,42 @@
+"""`autoglm verify`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+EXAMPLES = """
+\b
+Examples:
+  autoglm verify                             the newest run under ./runs
+  autoglm verify runs/quickstart
+  autoglm verify /backup/checkpoints --json
+"""
+
+
+def verify(
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RUN|DIR]",
+            show_default=False,
+            help="A run directory, a job file, a checkpoint, or a directory of checkpoints.",
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> int:
+    """Read every byte of every checkpoint. Exits 0 if all are good, 1 if some, 90 if none."""
+    from autoglm_resume.cli import target
+    from autoglm_resume.observe import inspection
+
+    found = inspection.find(target.checkpoints(what))
+    with inspection.Progress("verifying", inspection.stored_bytes(found, found.paths)) as progress:
+        verdicts = inspection.verdicts(found, inspection.expectation(found.run), progress)
+    if json:
+        import json as jsonlib
+
+        print(jsonlib.dumps([verdict.to_json() for verdict in verdicts], indent=2))
+    else:
+        inspection.show([inspection.verdicts_table(verdicts)])
+    return inspection.exit_code(verdicts)

@@ -1,0 +1,53 @@
+"""What a dry run shows."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import shlex
+import sys
+
+from autoglm_resume.observe.live import printable
+from autoglm_resume.observe.say import rejection
+from autoglm_resume.supervise.start import Plan
+
+
+def show(plan: Plan, *, json: bool) -> int:
+    """Print `plan` on standard output; returns the exit code that starting it would begin with."""
+    sys.stdout.write(as_json(plan) if json else as_text(plan))
+    return 0 if plan.resume or not plan.verdicts else 90
+
+
+def as_json(plan: Plan) -> str:
+    """One document."""
+    document = {
+        "job": plan.job,
+        "command": plan.command,
+        "environment": plan.environment,
+        "verdicts": [verdict.to_json() for verdict in plan.verdicts],
+        "resume": plan.resume,
+        "step": plan.step,
+    }
+    return jsonlib.dumps(document, indent=2) + "\n"
+
+
+def as_text(plan: Plan) -> str:
+    """The job is valid YAML; what follows stands in comments, so the whole is a job file."""
+    import yaml
+
+    job = yaml.safe_dump(plan.job, sort_keys=False, allow_unicode=True)
+    lines = ["", "command of rank 0:", f"  {shlex.join(plan.command)}", "", "its environment:"]
+    lines += [f"  {name}={shlex.quote(value)}" for name, value in plan.environment.items()]
+    lines += ["", *_gate(plan)]
+    return job + "".join(f"# {printable(line, colors=False)}".rstrip() + "\n" for line in lines)
+
+
+def _gate(plan: Plan) -> list[str]:
+    if not plan.verdicts:
+        return ["no checkpoint yet: it would start from step 0"]
+    lines = ["checkpoints, newest first:"]
+    for verdict in plan.verdicts:
+        refused = f"rejected: {rejection(verdict.to_json())}"
+        lines.append(f"  {verdict.id}  {verdict.reason if verdict.accepted else refused}")
+    if plan.resume is None:
+        return [*lines, "none of them is acceptable: it would exit 90 and start nothing"]
+    return [*lines, f"it would start from step {plan.step}, checkpoint {plan.resume}"]

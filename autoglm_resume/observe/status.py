@@ -1,0 +1,144 @@
+"""How a run is doing: what its journal says, and the last heartbeat of every rank."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from autoglm_resume.observe import report
+from autoglm_resume.observe.goodput import Summary, summarize
+from autoglm_resume.observe.say import seconds
+from autoglm_resume.observe.tables import Table
+from autoglm_resume.supervise.rundir import Holder, RunDirectory
+from autoglm_resume.worker.board import Beat, Board
+
+
+@dataclass(frozen=True)
+class Rank:
+    """The last sign of progress of a rank."""
+
+    rank: int
+    pid: int
+    step: int
+    """Completed steps, -1 before it knows where it starts."""
+    phase: str
+    age: float | None
+    """Seconds since that beat, None if there was none yet."""
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class Status:
+    """One run, now."""
+
+    run: Path
+    summary: Summary
+    holder: Holder | None
+    """The supervisor that has it."""
+    ranks: tuple[Rank, ...]
+    """None of them if there is no supervisor, or it is on another host or of another user."""
+
+    @property
+    def step(self) -> int | None:
+        """Completed steps: of the heartbeats if there are any."""
+        live = [rank.step for rank in self.ranks if rank.step >= 0]
+        return max(live) if live else self.summary.step
+
+
+def of(run: RunDirectory) -> Status:
+    """Look at one run."""
+    holder = run.holder()
+    here = holder is not None and holder.host == socket.gethostname()
+    now = time.monotonic() if here else None
+    summary = summarize(run.events(), alive=holder is not None, now=now)
+    return Status(run.path, summary, holder, _ranks(holder) if here and holder else ())
+
+
+def _ranks(holder: Holder) -> tuple[Rank, ...]:
+    if not holder.board:
+        return ()
+    try:
+        board = Board.open(Path(holder.board))
+    except (OSError, ValueError):
+        return ()
+    try:
+        now = time.monotonic_ns()
+        return tuple(_rank(rank, beat, now) for rank, beat in enumerate(board.beats()))
+    finally:
+        board.close()
+
+
+def _rank(rank: int, beat: Beat, now: int) -> Rank:
+    age = max(0.0, (now - beat.time) / 1e9) if beat.time else None
+    loss = beat.loss if beat.loss == beat.loss else None
+    return Rank(rank, beat.pid, beat.step, beat.phase.label, age, loss)
+
+
+def to_json(status: Status) -> dict[str, Any]:
+    """Every figure; durations in seconds."""
+    return {
+        "run": str(status.run),
+        "supervisor": asdict(status.holder) if status.holder else None,
+        "ranks": [asdict(rank) for rank in status.ranks],
+        **report.to_json(status.summary),
+        "step": status.step,
+    }
+
+
+def show(status: Status) -> None:
+    """One run, on standard output."""
+    holder = status.holder
+    facts = Table()
+    facts.add("run", status.run)
+    if holder is not None:
+        facts.add("supervisor", f"process {holder.pid} on {holder.host}")
+    facts.add("attempts", len(status.summary.attempts))
+    facts.add("failures", _failures(status.summary))
+    facts.rows += report.facts(status.summary, status.step).rows
+    facts.print(sys.stdout)
+    if status.ranks:
+        print()
+        _ranks_table(status.ranks).print(sys.stdout)
+
+
+def _failures(summary: Summary) -> str:
+    ordered = sum(bool(recovery.drills) for recovery in summary.recoveries)
+    drills = f", {ordered} of them ordered by drills" if ordered else ""
+    return f"{len(summary.recoveries)}{drills}"
+
+
+def _ranks_table(ranks: Sequence[Rank]) -> Table:
+    table = Table(("rank", "process", "step", "phase", "last beat", "loss"), frozenset((0, 1, 2)))
+    for rank in ranks:
+        age = "" if rank.age is None else f"{seconds(rank.age)} ago"
+        loss = None if rank.loss is None else f"{rank.loss:.4g}"
+        step = rank.step if rank.step >= 0 else None
+        table.add(rank.rank, rank.pid or None, step, rank.phase, age, loss)
+    return table
+
+
+def show_all(found: Sequence[Status]) -> None:
+    """One line per run, on standard output."""
+    headers = ("run", "state", "step", "attempts", "failures", "checkpoint", "elapsed", "goodput")
+    table = Table(headers, right=frozenset((2, 3, 4, 6, 7)))
+    for status in found:
+        summary = status.summary
+        goodput = None if summary.goodput is None else f"{summary.goodput:.1%}"
+        at = summary.checkpoint_step
+        table.add(
+            status.run.name,
+            summary.state,
+            status.step,
+            len(summary.attempts),
+            len(summary.recoveries),
+            None if at is None else f"step {at}",
+            seconds(summary.elapsed),
+            goodput,
+            style={"failed": "red", "dead": "red"}.get(summary.state, ""),
+        )
+    table.print(sys.stdout)

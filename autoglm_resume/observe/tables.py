@@ -1,0 +1,75 @@
+"""Tables: rich on a terminal, aligned plain text elsewhere, the same content in both."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from autoglm_resume.observe.live import printable
+
+
+@dataclass
+class Table:
+    """Columns in `right` are aligned to the right; without `headers` it is a list of facts."""
+
+    headers: Sequence[str] = ()
+    right: frozenset[int] = frozenset()
+    rows: list[tuple[tuple[str, ...], str]] = field(default_factory=list)
+
+    def add(self, *cells: object, style: str = "") -> None:
+        """A row; None shows as nothing. `style` is a rich style such as `red`, for terminals."""
+        texts = ("" if cell is None else printable(str(cell), colors=False) for cell in cells)
+        self.rows.append((tuple(texts), style))
+
+    def lines(self) -> list[str]:
+        """As plain text."""
+        shown = [tuple(self.headers)] if self.headers else []
+        shown += [cells for cells, _ in self.rows]
+        widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+        return [self._line(cells, widths) for cells in shown]
+
+    def _line(self, cells: Sequence[str], widths: Sequence[int]) -> str:
+        padded = [
+            cell.rjust(width) if index in self.right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "  ".join(padded).rstrip()
+
+    def print(self, stream: TextIO) -> None:
+        """On `stream`, in the way it can show."""
+        if terminal(stream):
+            self._print_rich(stream)
+        else:
+            stream.write("".join(f"{line}\n" for line in self.lines()))
+
+    def _print_rich(self, stream: TextIO) -> None:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        table = RichTable(
+            box=box.SIMPLE_HEAD if self.headers else None,
+            show_header=bool(self.headers),
+            show_edge=False,
+            pad_edge=False,
+            header_style="bold",
+        )
+        for index in range(max([len(cells) for cells, _ in self.rows] + [len(self.headers)])):
+            header = self.headers[index] if self.headers else ""
+            justify: Any = "right" if index in self.right else "left"
+            style = "dim" if not self.headers and index == 0 else ""
+            table.add_column(Text(header), justify=justify, overflow="fold", style=style)
+        for cells, style in self.rows:
+            table.add_row(*(Text(cell) for cell in cells), style=style)
+        Console(file=stream, highlight=False).print(table)
+
+
+def terminal(stream: TextIO) -> bool:
+    """Whether a person reads `stream` on a terminal that can do more than print."""
+    try:
+        return stream.isatty() and os.environ.get("TERM") != "dumb"
+    except ValueError:  # it is closed
+        return False

@@ -1,0 +1,166 @@
+"""Real runs of the real command, and waiting for what their journals say."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from autoglm_resume.linux import DirectoryWatch
+from autoglm_resume.observe import journal
+
+TRAIN = Path(__file__).with_name("train.py")
+PATIENCE = 60.0
+
+Event = dict[str, Any]
+
+
+class Rehearsal:
+    """A job in a directory of its own, and the `autoglm` processes that ran it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.run_dir = directory / "runs" / "job"
+        self.checkpoints = self.run_dir / "checkpoints"
+        self.processes: list[subprocess.Popen[str]] = []
+        self.job: dict[str, Any] = {
+            "script": str(TRAIN),
+            "nproc_per_node": 2,
+            "checkpoint": {"every": {"steps": 5}, "keep": 3},
+            "heartbeat": {"timeout": "2s"},
+            "restart": {"backoff": "10ms", "max_backoff": "50ms"},
+            "guards": {"free_disk": 0},
+        }
+
+    def write(self, *args: str, **fields: Any) -> Path:
+        """The job file, with the script's arguments and more fields."""
+        path = self.directory / "job.yaml"
+        path.write_text(yaml.safe_dump({**self.job, **fields, "args": list(args)}))
+        return path
+
+    def command(self, *words: str) -> subprocess.Popen[str]:
+        """An `autoglm` command, begun."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "autoglm_resume.cli", *words],
+            cwd=self.directory,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.processes.append(process)
+        return process
+
+    def start(self, *args: str, drill: tuple[str, ...] = (), **fields: Any) -> Any:
+        """`autoglm run` of the job, begun."""
+        drills = [word for spec in drill for word in ("--drill", spec)]
+        return self.command("run", str(self.write(*args, **fields)), *drills)
+
+    def run(self, *args: str, drill: tuple[str, ...] = (), **fields: Any) -> Finished:
+        """`autoglm run` of the job, to its end."""
+        return finish(self.start(*args, drill=drill, **fields))
+
+    def resume(self) -> Finished:
+        """`autoglm resume`, to its end."""
+        return finish(self.command("resume", str(self.run_dir)))
+
+    def events(self, kind: str | None = None) -> list[Event]:
+        """The journal."""
+        events = journal.read(self.run_dir / "events.jsonl")
+        return [e for e in events if kind is None or e["event"] == kind]
+
+    def wait_for(self, kind: str, matches: Callable[[Event], bool] = lambda _: True) -> Event:
+        """The first such event of the journal, waiting until it is there."""
+        deadline = time.monotonic() + PATIENCE
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        watch = DirectoryWatch()
+        watch.add(self.run_dir)
+        with selectors.DefaultSelector() as selector:
+            selector.register(watch, selectors.EVENT_READ)
+            while True:
+                for event in self.events(kind):
+                    if matches(event):
+                        watch.close()
+                        return event
+                ended = self.processes[-1].poll() is not None
+                if ended or time.monotonic() > deadline:
+                    raise AssertionError(f"no {kind} event; the journal has {self.events()}")
+                selector.select(1.0)
+                list(watch.changed())
+
+    def final(self) -> dict[str, str]:
+        """Digests of what the run ended with; generators of unseeded libraries left out."""
+        objects: dict[str, str] = self.events("run_completed")[-1]["objects"]
+        return {name: digest for name, digest in objects.items() if name != "rng"}
+
+    def holder(self) -> int:
+        """Process id of the supervisor."""
+        return int(json.loads((self.run_dir / "lock").read_text())["pid"])
+
+    def workers(self) -> list[psutil.Process]:
+        """Zygotes, ranks and what they started, of this run."""
+        return [p for p in psutil.process_iter() if _works_for(p, self.directory)]
+
+    def end(self) -> None:
+        """Leave nothing behind, whatever the test did."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+            process.communicate()
+        for process in self.workers():
+            process.kill()
+
+
+class Finished:
+    """A command that has ended."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    def __repr__(self) -> str:
+        return f"exit code {self.code}\n{self.out}\n{self.err}"
+
+
+def finish(process: subprocess.Popen[str]) -> Finished:
+    """Wait for the end of a command."""
+    out, err = process.communicate(timeout=PATIENCE)
+    return Finished(process.returncode, out, err)
+
+
+def _works_for(process: psutil.Process, directory: Path) -> bool:
+    try:
+        environment = process.environ()
+    except (psutil.Error, OSError):
+        return False
+    return environment.get("REHEARSAL") == str(directory) and process.pid != os.getpid()
+
+
+@pytest.fixture
+def rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rehearsal]:
+    """A place to run jobs in; all its processes are gone afterwards."""
+    monkeypatch.setenv("REHEARSAL", str(tmp_path))
+    place = Rehearsal(tmp_path)
+    yield place
+    place.end()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the job ends with when nothing happens to it."""
+    place = Rehearsal(tmp_path_factory.mktemp("undisturbed"))
+    try:
+        finished = place.run()
+        assert finished.code == 0, finished
+        return place.final()
+    finally:
+        place.end()

@@ -1,0 +1,146 @@
+"""Every way a rank can die: the run ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.faults.conftest import Rehearsal
+
+
+@pytest.mark.parametrize(
+    ("drill", "words"),
+    [
+        ("kill:rank=0,step=12", "rank 0 died by SIGKILL"),
+        ("kill:rank=1,step=12", "rank 1 died by SIGKILL"),
+        ("stop:rank=1,step=12", "rank 1 stopped making progress"),
+        ("exit:code=3,rank=1,step=12", "rank 1 exited with code 3 at step 12"),
+        ("corrupt:latest,step=12", "rejected: integrity"),
+    ],
+)
+def test_a_drill_changes_nothing_in_the_result(
+    rehearsal: Rehearsal, undisturbed: dict[str, str], drill: str, words: str
+) -> None:
+    finished = rehearsal.run(drill=(drill,))
+    assert finished.code == 0, finished
+    assert words in finished.err
+    assert f"drill" in finished.err
+    assert len(rehearsal.events("attempt_started")) == 2
+    assert rehearsal.events("drill")[0]["spec"] == drill
+    assert rehearsal.final() == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "words"),
+    [
+        ("raise", "exception", "rank 1 failed with ValueError: the data is on fire"),
+        ("segv", "signal", "rank 1 died by SIGSEGV"),
+        ("abort", "signal", "rank 1 died by SIGABRT"),
+        ("exit", "exit", "rank 1 exited with code 17"),
+        ("steal-port", "port in use", "rank 0 failed with"),
+    ],
+)
+def test_a_rank_that_fails_by_itself_is_named_and_the_result_is_the_same(
+    rehearsal: Rehearsal, undisturbed: dict[str, str], how: str, kind: str, words: str
+) -> None:
+    finished = rehearsal.run("--fail", how)
+    assert finished.code == 0, finished
+    assert words in finished.err
+    assert rehearsal.events("failure")[0]["kind"] == kind
+    assert rehearsal.final() == undisturbed
+
+
+def test_the_first_failing_ranks_traceback_comes_first_and_has_none_of_our_frames(
+    rehearsal: Rehearsal,
+) -> None:
+    finished = rehearsal.run("--fail", "raise")
+    failure = rehearsal.events("failure")[0]
+    assert failure["root_rank"] == 1
+    assert 'raise ValueError("the data is on fire")' in failure["traceback"]
+    assert "autoglm_resume" not in failure["traceback"]
+    assert "rank 1 failed first" in finished.err
+
+
+@pytest.mark.parametrize("both", [(0, 1), (1, 0)])
+def test_all_ranks_killed_at_once_come_back(
+    rehearsal: Rehearsal, undisturbed: dict[str, str], both: tuple[int, int]
+) -> None:
+    process = rehearsal.start()
+    rehearsal.wait_for("committed", lambda e: e["step"] >= 10)
+    pids = rehearsal.events("attempt_started")[0]["pids"]
+    for rank in both:
+        os.kill(pids[str(rank)], signal.SIGKILL)
+    assert process.wait(60) == 0
+    assert rehearsal.final() == undisturbed
+
+
+def test_the_torchrun_launcher_recovers_to_the_same_result(
+    rehearsal: Rehearsal, undisturbed: dict[str, str]
+) -> None:
+    finished = rehearsal.run(drill=("kill:rank=1,step=12",), launcher="torchrun")
+    assert finished.code == 0, finished
+    assert "rank 1 died by SIGKILL" in finished.err
+    assert rehearsal.final() == undisturbed
+
+
+def test_a_dead_zygote_hurts_nobody_and_the_next_restart_still_works(
+    rehearsal: Rehearsal, undisturbed: dict[str, str]
+) -> None:
+    process = rehearsal.start("--pause", "0.03")
+    rehearsal.wait_for("committed", lambda e: e["step"] >= 5)
+    ranks = set(rehearsal.events("attempt_started")[0]["pids"].values())
+    children = {p.pid for p in psutil.Process(rehearsal.holder()).children()}
+    (zygote,) = children - ranks
+    os.kill(zygote, signal.SIGKILL)
+    assert "SIGKILL" in rehearsal.wait_for("zygote_lost")["reason"]
+    rehearsal.wait_for("committed", lambda e: e["step"] >= 10)
+    assert len(rehearsal.events("attempt_started")) == 1
+    os.kill(max(ranks), signal.SIGKILL)
+    assert process.wait(60) == 0
+    assert len(rehearsal.events("attempt_started")) == 2
+    assert rehearsal.final() == undisturbed
+
+
+def test_a_module_that_starts_a_thread_when_imported_is_left_to_the_ranks(
+    rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, str]
+) -> None:
+    (rehearsal.directory / "threads.py").write_text(
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(rehearsal.directory), *_path()]))
+    finished = rehearsal.run(preload=["threads"])
+    assert finished.code == 0, finished
+    assert "threads" in rehearsal.events("zygote_lost")[0]["reason"]
+    assert rehearsal.final() == undisturbed
+
+
+def test_nothing_that_a_rank_started_outlives_its_attempt(rehearsal: Rehearsal) -> None:
+    process = rehearsal.start("--fail", "daemon")
+    rehearsal.wait_for("committed", lambda e: e["step"] >= 10)
+    assert _named(rehearsal, "sleep")
+    os.kill(rehearsal.events("attempt_started")[0]["pids"]["1"], signal.SIGKILL)
+    assert process.wait(60) == 0
+    assert not rehearsal.workers()
+
+
+def test_saves_by_the_clock_happen_at_one_step_on_all_ranks(
+    rehearsal: Rehearsal, undisturbed: dict[str, str]
+) -> None:
+    finished = rehearsal.run("--pause", "0.04", checkpoint={"every": {"seconds": "400ms"}})
+    assert finished.code == 0, finished
+    steps = [e["step"] for e in rehearsal.events("committed")]
+    assert len(steps) >= 3
+    assert steps[-1] == 40
+    assert rehearsal.final() == undisturbed
+
+
+def _path() -> list[str]:
+    return [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+
+
+def _named(rehearsal: Rehearsal, name: str) -> list[Any]:
+    return [p for p in rehearsal.workers() if p.name() == name]

@@ -1,0 +1,121 @@
+"""Stops, dead supervisors, second supervisors, and what a resume makes of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import psutil
+import pytest
+
+from tests.faults.conftest import Rehearsal, finish
+
+
+def test_a_supervisor_killed_with_sigkill_leaves_no_rank_and_resume_completes_exactly(
+    rehearsal: Rehearsal, undisturbed: dict[str, str]
+) -> None:
+    rehearsal.start("--pause", "0.03")
+    rehearsal.wait_for("committed", lambda e: e["step"] >= 10)
+    before = rehearsal.workers()
+    assert len(before) >= 4  # the supervisor, its zygote, two ranks
+    os.kill(rehearsal.holder(), signal.SIGKILL)
+    _, alive = psutil.wait_procs(before, timeout=1)
+    assert not alive
+    resumed = rehearsal.resume()
+    assert resumed.code == 0, resumed
+    assert rehearsal.final() == undisturbed
+
+
+def test_a_supervisor_killed_during_start_up_leaves_nothing(rehearsal: Rehearsal) -> None:
+    rehearsal.start()
+    rehearsal.wait_for("supervisor_started")
+    before = rehearsal.workers()
+    os.kill(rehearsal.holder(), signal.SIGKILL)
+    _, alive = psutil.wait_procs(before, timeout=2)
+    assert not alive
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_a_stop_saves_first_exits_75_and_resumes_exactly(
+    rehearsal: Rehearsal, undisturbed: dict[str, str], number: int
+) -> None:
+    process = rehearsal.start("--pause", "0.03", checkpoint={"every": {"steps": 1000}})
+    rehearsal.wait_for("first_step")
+    process.send_signal(number)
+    stopped = finish(process)
+    assert stopped.code == 75, stopped
+    saved = rehearsal.events("committed")[-1]["step"]
+    assert 0 < saved < 40
+    resumed = rehearsal.resume()
+    assert resumed.code == 0, resumed
+    assert rehearsal.events("restored")[0]["step"] == saved
+    assert rehearsal.final() == undisturbed
+
+
+def test_a_storm_of_sigterm_is_one_stop(rehearsal: Rehearsal) -> None:
+    process = rehearsal.start("--pause", "0.03", checkpoint={"every": {"steps": 1000}})
+    rehearsal.wait_for("first_step")
+    while process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.001)
+    assert finish(process).code == 75
+    assert len(rehearsal.events("stop_requested")) == 1
+
+
+def test_a_second_ctrl_c_stops_at_once(rehearsal: Rehearsal) -> None:
+    process = rehearsal.start("--fail", "thread", preemption={"grace": "60s"})
+    rehearsal.wait_for("committed", lambda e: e["step"] >= 10)
+    process.send_signal(signal.SIGINT)
+    rehearsal.wait_for("stop_requested")
+    process.send_signal(signal.SIGINT)
+    assert finish(process).code == 130
+    assert not rehearsal.workers()
+
+
+def test_ranks_that_cannot_stop_in_time_are_ended_and_the_last_checkpoint_counts(
+    rehearsal: Rehearsal,
+) -> None:
+    process = rehearsal.start("--fail", "thread", preemption={"grace": "200ms"})
+    rehearsal.wait_for("committed", lambda e: e["step"] >= 10)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process).code == 75
+
+
+def test_a_stop_before_the_first_checkpoint_exits_with_128_and_the_signal(
+    rehearsal: Rehearsal,
+) -> None:
+    process = rehearsal.start()
+    rehearsal.wait_for("supervisor_started")
+    process.send_signal(signal.SIGTERM)
+    assert finish(process).code == 128 + signal.SIGTERM
+
+
+def test_a_second_supervisor_is_refused_with_76_and_disturbs_nothing(
+    rehearsal: Rehearsal, undisturbed: dict[str, str]
+) -> None:
+    first = rehearsal.start("--pause", "0.03")
+    rehearsal.wait_for("first_step")
+    second = rehearsal.resume()
+    assert second.code == 76
+    assert str(rehearsal.holder()) in second.err
+    assert first.wait(60) == 0
+    assert rehearsal.final() == undisturbed
+
+
+def test_resume_of_a_finished_run_exits_0_and_starts_nothing(rehearsal: Rehearsal) -> None:
+    assert rehearsal.run().code == 0
+    attempts = len(rehearsal.events("attempt_started"))
+    again = rehearsal.resume()
+    assert again.code == 0
+    assert "finished" in again.err
+    assert len(rehearsal.events("attempt_started")) == attempts
+
+
+def test_autoglm_stop_saves_and_waits_until_the_run_has_ended(rehearsal: Rehearsal) -> None:
+    process = rehearsal.start("--pause", "0.05", checkpoint={"every": {"steps": 1000}})
+    rehearsal.wait_for("first_step")
+    stop = rehearsal.command("stop", str(rehearsal.run_dir))
+    assert finish(stop).code == 0
+    assert process.wait(10) == 75
+    assert rehearsal.events("committed")

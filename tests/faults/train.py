@@ -1,0 +1,80 @@
+"""A tiny but real DDP training that can be told to fail: what the drills supervise."""
+
+import argparse
+import os
+import signal
+import subprocess
+import time
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import autoglm_resume as autoglm
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--steps", type=int, default=40)
+parser.add_argument("--pause", type=float, default=0.01)
+parser.add_argument("--width", type=int, default=64)
+parser.add_argument("--every-steps", type=int, default=5)
+parser.add_argument("--fail", help="what, and in attempt 0 only", default="")
+parser.add_argument("--at", type=int, default=12)
+args = parser.parse_args()
+
+session = autoglm.init(checkpoint_dir="checkpoints", every_steps=args.every_steps)
+attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+failing = attempt == 0 and session.rank == session.world_size - 1
+
+if args.fail == "steal-port" and attempt == 0 and session.rank == 0:
+    import socket
+
+    thief = socket.socket()
+    thief.bind(("", int(os.environ["MASTER_PORT"])))
+    thief.listen()
+if args.fail == "always":
+    raise ValueError("this script never works")
+if args.fail == "ninety-three":
+    raise SystemExit(93)
+if args.fail == "daemon":
+    subprocess.Popen(["sleep", "1234.5"], start_new_session=True)
+
+if session.world_size > 1:
+    dist.init_process_group("gloo")
+torch.manual_seed(1)
+net = torch.nn.Sequential(
+    torch.nn.Linear(32, args.width), torch.nn.Dropout(0.1), torch.nn.Linear(args.width, 1)
+)
+model = DistributedDataParallel(net) if session.world_size > 1 else net
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
+sampler = autoglm.ResumableSampler(200, 4, endless=True)
+session.track(model=model, optimizer=optimizer, scheduler=scheduler, sampler=sampler)
+data = torch.randn(200, 32, generator=torch.Generator().manual_seed(3))
+
+batches = None
+for step in session.steps(args.steps):
+    batches = batches or iter(sampler)
+    x = data[next(batches)]
+    loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    scheduler.step()
+    session.report(loss=loss)
+    if failing and step == args.at:
+        match args.fail:
+            case "raise":
+                raise ValueError("the data is on fire")
+            case "segv":
+                os.kill(os.getpid(), signal.SIGSEGV)
+            case "abort":
+                os.abort()
+            case "exit":
+                raise SystemExit(17)
+            case "thread":
+                time.sleep(1000)
+    time.sleep(args.pause)
+if session.rank == 0:
+    print(f"done at step {session.step}", flush=True)
+if session.world_size > 1:
+    dist.destroy_process_group()
