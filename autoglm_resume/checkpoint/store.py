@@ -29,6 +29,7 @@ from autoglm_resume.checkpoint.manifest import (
     Part,
     PartRef,
     age,
+    pack_file,
     parse_id,
     part_file,
 )
@@ -247,6 +248,15 @@ class Store:
         self.directory(id).rename(grave)
         files.sync_directory(self.root)
         _remove(grave)
+
+    def forsake(self, id: str, rank: int) -> None:
+        """Remove `rank`'s part of a checkpoint that never came about; a committed one stays."""
+        directory = self.directory(id)
+        if directory.is_dir() and not (directory / MANIFEST).exists():
+            for name in (part_file(rank), pack_file(rank)):
+                (directory / name).unlink(missing_ok=True)
+            with suppress(OSError):  # other ranks may still have theirs
+                directory.rmdir()
 
     def abandoned(self) -> list[Path]:
         """Uncommitted directories and temporary files.

@@ -11,9 +11,11 @@ import typer
 from autoglm_resume import __version__
 from autoglm_resume.cli import inspect, logs, resume, run, schema, status, stop, verify
 from autoglm_resume.cli.guard import guarded
+from autoglm_resume.cli.light import Command, Group
 
 app = typer.Typer(
     name="autoglm",
+    cls=Group,
     help="torchrun that survives: launches your training, notices every way it can die, and "
     "brings it back from the latest checkpoint that was proven good.",
     epilog="Data goes to standard output, everything else to standard error. Exit codes: 0 done, "
@@ -44,17 +46,23 @@ def _main(
 ) -> None: ...
 
 
-_inspect = typer.Typer(help="Look into files that autoglm wrote.", no_args_is_help=True)
-_inspect.command("ckpt", epilog=inspect.EXAMPLES)(guarded(inspect.ckpt))
+_inspect = typer.Typer(cls=Group, help="Look into files that autoglm wrote.", no_args_is_help=True)
+_inspect.command(
+    "ckpt",
+    cls=Command,
+    epilog=inspect.EXAMPLES,
+    options_metavar=inspect.USAGE,
+    context_settings=inspect.SETTINGS,
+)(guarded(inspect.ckpt))
 
-app.command("run", epilog=run.EXAMPLES)(guarded(run.run))
-app.command("resume", epilog=resume.EXAMPLES)(guarded(resume.resume))
-app.command("status", epilog=status.EXAMPLES)(guarded(status.status))
-app.command("logs", epilog=logs.EXAMPLES)(guarded(logs.logs))
-app.command("stop", epilog=stop.EXAMPLES)(guarded(stop.stop))
+app.command("run", cls=Command, epilog=run.EXAMPLES)(guarded(run.run))
+app.command("resume", cls=Command, epilog=resume.EXAMPLES)(guarded(resume.resume))
+app.command("status", cls=Command, epilog=status.EXAMPLES)(guarded(status.status))
+app.command("logs", cls=Command, epilog=logs.EXAMPLES)(guarded(logs.logs))
+app.command("stop", cls=Command, epilog=stop.EXAMPLES)(guarded(stop.stop))
 app.add_typer(_inspect, name="inspect")
-app.command("verify", epilog=verify.EXAMPLES)(guarded(verify.verify))
-app.command("schema", epilog=schema.EXAMPLES)(guarded(schema.schema))
+app.command("verify", cls=Command, epilog=verify.EXAMPLES)(guarded(verify.verify))
+app.command("schema", cls=Command, epilog=schema.EXAMPLES)(guarded(schema.schema))
 
 
 def main() -> None:

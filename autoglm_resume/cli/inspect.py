@@ -9,6 +9,10 @@ import typer
 
 from autoglm_resume.errors import CheckpointError, UsageError
 
+# PATH is no typer argument, because converting one would import pydantic (see light.py).
+SETTINGS = {"allow_extra_args": True}
+USAGE = "[OPTIONS] PATH"
+
 EXAMPLES = """
 \b
 Examples:
@@ -20,13 +24,7 @@ Examples:
 
 
 def ckpt(
-    path: Annotated[
-        Path,
-        typer.Argument(
-            metavar="PATH",
-            help="A checkpoint, a directory of checkpoints, or a run directory (then the newest).",
-        ),
-    ],
+    context: typer.Context,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read every byte instead of trusting fingerprints.")
     ] = False,
@@ -35,17 +33,23 @@ def ckpt(
 ) -> int:
     """Show a checkpoint: manifest, parts, chain, and the verdict of every check (90 if one fails).
 
+    PATH is a checkpoint, a directory of checkpoints, or a run directory (then the newest).
     Nothing is unpickled, so it is safe on files from anywhere.
     """
     from autoglm_resume.observe import inspection
+    from autoglm_resume.observe.progress import Progress
 
-    target = inspection.find(path)
+    if len(context.args) != 1:
+        raise UsageError(
+            f"expected one PATH, found {len(context.args)}", hint="autoglm inspect ckpt --help"
+        )
+    target = inspection.find(Path(context.args[0]))
     if not target.paths:
         raise UsageError(f"{target.store.root}: no checkpoint there yet")
     expected = inspection.expectation(target.run)
     newest = target.paths[0]
     if verify:
-        with inspection.Progress(
+        with Progress(
             f"verifying {newest.name}", inspection.stored_bytes(target, [newest])
         ) as progress:
             found = inspection.inspect(target, newest, expected, progress)

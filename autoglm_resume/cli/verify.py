@@ -29,9 +29,10 @@ def verify(
     """Read every byte of every checkpoint. Exits 0 if all are good, 1 if some, 90 if none."""
     from autoglm_resume.cli import target
     from autoglm_resume.observe import inspection
+    from autoglm_resume.observe.progress import Progress
 
     found = inspection.find(target.checkpoints(what))
-    with inspection.Progress("verifying", inspection.stored_bytes(found, found.paths)) as progress:
+    with Progress("verifying", inspection.stored_bytes(found, found.paths)) as progress:
         verdicts = inspection.verdicts(found, inspection.expectation(found.run), progress)
     if json:
         import json as jsonlib

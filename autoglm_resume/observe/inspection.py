@@ -174,11 +174,12 @@ def _chain(store: Store, facts: Facts) -> tuple[Link, ...]:
     seen = {facts.id}
     while parent is not None and parent.id not in seen:
         seen.add(parent.id)
-        try:
-            manifest = store.load_manifest(store.directory(parent.id))
-        except FileNotFoundError:
-            links.append(Link(parent.id, parent.digest, "retired"))
+        directory = store.directory(parent.id)
+        if not (directory / MANIFEST).exists():
+            links.append(Link(parent.id, parent.digest, "not here any more"))
             break
+        try:
+            manifest = store.load_manifest(directory)
         except (CheckpointError, OSError) as error:
             links.append(Link(parent.id, parent.digest, short(str(error))))
             break
@@ -235,9 +236,9 @@ def tables(found: Inspection, *, tensors: bool) -> list[Table]:
         for ref in manifest.parts:
             count = counts.get(ref.rank, "?")
             parts.add(ref.file, count, size(ref.raw), size(ref.stored), short(ref.digest))
-        objects = Table(("object", "digest"))
+        objects = Table()
         for name, digest in manifest.objects.items():
-            objects.add(name, digest)
+            objects.add(f"digest of {name}", digest)
         shown += [parts, objects]
     if tensors:
         shown.append(_tensors_table(found.tensors))
@@ -274,7 +275,7 @@ def _manifest_table(facts: Facts) -> Table:
 def _tensors_table(tensors: Iterable[tuple[int, Tensor]]) -> Table:
     table = Table(("rank", "tensor", "dtype", "shape", "size", "chunks"), frozenset((0, 4, 5)))
     for rank, tensor in tensors:
-        shape = "×".join(map(str, tensor.shape)) or "scalar"
+        shape = "x".join(map(str, tensor.shape)) or "scalar"
         table.add(rank, tensor.name, tensor.dtype, shape, size(tensor.nbytes), len(tensor.chunks))
     return table
 

@@ -7,7 +7,7 @@ import shlex
 import sys
 
 from autoglm_resume.observe.live import printable
-from autoglm_resume.observe.say import rejection
+from autoglm_resume.observe.say import rejection, short
 from autoglm_resume.supervise.start import Plan
 
 
@@ -47,7 +47,7 @@ def _gate(plan: Plan) -> list[str]:
     lines = ["checkpoints, newest first:"]
     for verdict in plan.verdicts:
         refused = f"rejected: {rejection(verdict.to_json())}"
-        lines.append(f"  {verdict.id}  {verdict.reason if verdict.accepted else refused}")
+        lines.append(f"  {verdict.id}  {short(verdict.reason) if verdict.accepted else refused}")
     if plan.resume is None:
         return [*lines, "none of them is acceptable: it would exit 90 and start nothing"]
     return [*lines, f"it would start from step {plan.step}, checkpoint {plan.resume}"]

@@ -115,7 +115,7 @@ def facts(summary: Summary, step: int | None = None) -> Table:
     step = summary.step if step is None else step
     table = Table()
     state = summary.state + (f": {summary.reason}" if summary.reason else "")
-    table.add("state", state, style="" if summary.state == "finished" else "yellow")
+    table.add("state", state)
     lost = sum(r.lost or 0 for r in summary.recoveries)
     if step is not None:
         table.add("steps", f"{step} complete" + (f", {lost} run again" if lost else ""))

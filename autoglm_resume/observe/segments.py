@@ -11,9 +11,7 @@ from dataclasses import dataclass, field
 
 from autoglm_resume.observe.journal import Event
 
-_TELL_STEP = frozenset(
-    "first_step restored saved committed failure finished stopped attempt_ended".split()
-)
+_TELL_STEP = ("first_step", "restored", "saved", "committed", "failure", "finished", "stopped")
 
 
 def number(event: Event, key: str) -> float | None:
@@ -86,7 +84,11 @@ class Segment:
     @property
     def last_step(self) -> int | None:
         """Steps completed by the furthest rank, None if not known."""
-        known = (step_of(event) for event in self.events if event["event"] in _TELL_STEP)
+        known = (
+            step_of(event)
+            for event in self.events
+            if event["event"] in (*_TELL_STEP, "attempt_ended")
+        )
         return max((step for step in known if step is not None), default=None)
 
     @property

@@ -1,4 +1,8 @@
-"""Tables: rich on a terminal, aligned plain text elsewhere, the same content in both."""
+"""Tables: rich on a terminal, aligned plain text elsewhere, the same content in both.
+
+Lists of facts are plain lines on a terminal too: what people copy from them, such as a digest, must
+not be folded into a column.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +43,7 @@ class Table:
 
     def print(self, stream: TextIO) -> None:
         """On `stream`, in the way it can show."""
-        if terminal(stream):
+        if self.headers and terminal(stream):
             self._print_rich(stream)
         else:
             stream.write("".join(f"{line}\n" for line in self.lines()))
@@ -51,17 +55,14 @@ class Table:
         from rich.text import Text
 
         table = RichTable(
-            box=box.SIMPLE_HEAD if self.headers else None,
-            show_header=bool(self.headers),
+            box=box.SIMPLE_HEAD,
             show_edge=False,
             pad_edge=False,
             header_style="bold",
         )
-        for index in range(max([len(cells) for cells, _ in self.rows] + [len(self.headers)])):
-            header = self.headers[index] if self.headers else ""
+        for index, header in enumerate(self.headers):
             justify: Any = "right" if index in self.right else "left"
-            style = "dim" if not self.headers and index == 0 else ""
-            table.add_column(Text(header), justify=justify, overflow="fold", style=style)
+            table.add_column(Text(header), justify=justify, overflow="fold")
         for cells, style in self.rows:
             table.add_row(*(Text(cell) for cell in cells), style=style)
         Console(file=stream, highlight=False).print(table)

@@ -68,7 +68,6 @@ class Warm:
 
     def start(self, assignment: Assignment, group: Group, cancelled: Callable[[], bool]) -> None:
         ranks = range(assignment.world_size)
-        self.revive()
         deadline = time.monotonic() + self.PATIENCE
         self._pump.wait(lambda: cancelled() or self._settled(), deadline)
         if cancelled():
@@ -89,9 +88,21 @@ class Warm:
     def own(self) -> frozenset[int]:
         return frozenset([self._zygote.pid]) if self._zygote is not None else frozenset()
 
-    def revive(self) -> None:
-        """Replace a zygote that is gone, so that the next restart is warm again."""
-        if self._zygote is None or self._zygote.state is not State.GONE:
+    def close(self) -> None:
+        if self._zygote is not None:
+            self._zygote.close()
+
+    def _settled(self) -> bool:
+        return self._zygote is None or self._zygote.state is State.READY
+
+    def _spawn(self) -> Zygote:
+        return Zygote(
+            self._pump, self._environment, self._modules, self._log, self._tell, self._replace
+        )
+
+    def _replace(self) -> None:
+        """The zygote is gone: raise another at once, so that the next restart is warm again."""
+        if self._zygote is None:
             return
         self._losses += 1
         if self._zygote.unfit_module in self._modules:
@@ -100,17 +111,6 @@ class Warm:
             self._zygote = None
             return
         self._zygote = self._spawn()
-
-    def close(self) -> None:
-        if self._zygote is not None:
-            self._zygote.close()
-
-    def _settled(self) -> bool:
-        self.revive()
-        return self._zygote is None or self._zygote.state is State.READY
-
-    def _spawn(self) -> Zygote:
-        return Zygote(self._pump, self._environment, self._modules, self._log, self._tell)
 
     def _exec(self, assignment: Assignment, rank: int) -> int:
         process = subprocess.Popen(

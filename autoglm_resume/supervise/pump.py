@@ -94,10 +94,14 @@ class Signals:
                     self._handler(signal.Signals(number))
 
     def close(self) -> None:
-        """Give the signals back."""
+        """Stop listening. Ctrl-C is given back; the others are ignored from here on.
+
+        They asked for an end that has come: a scheduler that repeats its SIGTERM must not replace
+        the exit code that says how.
+        """
         signal.set_wakeup_fd(self._wakeup)
         for number, before in self._before.items():
-            signal.signal(number, before)
+            signal.signal(number, before if number == signal.SIGINT else signal.SIG_IGN)
         self._pump.forget(self._read)
         self._read.close()
         self._write.close()

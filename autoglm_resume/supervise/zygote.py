@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import autoglm_resume
+from autoglm_resume.supervise.failure import signal_name
 from autoglm_resume.supervise.pump import Pump
 
 MESSAGE = 1 << 20
@@ -34,7 +35,11 @@ class State(enum.Enum):
 
 
 class Zygote:
-    """One zygote process. `tell` hears what it says, as (event, fields) for the journal."""
+    """One zygote process.
+
+    `tell` hears what it says, as (event, fields) for the journal; `lost` is called once when it
+    can fork no more.
+    """
 
     def __init__(
         self,
@@ -43,9 +48,11 @@ class Zygote:
         modules: Sequence[str],
         log: Path,
         tell: Callable[..., object],
+        lost: Callable[[], None],
     ) -> None:
         self._pump = pump
         self._tell = tell
+        self._lost = lost
         self.state = State.BUSY
         self.unfit_module: str | None = None
         self._reply: dict[str, Any] | None = None
@@ -87,8 +94,7 @@ class Zygote:
         self._reply = None
         self._send({"op": "fork", "assignment": str(assignment), "ranks": list(ranks)})
         if not self._pump.wait(lambda: self.state is not State.BUSY, time.monotonic() + PATIENCE):
-            self._gone("silent")
-            self._tell("zygote_lost", reason=f"it did not fork within {PATIENCE:.0f} s")
+            self._give_up(f"it did not fork within {PATIENCE:.0f} s")
             return None
         if self._reply is None or self._reply["op"] != "forked":
             return None
@@ -97,7 +103,7 @@ class Zygote:
     def close(self) -> None:
         """End the process."""
         if self.state is not State.GONE:
-            self._gone("closed")
+            self._end()
 
     def _send(self, request: dict[str, Any]) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -109,16 +115,16 @@ class Zygote:
         except ConnectionResetError:
             message = b""
         if not message:
-            self._gone("died")
-            code = self._process.returncode
-            self._tell("zygote_lost", reason=_ending(code))
+            # The socket closes a moment before the process has an exit code.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=1)
+            self._give_up(_ending(self._process.returncode))
             return
         reply = json.loads(message)
         if reply["op"] == "unfit":
             self.unfit_module = reply["module"]
-            self._gone("unfit")
             after = f" after importing {reply['module']}" if reply["module"] else ""
-            self._tell("zygote_lost", reason=f"it cannot fork safely: {reply['reason']}{after}")
+            self._give_up(f"it cannot fork safely: {reply['reason']}{after}")
             return
         self._reply = reply
         self.state = State.READY
@@ -127,21 +133,20 @@ class Zygote:
             fields = {key: reply[key] for key in ("seconds", "modules", "skipped")}
             self._tell("zygote_ready", **fields)
 
-    def _gone(self, reason: str) -> None:
+    def _give_up(self, reason: str) -> None:
+        self._end()
+        self._tell("zygote_lost", reason=reason)
+        self._lost()
+
+    def _end(self) -> None:
         self.state = State.GONE
         self._pump.forget(self._socket)
         self._socket.close()
-        if reason != "died":
-            self._process.kill()
-        # It cannot ignore this for long: its socket is closed and it holds no device.
-        try:
-            self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._process.kill()
+        self._process.wait()
 
 
 def _ending(code: int | None) -> str:
     if code is not None and code < 0:
-        return f"it died by signal {-code}"
+        return f"it died by {signal_name(-code)}"
     return f"it ended with exit code {code}"

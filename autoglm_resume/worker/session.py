@@ -10,6 +10,7 @@ It works unchanged under autoglm, under plain torchrun, and alone with python.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -153,7 +154,9 @@ class Session:
         for step in range(start, total):
             yield step
             self.step_done(step)
-        self.save()
+        # Without its last checkpoint the run would count as finished and its result be lost.
+        if (failure := self._save()) is not None:
+            raise failure
         self._pulse.phase(Phase.DONE)
         self._events.emit("finished", step=self._completed)
 
@@ -203,17 +206,21 @@ class Session:
         """
         if not self._resumed:
             raise UsageError("call session.resume() before session.save()")
+        return self._save() is None
+
+    def _save(self) -> saver.SaveFailed | None:
         if self._saved_step == self._completed:
-            return True
+            return None
         began = time.monotonic()
         self._pulse.phase(Phase.SAVE)
         id = checkpoint_id(self._completed, self._settings.token)
+        self._forsake_failed()
         try:
             part = saver.persist(self._snapshot(id), self._store)
         except saver.SaveFailed as error:
             self._events.emit("save_failed", id=id, step=self._completed, reason=str(error))
             print(f"autoglm: {error}; training goes on", file=sys.stderr)
-            return False
+            return error
         finally:
             self._lineage = (id, *self._lineage)[:8]
             self._pulse.phase(Phase.DATA)
@@ -228,7 +235,16 @@ class Session:
             stored=sum(chunk.stored for chunk in part.chunks),
         )
         self._settle(id, began)
-        return True
+        return None
+
+    def _forsake_failed(self) -> None:
+        """Give back the room of parts whose checkpoint failed in another rank.
+
+        The newest may only be late; by now every rank is through with the one before it.
+        """
+        for id in self._lineage[1:]:
+            with contextlib.suppress(OSError):
+                self._store.forsake(id, self.rank)
 
     def _settle(self, id: str, began: float) -> None:
         manifest = self._store.commit(id)

@@ -8,6 +8,7 @@ nothing but the standard library, because it runs before the environment is ther
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -38,7 +39,9 @@ def ready() -> None:
     if Path(sys.prefix) == python.parent.parent:
         sys.exit(f"{python}: autoglm_resume cannot be imported; remove .venv and try again")
     say("setting up .venv")
-    subprocess.run([REPOSITORY / "scripts" / "setup-venv"], check=True, stdout=sys.stderr)
+    set_up = ["bash", "-c", 'extra=; source "$0"', str(REPOSITORY / "scripts" / "setup-venv")]
+    if code := subprocess.run(set_up, stdout=sys.stderr).returncode:
+        sys.exit(code)
     os.execv(python, [str(python), *sys.argv])
 
 
@@ -209,14 +212,12 @@ def end(process: subprocess.Popen[bytes], pids: Mapping[int, int] | None = None)
         process.kill()
         process.wait()
         for pid in (pids or {}).values():
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
 
 
 class Lines:
-    """JSON lines of a file that others append to."""
+    """JSON lines of a file that others append to; one that a kill cut short is left out."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -233,7 +234,10 @@ class Lines:
             return []
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
-        found = [json.loads(line) for line in whole.splitlines()]
+        found = []
+        for line in whole.splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
         self.all += found
         return found
 

@@ -131,6 +131,23 @@ class Finished:
         return f"exit code {self.code}\n{self.out}\n{self.err}"
 
 
+def all_dead(processes: list[psutil.Process], within: float) -> bool:
+    """Whether the processes end within so many seconds; reaped or not, they run no more."""
+    deadline = time.monotonic() + within
+    for process in processes:
+        try:
+            fd = os.pidfd_open(process.pid)
+        except ProcessLookupError:
+            continue
+        with selectors.DefaultSelector() as selector:
+            selector.register(fd, selectors.EVENT_READ)
+            ended = selector.select(max(0.0, deadline - time.monotonic()))
+        os.close(fd)
+        if not ended:
+            return False
+    return True
+
+
 def finish(process: subprocess.Popen[str]) -> Finished:
     """Wait for the end of a command."""
     out, err = process.communicate(timeout=PATIENCE)

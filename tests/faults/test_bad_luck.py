@@ -113,12 +113,12 @@ def test_a_checkpoint_directory_that_is_a_file_is_refused_before_anything_starts
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 400 KiB."""
+    """A real file system of 1 MiB."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk])
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk])
     if mounted.returncode:
         pytest.skip("mount is not permitted here")
     yield disk
@@ -128,15 +128,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_fails_saves_but_neither_training_nor_the_older_checkpoint(
     rehearsal: Rehearsal, small_disk: Path, undisturbed: dict[str, str]
 ) -> None:
-    process = rehearsal.start("--pause", "0.03", checkpoint={
-        "dir": str(small_disk / "ckpt"), "every": {"steps": 5}, "keep": 2,
-    })
+    process = rehearsal.start(
+        "--pause",
+        "0.03",
+        checkpoint={
+            "dir": str(small_disk / "ckpt"),
+            "every": {"steps": 5},
+            "keep": 2,
+        },
+    )
     rehearsal.wait_for("committed", lambda e: e["step"] == 10)
-    hog = small_disk / "hog"
-    with hog.open("wb") as file, pytest.raises(OSError, match="No space"):
-        while True:
-            file.write(b"\0" * 4096)
-            file.flush()
+    hog = _fill(small_disk)
     failed = rehearsal.wait_for("save_failed")
     assert "No space left" in failed["reason"]
     committed = sorted((small_disk / "ckpt").glob("step-*/manifest.json"))
@@ -145,6 +147,29 @@ def test_a_full_disk_fails_saves_but_neither_training_nor_the_older_checkpoint(
     assert process.wait(60) == 0
     assert len(rehearsal.events("attempt_started")) == 1
     assert rehearsal.final() == undisturbed
+
+
+def test_a_run_whose_last_save_fails_is_not_called_finished(
+    rehearsal: Rehearsal, small_disk: Path
+) -> None:
+    process = rehearsal.start(
+        "--pause", "0.03", checkpoint={"dir": str(small_disk / "ckpt"), "every": {"steps": 5}}
+    )
+    rehearsal.wait_for("committed", lambda e: e["step"] == 10)
+    _fill(small_disk)
+    assert process.wait(60) == 1
+    assert "No space left" in rehearsal.events("run_failed")[0]["reason"]
+    assert not rehearsal.events("run_completed")
+
+
+def _fill(disk: Path) -> Path:
+    hog = disk / "hog"
+    with hog.open("wb", buffering=0) as file:
+        while True:
+            try:
+                file.write(b"\0" * 4096)
+            except OSError:
+                return hog
 
 
 def _interrupted_run(rehearsal: Rehearsal) -> None:

@@ -28,7 +28,7 @@ def test_a_drill_changes_nothing_in_the_result(
     finished = rehearsal.run(drill=(drill,))
     assert finished.code == 0, finished
     assert words in finished.err
-    assert f"drill" in finished.err
+    assert "autoglm: drill:" in finished.err
     assert len(rehearsal.events("attempt_started")) == 2
     assert rehearsal.events("drill")[0]["spec"] == drill
     assert rehearsal.final() == undisturbed
@@ -109,7 +109,8 @@ def test_a_module_that_starts_a_thread_when_imported_is_left_to_the_ranks(
     rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, str]
 ) -> None:
     (rehearsal.directory / "threads.py").write_text(
-        "import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()"
+        "import threading, time\n"
+        "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()"
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(rehearsal.directory), *_path()]))
     finished = rehearsal.run(preload=["threads"])

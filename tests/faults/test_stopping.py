@@ -6,10 +6,9 @@ import os
 import signal
 import time
 
-import psutil
 import pytest
 
-from tests.faults.conftest import Rehearsal, finish
+from tests.faults.conftest import Rehearsal, all_dead, finish
 
 
 def test_a_supervisor_killed_with_sigkill_leaves_no_rank_and_resume_completes_exactly(
@@ -20,8 +19,7 @@ def test_a_supervisor_killed_with_sigkill_leaves_no_rank_and_resume_completes_ex
     before = rehearsal.workers()
     assert len(before) >= 4  # the supervisor, its zygote, two ranks
     os.kill(rehearsal.holder(), signal.SIGKILL)
-    _, alive = psutil.wait_procs(before, timeout=1)
-    assert not alive
+    assert all_dead(before, within=1.0)
     resumed = rehearsal.resume()
     assert resumed.code == 0, resumed
     assert rehearsal.final() == undisturbed
@@ -32,8 +30,7 @@ def test_a_supervisor_killed_during_start_up_leaves_nothing(rehearsal: Rehearsal
     rehearsal.wait_for("supervisor_started")
     before = rehearsal.workers()
     os.kill(rehearsal.holder(), signal.SIGKILL)
-    _, alive = psutil.wait_procs(before, timeout=2)
-    assert not alive
+    assert all_dead(before, within=2.0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])

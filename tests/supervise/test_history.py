@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autoglm_resume.checkpoint.structure import Structure, combined
+from autoglm_resume.observe import journal
+from autoglm_resume.supervise.history import History, model_of, recall
+from autoglm_resume.supervise.policy import Ended
+
+MODEL = Structure.of([("w", "float32", (2, 3))])
+OTHER = Structure.of([("w", "float32", (2, 4))])
+
+
+def event(name: str, **fields: Any) -> journal.Event:
+    return {"event": name, **fields}
+
+
+def test_an_empty_journal_is_a_run_that_was_never_started() -> None:
+    assert recall([]) == History()
+    assert not recall([]).finished
+
+
+def test_a_run_is_recalled() -> None:
+    past = recall(
+        [
+            event("run_started", run_id="abc"),
+            event("attempt_started", attempt=0, step=0),
+            event("model", rank=0, hash=MODEL.hash, model=MODEL.to_json()),
+            event("imports", rank=0, modules=["x", "y"]),
+            event("committed", step=10, objects={"model": "d10"}),
+            event("failure", step=14),
+            event("attempt_started", attempt=1, step=10),
+            event("imports", rank=0, modules=["y", "z"]),
+            event("committed", step=20, objects={"model": "d20"}),
+            event("committed", step=15, objects={"model": "d15"}),
+            event("failure", step=25),
+        ]
+    )
+    assert past.run_id == "abc"
+    assert past.attempts == 2
+    assert past.ended == (Ended(0, 14, 10), Ended(10, 25, 20))
+    assert (past.checkpointed, past.objects) == (20, {"model": "d20"})
+    assert past.imports == ("x", "y", "z")
+    assert past.model is not None
+    assert past.model.structure == MODEL
+    assert not past.finished
+
+
+def test_a_run_that_was_given_up_gets_a_new_budget() -> None:
+    past = recall(
+        [
+            event("attempt_started", attempt=0, step=0),
+            event("committed", step=5, objects={}),
+            event("failure", step=6),
+            event("run_failed", code=1),
+            event("attempt_started", attempt=1, step=5),
+            event("failure", step=7),
+        ]
+    )
+    assert past.ended == (Ended(5, 7, 5),)
+
+
+def test_a_completed_run_is_finished() -> None:
+    assert recall([event("run_started", run_id="a"), event("run_completed", step=9)]).finished
+
+
+def test_the_model_is_that_of_all_ranks_as_last_reported() -> None:
+    first = [event("model", rank=r, hash=MODEL.hash, model=MODEL.to_json()) for r in (0, 1)]
+    changed = event("model", rank=1, hash=OTHER.hash, model=None)
+    model = recall([*first, changed]).model
+    assert model is not None
+    assert model.hash == combined([MODEL.hash, OTHER.hash])
+    assert model.structure == MODEL
+    assert model != recall(first).model
+    assert model_of({}) is None
+    swapped = model_of({1: (OTHER.hash, None), 0: (MODEL.hash, MODEL.to_json())})
+    assert swapped == model, "the order in which ranks reported does not matter"
+
+
+def test_unknown_events_and_torn_lines_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    lines = [
+        journal.encode(event("run_started", run_id="a")),
+        journal.encode(event("written_by_a_newer_version", step="?")),
+        journal.encode(event("committed", step=10, objects={}))[:20] + b"\n",
+        b"[1, 2]\n",
+        b'{"no": "event"}\n',
+        b"\xff\xfe\n",
+        journal.encode(event("attempt_started", attempt=3, step=None)),
+        journal.encode(event("committed", step=99, objects={}))[:-5],
+    ]
+    path.write_bytes(b"".join(lines))
+    past = recall(journal.read(path))
+    assert (past.run_id, past.attempts, past.checkpointed) == ("a", 4, 0)
+
+
+@pytest.mark.parametrize(
+    "partial",
+    [
+        event("run_started"),
+        event("failure"),
+        event("run_completed"),
+        event("run_failed"),
+        *(
+            pytest.param(
+                event(name),
+                marks=pytest.mark.xfail(
+                    strict=True,
+                    raises=KeyError,
+                    reason="recall() says that what is missing is passed over, but raises KeyError",
+                ),
+            )
+            for name in ("attempt_started", "model", "imports", "committed")
+        ),
+    ],
+    ids=lambda e: e["event"],
+)
+def test_an_event_without_its_fields_does_not_stop_a_resume(partial: journal.Event) -> None:
+    assert recall([event("run_started", run_id="a"), partial]) is not None

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from autoglm_resume import files
+
+
+def test_a_file_appears_whole_and_nothing_else_does(tmp_path: Path) -> None:
+    files.write(tmp_path / "a", b"one")
+    files.write(tmp_path / "a", b"two", durable=False)
+    assert (tmp_path / "a").read_bytes() == b"two"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_the_old_content_stays_until_the_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    with files.writing(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_block_that_raises_leaves_the_old_content(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    with pytest.raises(error), files.writing(path) as file:
+        file.write(b"half")
+        raise error
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_an_existing_file_wins_where_it_must_not_be_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    files.write(path, b"first", replace=False)
+    with pytest.raises(FileExistsError):
+        files.write(path, b"second", replace=False)
+    assert path.read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_of_two_writers_that_must_not_replace_exactly_one_wins(tmp_path: Path) -> None:
+    for round_ in range(20):
+        path = tmp_path / str(round_)
+        children = []
+        for name in (b"a", b"b"):
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    files.write(path, name * 1000, replace=False, durable=False)
+                except FileExistsError:
+                    os._exit(1)
+                os._exit(0)
+            children.append(pid)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+        assert sorted(codes) == [0, 1]
+        winner = (b"a", b"b")[codes.index(0)]
+        assert path.read_bytes() == winner * 1000
+
+
+def test_a_writer_killed_in_the_middle_leaves_the_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    ready, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with files.writing(path) as file:
+            file.write(b"half" * 10_000)
+            file.flush()
+            os.write(tell, b"1")
+            signal.pause()
+    os.read(ready, 1)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    os.close(ready)
+    os.close(tell)
+    assert path.read_bytes() == b"old"
+    left = [name for name in os.listdir(tmp_path) if name != "a"]
+    assert len(left) == 1
+    assert left[0].startswith(files.TEMPORARY)

@@ -1,0 +1,177 @@
+"""The nevers of the design, held by walking the package's own imports."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import autoglm_resume
+
+ROOT = Path(autoglm_resume.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+PURE = [
+    *("job/units.py", "job/spec.py", "job/fields.py"),
+    *("supervise/policy.py", "supervise/failure.py", "supervise/liveness.py"),
+    *("supervise/drill.py", "supervise/history.py"),
+    *("checkpoint/gate.py", "checkpoint/manifest.py", "checkpoint/part.py"),
+    *("checkpoint/retention.py", "checkpoint/structure.py", "checkpoint/codec.py"),
+    *("checkpoint/document.py", "observe/goodput.py", "observe/say.py", "errors.py"),
+]
+IMPURE = {
+    *("torch", "rich", "numpy", "subprocess", "socket", "time", "datetime", "os", "shutil"),
+    *("psutil", "selectors", "threading", "multiprocessing", "tempfile", "io", "mmap"),
+}
+ACTS = {"open", "print", "input", "exec", "eval"}
+METHODS = {
+    *("read_bytes", "read_text", "write_bytes", "write_text", "unlink", "mkdir", "iterdir"),
+    *("rename", "stat", "exists", "touch"),
+}
+UNPICKLERS = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_bytes(), str(path))
+
+
+def imports(node: ast.AST) -> Iterator[str]:
+    """Dotted names imported anywhere below `node`; of `from a import b`, `a` and `a.b`."""
+    for child in ast.walk(node):
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, "relative imports would hide from this test"
+            yield str(child.module)
+            yield from (f"{child.module}.{alias.name}" for alias in child.names)
+
+
+def at_import_time(tree: ast.Module) -> Iterator[str]:
+    """What merely importing the module imports: not in functions, not for type checkers."""
+    queue: list[ast.AST] = [tree]
+    while queue:
+        node = queue.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            queue += node.orelse
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from imports(node)
+        queue += ast.iter_child_nodes(node)
+
+
+GRAPH = {name_of(path): set(at_import_time(tree_of(path))) for path in FILES}
+
+
+def reachable(start: str) -> set[str]:
+    """Modules that importing `start` imports, outside ones included, parents too."""
+    seen: set[str] = set()
+    queue = [start]
+    while queue:
+        name = queue.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        queue += GRAPH.get(name, ())
+        if "." in name and name in GRAPH:
+            queue.append(name.rpartition(".")[0])
+    return seen
+
+
+def below(*rooms: str) -> list[Path]:
+    return [path for path in FILES if path.relative_to(ROOT).parts[0] in rooms]
+
+
+@pytest.mark.parametrize("file", PURE)
+def test_a_pure_module_cannot_touch_the_world(file: str) -> None:
+    tree = tree_of(ROOT / file)
+    found = {name.partition(".")[0] for name in imports(tree)} & IMPURE
+    assert not found, f"{file} imports {found}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            if isinstance(node.func, ast.Name):
+                assert node.func.id not in ACTS, f"{file}:{node.lineno}: {node.func.id}()"
+            elif isinstance(node.func, ast.Attribute):
+                assert node.func.attr not in METHODS, f"{file}:{node.lineno}: {node.func.attr}()"
+
+
+@pytest.mark.parametrize("path", below("cli", "supervise", "observe"), ids=name_of)
+def test_nothing_on_the_supervisors_path_imports_torch(path: Path) -> None:
+    heavy = {name for name in reachable(name_of(path)) if name.partition(".")[0] == "torch"}
+    assert not heavy
+
+
+def test_the_supervisor_and_the_cli_really_run_without_torch() -> None:
+    modules = [name_of(path) for path in below("cli", "supervise", "observe", "job")]
+    modules.remove("autoglm_resume.cli.__main__")
+    code = f"""
+import importlib, sys
+for name in {modules!r}:
+    importlib.import_module(name)
+    assert "torch" not in sys.modules, name
+print("ok")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "ok\n", done.stderr
+
+
+def test_importing_the_package_imports_nothing_of_its_own_or_of_others() -> None:
+    code = "import sys; import autoglm_resume; print(*{n.partition('.')[0] for n in sys.modules "
+    code += "if n not in sys.builtin_module_names and n.partition('.')[0] not in "
+    code += "sys.stdlib_module_names} - {'__main__'}); "
+    code += "print(*[n for n in sys.modules if n.startswith('autoglm_resume.')])"
+    plain = [sys.executable, "-S", "-c", f"import sys; sys.path.insert(0, {str(ROOT.parent)!r})\n"]
+    plain[-1] += code
+    done = subprocess.run(plain, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["autoglm_resume"], done.stderr
+
+
+@pytest.mark.parametrize("path", below("worker", "checkpoint", "job"), ids=name_of)
+def test_the_workers_side_never_sees_the_supervisor(path: Path) -> None:
+    above = ("autoglm_resume.supervise", "autoglm_resume.cli")
+    assert not [name for name in imports(tree_of(path)) if name.startswith(above)]
+
+
+@pytest.mark.parametrize("path", below("supervise", "observe", "checkpoint"), ids=name_of)
+def test_imports_never_go_up_to_the_cli(path: Path) -> None:
+    assert not [n for n in imports(tree_of(path)) if n.startswith("autoglm_resume.cli")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_no_pickle_is_ever_read(path: Path) -> None:
+    tree = tree_of(path)
+    assert not {name.partition(".")[0] for name in imports(tree)} & UNPICKLERS
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            text = ast.unparse(node)
+            assert text not in ("torch.load", "torch.serialization.load"), text
+            assert not text.endswith("weights_only"), text
+        assert not (isinstance(node, ast.keyword) and node.arg == "allow_pickle")
+
+
+def test_importing_has_no_cycles() -> None:
+    for start in GRAPH:
+        inside = {m for direct in GRAPH[start] if direct in GRAPH for m in reachable_only(direct)}
+        assert start not in inside, f"{start} imports itself in the end"
+
+
+def reachable_only(start: str) -> set[str]:
+    """As `reachable`, but without the packages above a module, which are nearly empty."""
+    seen: set[str] = set()
+    queue = [start]
+    while queue:
+        name = queue.pop()
+        if name not in seen:
+            seen.add(name)
+            queue += [m for m in GRAPH.get(name, ()) if m in GRAPH]
+    return seen
