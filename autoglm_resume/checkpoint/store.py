@@ -71,6 +71,11 @@ class Store:
         """The newest committed directory, unproven."""
         return next(iter(self.committed()), None)
 
+    def next_attempt(self) -> int:
+        """A number larger than every attempt that left something here, in quarantine too."""
+        names = [path.name for path in (*self._all(), *self.quarantined()) if parse_id(path.name)]
+        return max((age(name)[1] for name in names), default=-1) + 1
+
     def _all(self) -> list[Path]:
         found = [path for path in _entries(self.root) if parse_id(path.name) and path.is_dir()]
         return sorted(found, key=lambda path: age(path.name), reverse=True)

@@ -16,6 +16,7 @@ from typing import Literal
 
 from autoglm_resume.observe.journal import Event
 from autoglm_resume.observe.recovery import Recovery, recoveries
+from autoglm_resume.observe.say import entries
 from autoglm_resume.observe.segments import (
     Life,
     Segment,
@@ -229,7 +230,7 @@ def _newest_checkpoint(events: Sequence[Event]) -> Event:
             case "committed":
                 committed[str(event.get("id"))] = event
             case "gate":
-                for verdict in event.get("verdicts") or ():
+                for verdict in entries(event.get("verdicts")):
                     if not verdict.get("accepted"):
                         committed.pop(str(verdict.get("id")), None)
     return max(committed.values(), key=lambda e: (step_of(e) or 0, mono(e)), default={})

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autoglm_resume.observe.journal import Event
-from autoglm_resume.observe.say import failed, rejection
+from autoglm_resume.observe.say import entries, failed, rejection
 from autoglm_resume.observe.segments import Segment, mono, number, step_of
 
 
@@ -67,7 +67,6 @@ def recoveries(segments: Sequence[Segment]) -> list[Recovery]:
                 "event": "failure",
                 "kind": "supervisor",
                 "summary": "the supervisor died, and its ranks with it",
-                "step": segment.last_step,
             }
             found.append(_recovery(segment, gone, later))
     return found
@@ -77,7 +76,7 @@ def rejected(gate: Event | None) -> tuple[Rejected, ...]:
     """What a gate did not take."""
     return tuple(
         Rejected(str(v.get("id", "")), step_of(v) or 0, rejection(v))
-        for v in (gate or {}).get("verdicts") or ()
+        for v in entries((gate or {}).get("verdicts"))
         if not v.get("accepted")
     )
 
@@ -168,5 +167,5 @@ def _latest(segment: Segment, name: str) -> float | None:
 
 
 def _checks(gate: Event | None) -> tuple[str, ...]:
-    accepted = (v for v in (gate or {}).get("verdicts") or () if v.get("accepted"))
-    return tuple(str(check.get("name")) for v in accepted for check in v.get("checks") or ())
+    accepted = (v for v in entries((gate or {}).get("verdicts")) if v.get("accepted"))
+    return tuple(str(check.get("name")) for v in accepted for check in entries(v.get("checks")))

@@ -61,6 +61,11 @@ def short(text: str) -> str:
     return _DIGEST.sub(r"\1…", text)
 
 
+def entries(value: object) -> list[dict[str, Any]]:
+    """The objects in a list of a journal, none if it is no such list."""
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
 def check(found: dict[str, Any]) -> str:
     """A gate's check that failed: which, what was expected, what was found."""
     detail = str(found.get("detail") or "")
@@ -72,7 +77,7 @@ def check(found: dict[str, Any]) -> str:
 
 def rejection(verdict: dict[str, Any]) -> str:
     """Why the gate would not take a checkpoint."""
-    failed = [check(c) for c in verdict.get("checks", ()) if not c.get("ok")]
+    failed = [check(c) for c in entries(verdict.get("checks")) if not c.get("ok")]
     return "; ".join(failed) or short(str(verdict.get("reason", "no reason was recorded")))
 
 
@@ -96,11 +101,11 @@ def _zygote_ready(e: Event) -> str:
 
 def _gate(e: Event) -> str:
     lines = []
-    verdicts = e.get("verdicts") or []
+    verdicts = entries(e.get("verdicts"))
     for verdict in verdicts:
         step = verdict.get("step", "?")
         if verdict.get("accepted"):
-            names = ", ".join(str(c.get("name")) for c in verdict.get("checks", ()))
+            names = ", ".join(str(c.get("name")) for c in entries(verdict.get("checks")))
             lines.append(f"checkpoint step {step} accepted ({names})")
         else:
             lines.append(f"checkpoint step {step} rejected: {rejection(verdict)}")
@@ -185,10 +190,7 @@ def _completed(e: Event) -> str:
 
 
 def _interrupted(e: Event) -> str:
-    return (
-        f"interrupted at step {e.get('step', '?')}: {e.get('reason', 'asked to stop')}; "
-        "continue with: autoglm resume"
-    )
+    return f"interrupted: {e.get('reason', 'asked to stop')}; continue with: autoglm resume"
 
 
 _SAY: dict[str, Callable[[Event], str]] = {

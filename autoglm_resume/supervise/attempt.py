@@ -167,8 +167,10 @@ class Attempt:
     def _tick(self) -> None:
         now = time.monotonic()
         beats = self._board.beats()
-        self._pace.see(max(beat.step for beat in beats), now)
-        furthest = max(beat.step for beat in beats)
+        first = max(beats, key=lambda beat: beat.step)
+        furthest = first.step
+        if first.first_step_time:
+            self._pace.see(first.step, first.time / 1e9)
         # A rank that was faster than the announcement has passed the step: name a later one.
         if self._control.stop_at >= 0 and furthest > self._control.stop_at:
             self._announce("stop_at")

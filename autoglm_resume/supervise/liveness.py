@@ -35,19 +35,19 @@ def agreed_step(beats: Sequence[Beat], step_seconds: float, ahead: float = 0.25)
 
 @dataclass
 class Pace:
-    """How fast steps complete, from looks at the board."""
+    """How fast steps complete, from looks at the beats."""
 
     step: int = -1
     since: float = 0.0
     seconds: float = 0.0
     """Of one step, by the last two looks that differed; 0 if unknown."""
 
-    def see(self, step: int, now: float) -> None:
-        """Look: `step` steps are complete at monotonic time `now`."""
+    def see(self, step: int, at: float) -> None:
+        """Look: the rank had completed `step` steps at monotonic time `at` (of its last beat)."""
         if step > self.step:
             if self.step >= 0:
-                self.seconds = (now - self.since) / (step - self.step)
-            self.step, self.since = step, now
+                self.seconds = (at - self.since) / (step - self.step)
+            self.step, self.since = step, at
 
     @property
     def rate(self) -> float:

@@ -90,7 +90,6 @@ class Supervisor:
         self._job = job
         self._screen = screen
         self._past = history.recall(run.events())
-        self._number = self._past.attempts
         self._ended = list(self._past.ended)
         self._run_id = self._past.run_id or uuid.uuid4().hex[:12]
         self._reported: dict[int, tuple[str, Any]] = {}
@@ -102,6 +101,9 @@ class Supervisor:
         self._gate = Gatekeeper(
             job, self._world_size, self._tell, self._past.model, self._past.checkpointed
         )
+        # A power cut may have lost the journal's last lines, but two attempts must never share a
+        # number: it tells their checkpoints of the same step apart.
+        self._number = max(self._past.attempts, self._gate.store.next_attempt())
         self._rehearsal = Rehearsal(self._pump, drills, self._gate.store, self._tell)
         self._drills = drills
 
@@ -190,6 +192,7 @@ class Supervisor:
                     return {**event, "model": None}
             case "first_step":
                 self._gate.clean()
+                self._journal.sync()
             case "imports":
                 launcher.learn(event["modules"])
             case "committed":

@@ -187,8 +187,9 @@ def autoglm() -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """For everything that is compared: one thread per process."""
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    """For everything that is compared: one thread per process, and compiled modules are kept."""
+    inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    return {**inherited, "OMP_NUM_THREADS": "1"}
 
 
 def write_job(directory: Path, **fields: Any) -> Path:

@@ -44,7 +44,8 @@ class Block(nn.Module):
         q, k, v = heads.chunk(3, dim=1)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).flatten(-2))
-        return x + self.mlp(self.before_mlp(x))
+        x = x + self.mlp(self.before_mlp(x))
+        return x
 
 
 class Decoder(nn.Module):

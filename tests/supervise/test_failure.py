@@ -140,10 +140,9 @@ def test_the_step_is_the_furthest_ranks() -> None:
 @pytest.mark.parametrize(
     ("beat", "expected"),
     [
-        (Beat(), "before its first beat"),
-        (Beat(phase=Phase.NONE, step=4), "before its first beat"),
-        (Beat(phase=Phase.START), "before its first step"),
-        (Beat(phase=Phase.RESTORE), "before its first step"),
+        (Beat(), "before its first step"),
+        (Beat(phase=Phase.START), "in start-up"),
+        (Beat(phase=Phase.RESTORE), "while restoring"),
         (Beat(phase=Phase.RESTORE, step=0), "at step 0, while restoring"),
         (Beat(phase=Phase.SAVE, step=30), "at step 30, while saving"),
     ],

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import struct
+import termios
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from autoglm_resume.observe import live
+from autoglm_resume.observe.live import Screen, printable
+
+
+class Pipes:
+    """A screen whose two outputs are pipes, or one terminal."""
+
+    def __init__(self, *, terminal: bool = False, json: bool = False) -> None:
+        if terminal:
+            self.readers, writer = zip(*[pty.openpty()], strict=True)
+            fcntl.ioctl(writer[0], termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
+            self.writers = (writer[0], writer[0])
+        else:
+            self.readers, self.writers = zip(os.pipe(), os.pipe(), strict=True)
+        self.screen = Screen("all", json=json, out=self.writers[0], err=self.writers[1])
+
+    def read(self) -> list[str]:
+        """What each output got so far."""
+        found = []
+        for reader in self.readers:
+            os.set_blocking(reader, False)
+            data = b""
+            try:
+                while piece := os.read(reader, 65536):
+                    data += piece
+            except BlockingIOError:
+                pass
+            found.append(data.decode().replace("\r\n", "\n"))
+        return found
+
+    def close(self) -> None:
+        for fd in {*self.readers, *self.writers}:
+            os.close(fd)
+
+
+@pytest.fixture
+def pipes() -> Iterator[Pipes]:
+    made = Pipes()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipes]:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    made = Pipes(terminal=True)
+    yield made
+    made.close()
+
+
+def test_ranks_print_on_standard_output_and_sentences_on_standard_error(pipes: Pipes) -> None:
+    pipes.screen.worker_line(1, "loss 2.5")
+    pipes.screen.event({"event": "failure", "summary": "rank 1 died"})
+    assert pipes.read() == ["[rank 1] loss 2.5\n", "autoglm: rank 1 died\n"]
+
+
+def test_with_json_nothing_but_the_document_is_on_standard_output() -> None:
+    pipes = Pipes(json=True)
+    pipes.screen.worker_line(0, "hello")
+    assert pipes.read() == ["", "[rank 0] hello\n"]
+    pipes.close()
+
+
+def test_the_console_shows_what_the_job_asks_for(pipes: Pipes) -> None:
+    pipes.screen.console = "rank0"
+    pipes.screen.worker_line(0, "zero")
+    pipes.screen.worker_line(1, "one")
+    pipes.screen.console = "none"
+    pipes.screen.worker_line(0, "again")
+    assert pipes.read()[0] == "[rank 0] zero\n"
+
+
+def test_a_reader_that_left_costs_lines_and_never_an_error() -> None:
+    out, err = os.pipe(), os.pipe()
+    screen = Screen(out=out[1], err=err[1])
+    os.close(out[0])
+    for _ in range(3):
+        screen.worker_line(0, "x" * 100_000)
+    screen.event({"event": "run_completed", "step": 1})
+    assert os.read(err[0], 100).startswith(b"autoglm: run completed")
+    for fd in (out[1], *err):
+        os.close(fd)
+
+
+def test_a_descriptor_that_is_closed_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    os.close(write)
+    Screen(out=write, err=write).worker_line(0, "hello")
+
+
+def test_a_reader_that_does_not_read_never_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "_PATIENCE", 1)
+    pipes = Pipes()
+    began = time.monotonic()
+    for _ in range(200):
+        pipes.screen.worker_line(0, "x" * 4000)
+    assert time.monotonic() - began < 2
+    pipes.read()
+    pipes.screen.worker_line(0, "after")
+    text = pipes.read()[0]
+    assert "pieces of output were not shown" in text
+    assert text.endswith("[rank 0] after\n")
+    pipes.close()
+
+
+def test_bytes_that_are_no_text_are_shown_as_well_as_they_can(pipes: Pipes) -> None:
+    pipes.screen.worker_line(0, b"\xff\xfe caf\xc3\xa9")
+    assert pipes.read()[0] == "[rank 0] \ufffd\ufffd café\n"
+
+
+@pytest.mark.parametrize(
+    ("raw", "shown"),
+    [
+        ("plain", "plain"),
+        ("a\tb", "a\tb"),
+        ("\x1b[2J\x1b[Hboo", "boo"),
+        ("\x1b]0;title\x07text", "text"),
+        ("\x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\", "link"),
+        ("\x9b31mc1", "31mc1"),
+        ("bell\x07\x08\x00", "bell"),
+        ("\x1bcreset", "reset"),
+        (" 10%|█\r 20%|██\r", " 20%|██"),
+        ("\x1b[31mred\x1b[0m", "red"),
+        ("cut \x1b[3", "cut "),
+    ],
+)
+def test_control_sequences_do_not_reach_the_terminal(raw: str, shown: str) -> None:
+    assert printable(raw, colors=False) == shown
+
+
+def test_colours_of_the_ranks_are_kept_and_ended() -> None:
+    assert printable("\x1b[31mred\x1b[2J", colors=True) == "\x1b[31mred\x1b[0m"
+
+
+def test_the_live_line_stays_at_the_bottom_and_fits(terminal: Pipes) -> None:
+    terminal.screen.status(41, rate=12.3, loss=2.5, last_checkpoint=40, attempt=1, total=200)
+    first = terminal.read()[0]
+    assert "step 41/200 · loss 2.5 · 12.3 steps/s · checkpoint step" in first
+    assert len(first.split("\x1b[2m")[1].removesuffix("\x1b[0m")) == 59
+    terminal.screen.worker_line(0, "hello")
+    second = terminal.read()[0]
+    assert second.index("\r\x1b[2K") < second.index("hello\n") < second.index("step 41/200")
+    terminal.screen.close()
+    assert terminal.read()[0] == "\r\x1b[2K"
+    terminal.screen.worker_line(0, "after")
+    assert "step 41" not in terminal.read()[0]
+
+
+def test_before_the_first_step_the_live_line_says_starting(terminal: Pipes) -> None:
+    terminal.screen.status(-1, loss=float("nan"))
+    assert "autoglm: starting\x1b" in terminal.read()[0]
+
+
+def test_drills_failures_and_success_have_their_colours(terminal: Pipes) -> None:
+    terminal.screen.event({"event": "failure", "summary": "died"})
+    terminal.screen.event({"event": "drill", "kind": "kill", "rank": 1})
+    terminal.screen.event({"event": "run_completed", "step": 1})
+    failure, drill, success = terminal.read()[0].splitlines()
+    assert "\x1b[31mdied" in failure
+    assert "\x1b[35mdrill: " in drill
+    assert "\x1b[32mrun completed" in success
+
+
+def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch, terminal: Pipes) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    terminal.screen.worker_line(0, "\x1b[31mred")
+    assert terminal.read()[0] == "[rank 0] red\n"
+
+
+def test_without_a_terminal_the_status_is_a_line_now_and_then(pipes: Pipes) -> None:
+    for step in range(1, 100):
+        pipes.screen.status(step)
+    assert pipes.read()[1] == "autoglm: step 1\n"
+
+
+def test_a_traceback_is_marked_with_its_rank(pipes: Pipes) -> None:
+    pipes.screen.traceback(1, "Traceback\n  here\nValueError: no\n")
+    lines = pipes.read()[1].splitlines()
+    assert lines[0] == "autoglm: rank 1 failed first:"
+    assert lines[-1] == "[rank 1] ValueError: no"

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from autoglm_resume.observe import say
+from autoglm_resume.observe.say import sentence
+from tests.observe.runs import killed_once, verdict
+
+DIGEST = "blake3:" + "ab" * 32
+
+
+def test_a_gate_says_why_each_checkpoint_was_or_was_not_taken() -> None:
+    event = {"event": "gate", "accepted": "x", "verdicts": [verdict(60, False), verdict(40, True)]}
+    rejected, accepted = (sentence(event) or "").split("\n")
+    assert rejected == (
+        "checkpoint step 60 rejected: integrity: rank-00001.pack: chunk 3: "
+        "expected blake3:aa, found blake3:bb"
+    )
+    assert accepted == "checkpoint step 40 accepted (integrity, world size)"
+
+
+def test_a_gate_without_checkpoints_has_nothing_to_say() -> None:
+    assert sentence({"event": "gate", "verdicts": [], "accepted": None}) is None
+
+
+def test_a_gate_that_takes_nothing_says_so() -> None:
+    event = {"event": "gate", "verdicts": [verdict(60, False)], "accepted": None}
+    assert (sentence(event) or "").endswith("none of 1 checkpoint is acceptable")
+
+
+def test_both_values_of_a_failed_check_are_shown() -> None:
+    found = {"name": "world size", "ok": False, "expected": "2", "found": "4", "detail": ""}
+    assert say.check(found) == "world size: expected 2, found 4"
+
+
+def test_digests_are_cut_to_what_the_eye_can_compare() -> None:
+    event = {"event": "refused", "rank": 1, "step": 60, "reason": f"found {DIGEST}"}
+    assert sentence(event) == "rank 1 refused checkpoint step 60: found blake3:abababababab…"
+
+
+@pytest.mark.parametrize("kind", ["kill", "stop", "exit", "corrupt", "random", "of-the-future"])
+def test_drills_are_always_marked(kind: str) -> None:
+    event = {"event": "drill", "kind": kind, "rank": 1, "step": 30, "spec": "s", "target": "t"}
+    assert (sentence(event) or "").startswith("drill: ")
+
+
+def test_a_failure_tells_how_long_its_detection_took() -> None:
+    event = {"event": "failure", "summary": "rank 1 died", "mono": 12.038, "cause_mono": 12.0}
+    assert sentence(event) == "rank 1 died, detected after 38 ms"
+
+
+def test_only_rank_zero_speaks_for_all() -> None:
+    event = {"event": "first_step", "step": 41}
+    assert sentence({**event, "rank": 0}) == "step 41 is complete: training"
+    assert sentence({**event, "rank": 1}) is None
+
+
+def test_a_restart_names_its_step_and_attempt() -> None:
+    event = {"event": "attempt_started", "attempt": 1, "step": 40}
+    assert sentence(event) == "restarting from step 40 (attempt 1)"
+
+
+def test_unknown_events_are_ignored() -> None:
+    assert sentence({"event": "of_the_future", "mono": "?"}) is None
+
+
+@pytest.mark.parametrize("name", sorted(say._SAY))
+def test_missing_fields_are_tolerated(name: str) -> None:
+    sentence({"event": name})
+
+
+def test_every_event_of_a_run_survives_a_round_trip() -> None:
+    for event in killed_once().events:
+        assert sentence(json.loads(json.dumps(event))) == sentence(event)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0 ms"),
+        (0.038, "38 ms"),
+        (0.9999, "1.00 s"),
+        (9.999, "10.0 s"),
+        (63.2, "63.2 s"),
+        (125.0, "2m 05s"),
+        (12_000.0, "3h 20m"),
+        (None, "?"),
+    ],
+)
+def test_durations_read_well(value: float | None, text: str) -> None:
+    assert say.seconds(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0 B"), (1536, "1.5 KiB"), (3 << 30, "3.0 GiB"), (5 << 40, "5.0 TiB")]
+)
+def test_sizes_read_well(value: int, text: str) -> None:
+    assert say.size(value) == text

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from autoglm_resume.observe import status
+from autoglm_resume.supervise.rundir import RunDirectory
+from autoglm_resume.worker.board import Board, Phase
+from tests.observe.runs import Script, directory, killed_once
+
+
+@pytest.fixture
+def board() -> Iterator[tuple[Board, str]]:
+    made, fd = Board.create(2)
+    yield made, f"/proc/{os.getpid()}/fd/{fd}"
+    made.close()
+    os.close(fd)
+
+
+def test_a_run_that_nobody_has_is_what_its_journal_says(tmp_path: Path) -> None:
+    found = status.of(RunDirectory(directory(tmp_path / "demo", killed_once().events)))
+    assert (found.holder, found.ranks) == (None, ())
+    assert (found.summary.state, found.step) == ("finished", 10)
+
+
+def test_a_living_run_shows_the_last_beat_of_every_rank(
+    tmp_path: Path, board: tuple[Board, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDirectory(directory(tmp_path / "demo", Script().life().attempt(0).events))
+    pulse = board[0].pulse(1)
+    pulse.report(loss=2.5, grad_norm=None)
+    pulse.completed(41)
+    pulse.phase(Phase.BACKWARD)
+    with run.locked() as lock:
+        lock.describe(board[1])
+        found = status.of(run)
+        status.show(found)
+    assert found.holder
+    assert found.holder.pid == os.getpid()
+    assert found.step == 41
+    silent, busy = found.ranks
+    assert (silent.step, silent.age) == (-1, None)
+    assert (busy.step, busy.phase, busy.loss) == (41, "in backward", 2.5)
+    assert busy.age is not None
+    assert busy.age < 10
+    assert "in backward" in capsys.readouterr().out
+    assert status.to_json(found)["ranks"][1]["step"] == 41
+
+
+@pytest.mark.parametrize("path", ["", "/proc/1/fd/999999", "/dev/null"])
+def test_a_board_that_cannot_be_read_leaves_the_ranks_out(tmp_path: Path, path: str) -> None:
+    run = RunDirectory(directory(tmp_path / "demo", Script().life().events))
+    with run.locked() as lock:
+        lock.describe(path)
+        assert status.of(run).ranks == ()
+
+
+def test_several_runs_are_one_line_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("one", "two")
+    runs = [RunDirectory(directory(tmp_path / name, killed_once().events)) for name in names]
+    status.show_all([status.of(run) for run in runs])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["run", "one", "two"]
+    assert "64.5%" in lines[1]

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from autoglm_resume.observe.tables import Table, terminal
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def table() -> Table:
+    made = Table(("name", "step"), right=frozenset([1]))
+    made.add("a", 7)
+    made.add("longer", None)
+    made.add("\x1b[2Jbad", 100)
+    return made
+
+
+def test_plain_tables_are_aligned_and_clean() -> None:
+    stream = io.StringIO()
+    table().print(stream)
+    assert stream.getvalue() == "name    step\na          7\nlonger\nbad      100\n"
+
+
+def test_terminals_get_the_same_content(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    table().print(stream)
+    assert "longer" in stream.getvalue()
+    assert "\x1b[2J" not in stream.getvalue()
+
+
+def test_digests_are_never_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")
+    facts = Table()
+    facts.add("final model", "blake3:" + "ab" * 32)
+    stream = Terminal()
+    facts.print(stream)
+    assert stream.getvalue() == f"final model  blake3:{'ab' * 32}\n"
+
+
+def test_an_empty_table_is_its_headers() -> None:
+    assert Table(("a", "b")).lines() == ["a  b"]
+    assert Table().lines() == []
+
+
+def test_a_closed_stream_is_no_terminal() -> None:
+    stream = io.StringIO()
+    stream.close()
+    assert not terminal(stream)

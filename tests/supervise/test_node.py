@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from autoglm_resume.errors import UsageError
+from autoglm_resume.supervise import node
+
+LISTEN = """
+import signal, socket
+server = socket.create_server(("127.0.0.1", 0))
+print(server.getsockname()[1], flush=True)
+signal.pause()
+"""
+
+
+def test_a_taken_port_names_who_has_it() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-S", "-c", LISTEN], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    port = int(process.stdout.readline())
+    with pytest.raises(UsageError) as caught:
+        node.free_port(port)
+    assert f"port {port} to be free" in caught.value.message
+    assert f"in use by process {process.pid} (python" in caught.value.message
+    process.kill()
+    process.communicate()
+    assert node.free_port(port) == port
+
+
+def test_a_port_of_finished_connections_is_free() -> None:
+    server = socket.create_server(("127.0.0.1", 0))
+    port = server.getsockname()[1]
+    client = socket.create_connection(("127.0.0.1", port))
+    accepted, _ = server.accept()
+    accepted.close()  # this side waits out TIME_WAIT
+    client.close()
+    server.close()
+    assert node.free_port(port) == port
+
+
+def test_fresh_ports_can_be_listened_on() -> None:
+    for _ in range(5):
+        port = node.free_port()
+        socket.create_server(("", port)).close()
+
+
+@pytest.mark.xfail(
+    strict=True, reason="any error of bind is told as “in use”, so also a port that needs root"
+)
+def test_a_port_that_needs_root_is_not_said_to_be_in_use() -> None:
+    if os.geteuid() != 0 or int(
+        Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()
+    ) <= 81:
+        pytest.skip("needs root, to stop being it")
+    child = os.fork()
+    if child == 0:
+        os.setuid(65534)
+        try:
+            node.free_port(81)
+        except UsageError as error:
+            os._exit(1 if "in use" in error.message else 0)
+        except BaseException:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        ("", 0),
+        ("0", 1),
+        ("0,1,2", 3),
+        (" 3 , 5", 2),
+        ("-1", 0),
+        ("0,-1,2", 1),
+        ("GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", 1),
+        ("0,,2", 1),
+    ],
+)
+def test_visible_gpus_are_those_that_cuda_would_take(
+    monkeypatch: pytest.MonkeyPatch, listed: str, expected: int
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    assert node.visible_gpus() == expected
+
+
+def test_without_a_driver_there_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    found = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    assert node.visible_gpus() == found
+
+
+def test_a_directory_is_made_and_left_empty(tmp_path: Path) -> None:
+    node.check_directory(tmp_path / "a" / "b", 1)
+    node.check_directory(tmp_path / "a" / "b", 1)
+    assert os.listdir(tmp_path / "a" / "b") == []
+
+
+def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    for path in (tmp_path / "a", tmp_path / "a" / "b"):
+        with pytest.raises(UsageError, match="checkpoint.dir") as caught:
+            node.check_directory(path, 1)
+        assert str(path) in caught.value.message
+    with pytest.raises(UsageError, match="Not a directory"):
+        node.check_directory(tmp_path / "a" / "b", 1)
+
+
+def test_a_directory_without_permission_is_refused(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        tmp_path.chmod(0o555)
+        with pytest.raises(UsageError, match="Permission denied"):
+            node.check_directory(tmp_path / "x", 1)
+        tmp_path.chmod(0o755)
+        return
+    with pytest.raises(UsageError, match="expected a directory that this user can write to"):
+        node.check_directory(Path("/proc/self/nothing"), 1)
+
+
+def test_a_directory_that_is_too_full_says_how_much_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        node.check_directory(tmp_path, 1 << 60)
+    assert "guards.free_disk" in caught.value.message
+    assert f"at least {2**30:.2f} GiB free, found " in caught.value.message
+
+
+def test_the_state_of_a_process() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-S", "-c", "import signal; print(flush=True); signal.pause()"],
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    os.kill(process.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+    assert node.state(process.pid) == "stopped"
+    process.kill()
+    process.communicate()
+    assert node.state(process.pid) == ""
