@@ -6,6 +6,7 @@ Written for an event loop: nothing here waits, starts a thread, or raises. A con
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
@@ -101,8 +102,11 @@ class Sink:
                 data = data[os.write(self.fd, data[:_PIECE]) :]
             except BlockingIOError:
                 continue
-            except OSError:
-                self._dead = True
+            except OSError as error:
+                self._lost += 1
+                # A file on a full disk may have room again; a terminal or reader that left is gone.
+                self._dead = error.errno != errno.ENOSPC
+                return
 
     def _writable(self, milliseconds: int) -> bool:
         # A closed reader makes poll return too; the write then finds out.

@@ -105,9 +105,10 @@ class Warm:
         if self._zygote is None:
             return
         self._losses += 1
-        if self._zygote.unfit_module in self._modules:
-            self._modules.remove(self._zygote.unfit_module)
-        elif self._losses >= self.LOSSES:
+        unfit = self._zygote.unfit_module
+        if unfit in self._modules:
+            self._modules.remove(unfit)
+        elif unfit is not None or self._losses >= self.LOSSES:
             self._zygote = None
             return
         self._zygote = self._spawn()
@@ -172,7 +173,7 @@ def torchrun_command(assignment: Assignment) -> list[str]:
         *(sys.executable, "-m", "torch.distributed.run"),
         *("--nnodes=1", f"--nproc-per-node={assignment.world_size}", "--max-restarts=0"),
         *(f"--master-addr={assignment.master_addr}", f"--master-port={assignment.master_port}"),
-        *("-m", "autoglm_resume.worker.rank"),
+        *("-m", "autoglm_resume.worker.rank", "--under-torchrun"),
     ]
 
 

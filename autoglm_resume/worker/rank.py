@@ -26,6 +26,8 @@ from autoglm_resume.worker.board import Board, Phase
 from autoglm_resume.worker.contract import ASSIGNMENT, Assignment, Source
 from autoglm_resume.worker.events import Events
 
+UNDER_TORCHRUN = "--under-torchrun"
+
 _OWN_FILES = (__file__, runpy.__file__, "<frozen runpy>")
 
 
@@ -142,7 +144,7 @@ def main() -> None:
     assignment = Assignment.load(Path(os.environ[ASSIGNMENT]))
     sys.path.pop(0)  # where this package lies, put there by `python -m`
     parent = os.getppid()
-    under_torchrun = "TORCHELASTIC_USE_AGENT_STORE" in os.environ
+    under_torchrun = UNDER_TORCHRUN in sys.argv
     if under_torchrun and parent == assignment.supervisor:
         sys.exit(1)  # torchrun died before this line, and the supervisor adopted its child
     linux.die_with_parent(parent if under_torchrun else assignment.supervisor)

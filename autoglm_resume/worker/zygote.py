@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +50,8 @@ def threads() -> int:
 def unfit() -> str:
     """Why a fork of this process would not work; empty if it would."""
     if threads() > 1:
+        _announce_fork()
+    if threads() > 1:
         return f"it has grown to {threads()} threads"
     with contextlib.suppress(OSError):
         for fd in Path("/proc/self/fd").iterdir():
@@ -56,6 +59,20 @@ def unfit() -> str:
                 if str(fd.readlink()).startswith("/dev/nvidia"):
                     return "CUDA is initialised in it"
     return ""
+
+
+def _announce_fork() -> None:
+    """Let libraries that know about forks end their threads, by a fork that comes to nothing.
+
+    OpenBLAS starts its threads when NumPy is imported, ends them before a fork, and starts them
+    again in whoever computes.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
 
 
 def preload(modules: list[str]) -> dict[str, Any]:

@@ -119,6 +119,29 @@ def test_a_module_that_starts_a_thread_when_imported_is_left_to_the_ranks(
     assert rehearsal.final() == undisturbed
 
 
+def test_where_a_zygote_cannot_fork_ranks_start_cold(
+    rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, str]
+) -> None:
+    (rehearsal.directory / "sitecustomize.py").write_text(
+        "import sys, threading, time\n"
+        "if 'autoglm_resume.worker.zygote' in sys.orig_argv:\n"
+        "    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(rehearsal.directory), *_path()]))
+    finished = rehearsal.run(drill=("kill:rank=1,step=12",))
+    assert finished.code == 0, finished
+    assert "2 threads" in rehearsal.events("zygote_lost")[0]["reason"]
+    assert len(rehearsal.events("cold_start")) == 2
+    assert rehearsal.final() == undisturbed
+
+
+def test_one_rank_is_forked_although_numpy_starts_threads(rehearsal: Rehearsal) -> None:
+    finished = rehearsal.run("--steps", "10", nproc_per_node=1)
+    assert finished.code == 0, finished
+    assert not rehearsal.events("cold_start")
+    assert not rehearsal.events("zygote_lost")
+
+
 def test_nothing_that_a_rank_started_outlives_its_attempt(rehearsal: Rehearsal) -> None:
     process = rehearsal.start("--fail", "daemon")
     rehearsal.wait_for("committed", lambda e: e["step"] >= 10)

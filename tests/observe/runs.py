@@ -126,7 +126,8 @@ def checkpoint(root: Path, step: int, *, token: str = "a0", lineage: tuple[str, 
     store = Store(root)
     id = checkpoint_id(step, token)
     weight = torch.full((8, 8), float(step))
-    state = {"model": {"weight": weight, "bias": torch.zeros(8)}, "optimizer": {"lr": 0.1}}
+    model = {"weight": weight, "bias": torch.zeros(8)}
+    state = {"model": model, "optimizer": {"lr": 0.1}}
     for rank in (0, 1):
         taken = snapshot.take(
             state,
@@ -134,7 +135,7 @@ def checkpoint(root: Path, step: int, *, token: str = "a0", lineage: tuple[str, 
             rank=rank,
             world_size=2,
             lineage=lineage,
-            model=snapshot.structure_of(state["model"]),
+            model=snapshot.structure_of(model),
             rng=False,
         )
         saver.persist(taken, store)

@@ -149,7 +149,7 @@ def test_colours_of_the_ranks_are_kept_and_ended() -> None:
 def test_the_live_line_stays_at_the_bottom_and_fits(terminal: Pipes) -> None:
     terminal.screen.status(41, rate=12.3, loss=2.5, last_checkpoint=40, attempt=1, total=200)
     first = terminal.read()[0]
-    assert "step 41/200 · loss 2.5 · 12.3 steps/s · checkpoint step" in first
+    assert "step 41/200 · loss 2.5 · 12.3 steps/s · checkpoint" in first
     assert len(first.split("\x1b[2m")[1].removesuffix("\x1b[0m")) == 59
     terminal.screen.worker_line(0, "hello")
     second = terminal.read()[0]
@@ -192,3 +192,11 @@ def test_a_traceback_is_marked_with_its_rank(pipes: Pipes) -> None:
     lines = pipes.read()[1].splitlines()
     assert lines[0] == "autoglm: rank 1 failed first:"
     assert lines[-1] == "[rank 1] ValueError: no"
+
+
+def test_a_full_disk_costs_lines_and_never_an_error() -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    screen = Screen(out=full, err=full)
+    for _ in range(3):
+        screen.worker_line(0, "hello")
+    os.close(full)

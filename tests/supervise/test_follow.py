@@ -126,7 +126,7 @@ def test_a_line_without_end_is_cut_and_does_not_fill_the_memory(
     heard.follower.close()
     assert heard.lines[-1] == (0, "next")
     assert all(len(text) <= LONGEST_LINE for _, text in heard.lines)
-    assert sum(len(text) for _, text in heard.lines[:-1]) >= 4 * LONGEST_LINE
+    assert len(heard.lines) > 2, "it is shown before its end, which may never come"
 
 
 @settings(

@@ -1,0 +1,220 @@
+"""The command as people start it: real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.observe.runs import Script, checkpoint, directory, flip, killed_once
+
+HEAVY = ("torch", "numpy", "pydantic", "yaml", "rich", "psutil", "pickle", "asyncio")
+
+
+def autoglm(
+    *arguments: str | Path, cwd: Path | None = None, report: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the command; with `report`, the modules it had imported are written there."""
+    code = "from autoglm_resume.cli.app import main\n"
+    if report is not None:
+        code += (
+            "import atexit, pathlib, sys\n"
+            f"report = pathlib.Path({str(report)!r})\n"
+            "atexit.register(lambda: report.write_text(' '.join(sys.modules)))\n"
+        )
+    return subprocess.run(
+        [sys.executable, "-c", code + "main()", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with one real checkpoint."""
+    path = tmp_path_factory.mktemp("runs") / "demo"
+    checkpoint(path / "checkpoints", 20)
+    directory(path, [e for e in killed_once().events if e["event"] != "model"])
+    log = path / "attempts" / "000" / "rank-0.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("".join(f"line {n}\n" for n in range(20_000)))
+    return path
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["run", "--help"], ["inspect", "ckpt", "RUN"]]
+)
+def test_starting_is_cheap(arguments: list[str], run: Path, tmp_path: Path) -> None:
+    imported = tmp_path / "modules"
+    given = [run if argument == "RUN" else argument for argument in arguments]
+    assert autoglm(*given, report=imported).returncode == 0
+    found = set(imported.read_text().split())
+    assert "autoglm_resume.cli.app" in found
+    assert found.isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize(
+    "command", ["run", "resume", "status", "logs", "stop", "verify", "schema", "inspect ckpt"]
+)
+def test_every_command_explains_itself_with_examples(command: str) -> None:
+    for flag in ("--help", "-h"):
+        shown = autoglm(*command.split(), flag)
+        assert shown.returncode == 0
+        assert f"  autoglm {command}" in shown.stdout
+
+
+def test_the_help_lists_the_exit_codes() -> None:
+    words = " ".join(autoglm("--help").stdout.split())
+    for code in (
+        "0 done",
+        "1 failed",
+        "2 wrong usage",
+        "75 interrupted",
+        "76 another",
+        "90 no",
+        "93",
+    ):
+        assert code in words
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["frobnicate"],
+        ["run"],
+        ["run", "--no-such-option", "job.yaml"],
+        ["run", "missing.yaml"],
+        ["inspect", "ckpt"],
+        ["inspect", "ckpt", "one", "two"],
+        ["inspect", "ckpt", "missing"],
+        ["logs", "--rank", "x"],
+        ["logs", "--rank", "-1"],
+        ["status"],
+        ["status", "missing"],
+        ["resume", "missing"],
+        ["stop"],
+        ["verify", "missing"],
+    ],
+)
+def test_bad_usage_exits_2_and_says_why_without_a_traceback(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    ended = autoglm(*arguments, cwd=tmp_path)
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr.strip()
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_bad_job_file_is_refused_with_all_its_problems(tmp_path: Path) -> None:
+    (tmp_path / "train.py").touch()
+    (tmp_path / "job.yaml").write_text("script: train.py\ncheckpoint:\n  evry: 3\nkeep: x\n")
+    ended = autoglm("run", "job.yaml", cwd=tmp_path)
+    assert ended.returncode == 2
+    assert "job.yaml:3:3: checkpoint.evry: unknown key, did you mean 'every'?" in ended.stderr
+    assert "job.yaml:4:1: keep" in ended.stderr
+
+
+def test_a_dry_run_starts_nothing(tmp_path: Path) -> None:
+    (tmp_path / "train.py").touch()
+    (tmp_path / "job.yaml").write_text("script: train.py\nnproc_per_node: 2\n")
+    ended = autoglm("run", "job.yaml", "--dry-run", "--json", cwd=tmp_path)
+    assert ended.returncode == 0
+    plan = json.loads(ended.stdout)
+    assert plan["job"]["nproc_per_node"] == 2
+    assert plan["command"][-1] == str(tmp_path / "train.py")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_resuming_a_finished_run_says_so_and_exits_0(run: Path) -> None:
+    job = {"name": "demo", "script": "/train.py", "workdir": "/", "run_dir": str(run)}
+    before = (run / "job.json").read_text()
+    checkpoints = {"dir": str(run / "checkpoints")}
+    (run / "job.json").write_text(json.dumps({**job, "checkpoint": checkpoints}))
+    ended = autoglm("resume", run, "--json")
+    (run / "job.json").write_text(before)
+    assert ended.returncode == 0
+    assert "finished" in ended.stderr
+    assert json.loads(ended.stdout)["state"] == "finished"
+
+
+def test_the_newest_run_is_meant_when_none_is_named(run: Path) -> None:
+    (run.parent / "runs").symlink_to(run.parent)
+    ended = autoglm("status", "--json", cwd=run.parent)
+    assert json.loads(ended.stdout)["name"] == "demo"
+    (run.parent / "runs").unlink()
+
+
+def test_a_directory_of_runs_is_listed(run: Path) -> None:
+    lines = autoglm("status", run.parent).stdout.splitlines()
+    assert lines[0].startswith("run")
+    assert lines[1].startswith("demo")
+    assert [each["step"] for each in json.loads(autoglm("status", run.parent, "--json").stdout)]
+
+
+def test_inspect_reads_manifest_tensors_and_every_byte(run: Path) -> None:
+    ended = autoglm("inspect", "ckpt", run, "--verify", "--tensors", "--json")
+    document = json.loads(ended.stdout)
+    assert ended.returncode == 0
+    assert document["checks"][0]["found"] == "verified by content"
+    assert len(document["tensors"]) == 4
+    assert [each["step"] for each in document["all"]] == [20]
+
+
+def test_damage_exits_90_and_names_the_file(run: Path, tmp_path: Path) -> None:
+    made = checkpoint(tmp_path, 10)
+    checkpoint(tmp_path, 20)
+    flip(made / "rank-00001.pack")
+    ended = autoglm("inspect", "ckpt", made)
+    assert ended.returncode == 90
+    assert f"{made}/rank-00001.pack" in ended.stdout
+    assert autoglm("verify", made).returncode == 90
+    some = autoglm("verify", tmp_path, "--json")
+    assert some.returncode == 1
+    assert [each["accepted"] for each in json.loads(some.stdout)] == [True, False]
+    assert autoglm("verify", run).returncode == 0
+
+
+def test_a_run_that_is_not_running_need_not_be_stopped(run: Path) -> None:
+    ended = autoglm("stop", run)
+    assert ended.returncode == 0
+    assert "not running" in ended.stdout
+
+
+def test_a_reader_that_leaves_early_is_no_error(run: Path) -> None:
+    command = [sys.executable, "-m", "autoglm_resume.cli", "logs", str(run)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        assert process.stdout.readline() == b"[rank 0] line 0\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_the_schema_is_json() -> None:
+    assert "checkpoint" in json.loads(autoglm("schema").stdout)["properties"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_directory_that_may_not_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "job.json").write_text("{}")
+    (tmp_path / "events.jsonl").write_text("")
+    (tmp_path / "events.jsonl").chmod(0)
+    ended = autoglm("status", tmp_path)
+    assert ended.returncode == 1
+    assert "events.jsonl: Permission denied" in ended.stderr
+
+
+def test_an_unreadable_journal_line_is_skipped(tmp_path: Path) -> None:
+    path = directory(tmp_path / "torn", Script().life().events)
+    with (path / "events.jsonl").open("ab") as journal:
+        journal.write(b'{"event": "run_comp')
+    assert autoglm("status", path).returncode == 0

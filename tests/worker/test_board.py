@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import select
+import signal
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autoglm_resume.worker.board import NEVER, Beat, Board, Control, Phase
+
+COPY = 64
+HEADER = 64
+RECORD = 2 * COPY
+
+
+@pytest.fixture
+def board() -> Iterator[tuple[Board, int]]:
+    made, fd = Board.create(3)
+    yield made, fd
+    made.close()
+    os.close(fd)
+
+
+def raw(fd: int) -> mmap.mmap:
+    return mmap.mmap(fd, 0)
+
+
+def record(rank: int) -> int:
+    """Where the record of `rank` begins; the control record is before rank 0."""
+    return HEADER + RECORD * (1 + rank)
+
+
+def test_nobody_has_beaten_and_nothing_is_asked_at_first(board: tuple[Board, int]) -> None:
+    assert board[0].beats() == (NEVER,) * 3
+    assert board[0].control() == Control()
+
+
+def test_a_beat_carries_everything(board: tuple[Board, int]) -> None:
+    pulse = board[0].pulse(1)
+    pulse.phase(Phase.START)
+    assert board[0].beat(1).step == -1
+    pulse.at(30)
+    assert (board[0].beat(1).step, board[0].beat(1).first_step_time) == (30, 0)
+    pulse.report(0.5, None)
+    pulse.report(None, 2.5)
+    before = time.monotonic_ns()
+    pulse.completed(31)
+    first = board[0].beat(1)
+    assert first.first_step_time == first.time
+    assert before <= first.time <= time.monotonic_ns()
+    pulse.completed(32)
+    pulse.phase(Phase.SAVE)
+    beat = board[0].beat(1)
+    assert beat == Beat(
+        os.getpid(), Phase.SAVE, 32, beat.time, first.first_step_time, loss=0.5, grad_norm=2.5
+    )
+    assert beat.time >= first.time
+    assert board[0].beat(0) is NEVER
+    assert board[0].beat(2) is NEVER
+
+
+@given(
+    st.builds(
+        Control,
+        **dict.fromkeys(("save_at", "stop_at", "exit_rank", "exit_at"), st.integers(-1, 2**62)),
+        exit_code=st.integers(0, 255),
+    )
+)
+def test_any_request_arrives_as_it_was_asked(control: Control) -> None:
+    made, fd = Board.create(1)
+    made.ask(Control(1, 2, 3, 4, 5))
+    made.ask(control)
+    assert made.pulse(0).control() == control
+    made.close()
+    os.close(fd)
+
+
+def test_others_open_it_through_its_owners_descriptor(board: tuple[Board, int]) -> None:
+    path = Path(f"/proc/{os.getpid()}/fd/{board[1]}")
+    child = os.fork()
+    if child == 0:
+        os.close(board[1])
+        other = Board.open(path)
+        assert other.world_size == 3
+        other.pulse(2).completed(7)
+        while other.control().stop_at != 9:
+            pass
+        other.pulse(2).completed(8)
+        os._exit(0)
+    while board[0].beat(2).step != 7:
+        pass
+    assert board[0].beat(2).pid == child
+    board[0].ask(Control(stop_at=9))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert board[0].beat(2).step == 8, "a rank that is opened twice goes on with its sequence"
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 4096])
+def test_what_is_no_board_is_not_opened(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises((OSError, ValueError)):
+        Board.open(tmp_path / "x")
+    with pytest.raises(OSError, match="No such file"):
+        Board.open(tmp_path / "none")
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=struct.error,
+    reason="Board.open promises OSError or ValueError, and raises struct.error for a short file",
+)
+def test_a_short_file_is_not_a_board_either(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"short")
+    with pytest.raises((OSError, ValueError)):
+        Board.open(tmp_path / "x")
+
+
+def hammer(board: Board, rank: int) -> None:
+    """Beat in a tight loop; every field of a beat follows from its step."""
+    pulse = board.pulse(rank)
+    step = 0
+    while True:
+        step += 1
+        pulse.report(float(step * 2), step / 2)
+        pulse.completed(step)
+
+
+def consistent(beat: Beat, pid: int) -> bool:
+    return (
+        beat.pid == pid
+        and beat.loss == beat.step * 2
+        and beat.grad_norm == beat.step / 2
+        and beat.phase is Phase.DATA
+        and 0 < beat.first_step_time <= beat.time
+    )
+
+
+def test_no_read_is_ever_torn_and_the_last_beat_survives_sigkill(
+    board: tuple[Board, int],
+) -> None:
+    for rank in range(3):
+        child = os.fork()
+        if child == 0:
+            hammer(board[0], rank)
+        while board[0].beat(rank) is NEVER:
+            pass
+        last = 0
+        until = time.monotonic() + 0.4
+        reads = 0
+        while time.monotonic() < until:
+            beat = board[0].beat(rank)
+            assert consistent(beat, child), beat
+            assert beat.step >= last, "a beat never goes back"
+            last, reads = beat.step, reads + 1
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert reads > 100
+        dead = board[0].beat(rank)
+        assert consistent(dead, child)
+        assert dead.step >= last
+        assert board[0].beat(rank) == dead
+    assert len({beat.pid for beat in board[0].beats()}) == 3
+
+
+def test_a_writer_killed_at_any_instant_leaves_a_beat_that_is_whole() -> None:
+    for delay in range(40):
+        made, fd = Board.create(1)
+        child = os.fork()
+        if child == 0:
+            hammer(made, 0)
+        while made.beat(0).step < 50 + 7 * delay:
+            pass
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        dead = made.beat(0)
+        assert consistent(dead, child)
+        fresh = made.pulse(0)
+        fresh.completed(1)
+        assert made.beat(0).step == 1, "who writes next is read next"
+        made.close()
+        os.close(fd)
+
+
+@pytest.mark.parametrize("damage", range(64))
+def test_damage_to_the_newest_copy_falls_back_to_the_other(
+    board: tuple[Board, int], damage: int
+) -> None:
+    pulse = board[0].pulse(0)
+    pulse.completed(1)
+    pulse.completed(2)
+    memory = raw(board[1])
+    start = record(0)
+    # Sequence 2 is in copy 0, sequence 1 in copy 1.
+    sequences = struct.unpack_from("<Q", memory, start) + struct.unpack_from(
+        "<Q", memory, start + COPY
+    )
+    assert sequences == (2, 1)
+    memory[start + damage] ^= 0xFF
+    used = struct.calcsize("<QIIqqqdd") + 4
+    assert board[0].beat(0).step == (1 if damage < used else 2)
+    memory.close()
+    pulse.completed(3)
+    assert board[0].beat(0).step == 3
+
+
+def test_with_both_copies_damaged_there_is_no_beat(board: tuple[Board, int]) -> None:
+    pulse = board[0].pulse(0)
+    pulse.completed(1)
+    pulse.completed(2)
+    memory = raw(board[1])
+    for copy in (0, COPY):
+        memory[record(0) + copy + 20] ^= 1
+    memory.close()
+    assert board[0].beat(0) is NEVER
+    assert board[0].beat(1) is NEVER
+
+
+def test_loss_may_be_anything(board: tuple[Board, int]) -> None:
+    pulse = board[0].pulse(0)
+    pulse.report(math.nan, -math.inf)
+    pulse.completed(1)
+    beat = board[0].beat(0)
+    assert math.isnan(beat.loss)
+    assert beat.grad_norm == -math.inf
+
+
+def test_nothing_is_left_when_the_owner_is_dead() -> None:
+    told, tell = os.pipe()
+    owner = os.fork()
+    if owner == 0:
+        _, fd = Board.create(1)
+        os.write(tell, str(fd).encode())
+        signal.pause()
+    path = Path(f"/proc/{owner}/fd/{os.read(told, 9).decode()}")
+    kept = Board.open(path)
+    pidfd = os.pidfd_open(owner)
+    os.kill(owner, signal.SIGKILL)
+    select.select([pidfd], [], [])
+    os.waitpid(owner, 0)
+    for fd in (pidfd, told, tell):
+        os.close(fd)
+    kept.pulse(0).completed(5)
+    assert kept.beat(0).step == 5, "a rank that has it open beats on"
+    with pytest.raises(OSError, match="No such file"):
+        Board.open(path)
+    kept.close()
