@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -36,7 +35,7 @@ def writing(path: Path, *, replace: bool = True, durable: bool = True) -> Iterat
     unlike a rename, cannot overwrite.
     """
     # A pid alone is not unique where containers share a disk.
-    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{os.urandom(4).hex()}-{path.name}")
     try:
         with temporary.open("wb") as file:
             yield file

@@ -73,7 +73,7 @@ class Follower:
             self._logs.add(name)
             if not self.quiet:
                 lines = self._lines(name, AT_ONCE)
-                for line in lines.splitlines():
+                for line in lines.split(b"\n")[:-1]:
                     self._show(int(match[1]), line)
 
     def _lines(self, name: str, most: int | None) -> bytes:
@@ -102,4 +102,4 @@ class Follower:
 
     def _show(self, rank: int, line: bytes) -> None:
         text = line[:LONGEST_LINE].decode(errors="backslashreplace")
-        self._on_line(rank, text.rstrip("\r\n"))
+        self._on_line(rank, text.rstrip("\r"))

@@ -82,8 +82,8 @@ class RunDirectory:
     @contextlib.contextmanager
     def locked(self) -> Iterator[Lock]:
         """Hold the run. Raises RunLocked while another process does; a dead process cannot."""
-        with _flock(self._lock) as fd:
-            yield Lock(fd)
+        with _flock(self._lock) as lock:
+            yield lock
 
     def holder(self) -> Holder | None:
         """Who has the run now, None if nobody."""
@@ -116,26 +116,39 @@ class Lock:
 @contextlib.contextmanager
 def locked_checkpoints(directory: Path) -> Iterator[None]:
     """Hold a checkpoint directory, which two runs must never write to at once."""
-    with _flock(directory / ".lock") as fd:
-        Lock(fd).describe("")
+    with _flock(directory / ".lock"):
         yield
 
 
 @contextlib.contextmanager
-def _flock(path: Path) -> Iterator[int]:
+def _flock(path: Path) -> Iterator[Lock]:
     path.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _take(fd):
             raise RunLocked(
                 f"{path.parent}: another supervisor has it: {_sentence(_read_holder(fd))}",
                 hint="wait for it, or end it with: autoglm stop",
-            ) from None
-        yield fd
+            )
+        lock = Lock(fd)
+        lock.describe("")
+        yield lock
     finally:
         os.close(fd)
+
+
+def _take(fd: int) -> bool:
+    """Take the lock unless a supervisor has it; `holder` shares it for a moment, which is none."""
+    for _ in range(1000):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    return False
 
 
 def _read_holder(fd: int) -> Holder:

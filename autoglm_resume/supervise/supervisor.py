@@ -99,7 +99,7 @@ class Supervisor:
         self._pump = Pump()
         self._world_size = world_size(job)
         self._gate = Gatekeeper(
-            job, self._world_size, self._tell, self._past.model, self._past.checkpointed
+            job, self._world_size, self._tell_next, self._past.model, self._past.checkpointed
         )
         # A power cut may have lost the journal's last lines, but two attempts must never share a
         # number: it tells their checkpoints of the same step apart.
@@ -257,6 +257,10 @@ class Supervisor:
         return policy.Rules(
             restart.max_restarts, restart.backoff, restart.max_backoff, restart.without_progress
         )
+
+    def _tell_next(self, event: str, /, **fields: Any) -> None:
+        """What the gate says is about the attempt to come."""
+        self._tell(event, attempt=self._number, **fields)
 
     def _tell(self, event: str, /, **fields: Any) -> None:
         """Into the journal and onto the screen; an event of a rank keeps its own time."""

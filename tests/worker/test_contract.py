@@ -1,0 +1,171 @@
+"""The contract with torchrun, compared with the real one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autoglm_resume.supervise.launcher import torchrun_exits, torchrun_log
+from autoglm_resume.worker.contract import (
+    ASSIGNMENT,
+    Assignment,
+    ResumePoint,
+    Source,
+    shared_environment,
+)
+
+texts = st.text(max_size=10)
+assignments = st.builds(
+    Assignment,
+    run_id=texts,
+    attempt=st.integers(0),
+    world_size=st.integers(1),
+    master_addr=texts,
+    master_port=st.integers(1, 65535),
+    max_restarts=st.integers(0),
+    supervisor=st.integers(1),
+    directory=st.just("/d"),
+    board=texts,
+    source=st.builds(
+        Source,
+        script=st.none() | texts,
+        module=st.none() | texts,
+        args=st.lists(texts).map(tuple),
+        workdir=texts,
+    ),
+    checkpoint_dir=texts,
+    resume=st.none() | st.builds(ResumePoint, id=texts, step=st.integers(0), digest=texts),
+    every_steps=st.none() | st.integers(1),
+    every_seconds=st.none() | st.floats(0, 1e9),
+    keep=st.integers(1),
+    check_model=st.booleans(),
+    config_files=st.lists(texts).map(tuple),
+    environment=st.dictionaries(texts, texts),
+)
+
+
+@given(assignments)
+def test_an_assignment_comes_back_from_its_file_as_it_was(
+    tmp_path_factory: pytest.TempPathFactory, assignment: Assignment
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "assignment.json"
+    file.write_bytes(assignment.to_json())
+    assert Assignment.load(file) == assignment
+
+
+class Launched(NamedTuple):
+    code: int
+    environment: dict[str, str]
+    said: str
+    pid: int
+
+
+@pytest.fixture(scope="module")
+def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    """A real torchrun of one rank, which writes down its environment and exits with 3."""
+    directory = tmp_path_factory.mktemp("torchrun")
+    script = directory / "script.py"
+    script.write_text(
+        "import json, os, sys\n"
+        f"open({str(directory / 'environment')!r}, 'w').write(json.dumps(dict(os.environ)))\n"
+        f"open({str(directory / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+        "sys.exit(3)\n"
+    )
+    mine = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", str(script)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={k: v for k, v in os.environ.items() if k not in mine and "TORCHELASTIC" not in k},
+    )
+    environment = json.loads((directory / "environment").read_text())
+    return Launched(
+        done.returncode, environment, done.stderr + done.stdout, int((directory / "pid").read_text())
+    )
+
+
+def test_ranks_find_every_variable_that_torchrun_sets(
+    torchrun: Launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", raising=False)
+    mine = Assignment(
+        run_id="run",
+        attempt=0,
+        world_size=1,
+        master_addr="127.0.0.1",
+        master_port=1,
+        max_restarts=0,
+        supervisor=1,
+        directory=str(tmp_path),
+        board="",
+        source=Source("x", None, (), "/"),
+        checkpoint_dir="",
+        resume=None,
+        every_steps=None,
+        every_seconds=None,
+        keep=1,
+        check_model=True,
+    )
+    given_ = {**shared_environment(1), **mine.rank_environment(0)}
+    theirs = {
+        name: value
+        for name, value in torchrun.environment.items()
+        if os.environ.get(name) != value
+        # Of the interpreter and the shell, which torchrun did not set.
+        and name not in ("_", "SHLVL", "PWD", "OLDPWD", "LC_CTYPE")
+    }
+    assert "TORCHELASTIC_RUN_ID" in theirs
+    assert set(theirs) - set(given_) == set()
+    assert set(given_) - set(theirs) - {ASSIGNMENT} == set()
+    place = {"MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_ERROR_FILE"}
+    # No agent of torchrun's serves a store here, so rank 0 has to.
+    place.add("TORCHELASTIC_USE_AGENT_STORE")
+    different = {n for n in theirs if n not in place and theirs[n] != given_[n]}
+    assert different == set()
+
+
+def test_every_rank_finds_its_own_numbers() -> None:
+    base = Assignment(
+        "run", 4, 3, "h", 5, 9, 1, "/d", "", Source(None, "m", (), "/"), "", None, None, None, 1, True
+    )
+    one = dataclasses.replace(base, environment={"MINE": "x", "RANK": "no"}).rank_environment(2)
+    assert (one["RANK"], one["LOCAL_RANK"], one["ROLE_RANK"]) == ("2", "2", "2")
+    assert (one["WORLD_SIZE"], one["LOCAL_WORLD_SIZE"], one["ROLE_WORLD_SIZE"]) == ("3", "3", "3")
+    assert (one["TORCHELASTIC_RESTART_COUNT"], one["TORCHELASTIC_MAX_RESTARTS"]) == ("4", "9")
+    assert (one["MASTER_ADDR"], one["MASTER_PORT"], one["MINE"]) == ("h", "5", "x")
+    files = {path(n) for n in range(3) for path in (base.log, base.events, base.error)}
+    assert len(files) == 9
+
+
+def test_what_the_user_set_is_not_overridden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert shared_environment(2)["OMP_NUM_THREADS"] == "1"
+    assert "OMP_NUM_THREADS" not in shared_environment(1), "as torchrun"
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert "OMP_NUM_THREADS" not in shared_environment(2)
+
+
+def test_exit_codes_are_read_from_what_torchrun_really_says(
+    torchrun: Launched, tmp_path: Path
+) -> None:
+    base = Assignment(
+        "r", 0, 1, "", 1, 1, 1, str(tmp_path), "", Source(None, "m", (), "/"), "", None, 1, None, 1, True
+    )
+    assert torchrun.code == 1
+    assert torchrun_exits(base) == {}
+    torchrun_log(base).write_text(torchrun.said)
+    assert torchrun_exits(base) == {torchrun.pid: 3}
+    torchrun_log(base).write_text(
+        torchrun.said.replace("exitcode  : 3", "exitcode  : -9") + "\n  exitcode  : 1 (pid: 77)\n"
+    )
+    assert torchrun_exits(base) == {torchrun.pid: -9, 77: 1}
