@@ -180,7 +180,9 @@ def main() -> None:
     def held_out_loss() -> float:
         """The mean over the same 64 windows each time, shared out among the ranks."""
         share = held_out[:: max(1, len(held_out) // 64)][:64][rank::world_size]
+        model.eval()
         loss = loss_of(model, share)
+        model.train()
         if world_size > 1:
             dist.all_reduce(loss)
         return loss.item() / world_size
@@ -201,6 +203,9 @@ def main() -> None:
     if (loss := held_out_loss()) and rank == 0:
         print(f"step {args.steps:4d}  held-out loss {loss:.4f}", flush=True)
     if world_size > 1:
+        # In this order: if DDP goes last it takes the gloo threads down while it holds the GIL that
+        # they may be waiting for, and now and then the process never ends (torch 2.13).
+        del ddp
         dist.destroy_process_group()
 
 

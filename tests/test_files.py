@@ -9,11 +9,15 @@ import pytest
 from autoglm_resume import files
 
 
+def names(directory: Path) -> list[str]:
+    return [path.name for path in directory.iterdir()]
+
+
 def test_a_file_appears_whole_and_nothing_else_does(tmp_path: Path) -> None:
     files.write(tmp_path / "a", b"one")
     files.write(tmp_path / "a", b"two", durable=False)
     assert (tmp_path / "a").read_bytes() == b"two"
-    assert os.listdir(tmp_path) == ["a"]
+    assert names(tmp_path) == ["a"]
 
 
 def test_the_old_content_stays_until_the_block_ends(tmp_path: Path) -> None:
@@ -32,11 +36,16 @@ def test_a_block_that_raises_leaves_the_old_content(
 ) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"old")
-    with pytest.raises(error), files.writing(path) as file:
-        file.write(b"half")
-        raise error
+
+    def write() -> None:
+        with files.writing(path) as file:
+            file.write(b"half")
+            raise error
+
+    with pytest.raises(error):
+        write()
     assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["a"]
+    assert names(tmp_path) == ["a"]
 
 
 def test_an_existing_file_wins_where_it_must_not_be_replaced(tmp_path: Path) -> None:
@@ -45,7 +54,7 @@ def test_an_existing_file_wins_where_it_must_not_be_replaced(tmp_path: Path) -> 
     with pytest.raises(FileExistsError):
         files.write(path, b"second", replace=False)
     assert path.read_bytes() == b"first"
-    assert os.listdir(tmp_path) == ["a"]
+    assert names(tmp_path) == ["a"]
 
 
 def test_of_two_writers_that_must_not_replace_exactly_one_wins(tmp_path: Path) -> None:
@@ -84,6 +93,6 @@ def test_a_writer_killed_in_the_middle_leaves_the_old_content(tmp_path: Path) ->
     os.close(ready)
     os.close(tell)
     assert path.read_bytes() == b"old"
-    left = [name for name in os.listdir(tmp_path) if name != "a"]
+    left = [name for name in names(tmp_path) if name != "a"]
     assert len(left) == 1
     assert left[0].startswith(files.TEMPORARY)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -104,21 +104,26 @@ class Store:
                     self._write_manifest(path, old)
         return self._write_manifest(directory, found)
 
-    def complete(self) -> list[Manifest]:
+    def complete(self, fits: Callable[[Manifest], bool] = lambda _: True) -> list[Manifest]:
         """Commit every directory whose parts are all there; returns what was committed.
 
-        For the supervisor, before the gate, when no rank is alive.
+        For the supervisor, before the gate, when no rank is alive. What does not fit the run is
+        left as it is.
         """
         done: list[Manifest] = []
         for path in reversed(self.uncommitted()):
             with suppress(CheckpointError):
-                if manifest := self.commit(path.name):
+                found = _all_parts(path)
+                if found and fits(self._manifest(found)) and (manifest := self.commit(path.name)):
                     done.append(manifest)
         return done
 
-    def _write_manifest(self, directory: Path, found: list[tuple[Part, bytes]]) -> Manifest:
+    def _manifest(self, found: list[tuple[Part, bytes]]) -> Manifest:
         parts, documents = zip(*found, strict=True)
-        manifest = Manifest.of(parts, documents, self._parent(parts[0].lineage))
+        return Manifest.of(parts, documents, self._parent(parts[0].lineage))
+
+    def _write_manifest(self, directory: Path, found: list[tuple[Part, bytes]]) -> Manifest:
+        manifest = self._manifest(found)
         try:
             files.write(directory / MANIFEST, manifest.encode(), replace=False)
         except FileExistsError:

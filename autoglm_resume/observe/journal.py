@@ -65,10 +65,13 @@ class Journal:
     def append(self, event: Event) -> Event:
         """Write `event`: safe from the death of this process, and after `sync` of the machine."""
         self._waiting += encode(event)
-        with contextlib.suppress(OSError):
-            written = os.write(self._fd, self._waiting)
-            self._waiting = self._waiting[written:]
+        self._write()
         return event
+
+    def _write(self) -> None:
+        with contextlib.suppress(OSError):
+            while self._waiting:
+                self._waiting = self._waiting[os.write(self._fd, self._waiting) :]
 
     @property
     def behind(self) -> bool:
@@ -82,5 +85,6 @@ class Journal:
 
     def close(self) -> None:
         """Flush and close."""
+        self._write()
         self.sync()
         os.close(self._fd)

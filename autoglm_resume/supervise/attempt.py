@@ -55,6 +55,10 @@ class _Seen:
     """What has been seen of the ranks so far."""
 
     codes: dict[int, int] = field(default_factory=dict)
+    """Exit codes of the ranks whose scripts have ended, though their processes may not have."""
+    ended_at: dict[int, float] = field(default_factory=dict)
+    stuck: set[int] = field(default_factory=set)
+    """Ranks that were killed because they did not end after their scripts had."""
     refusals: dict[int, Refusal] = field(default_factory=dict)
     hung: list[int] = field(default_factory=list)
     states: dict[int, str] = field(default_factory=dict)
@@ -186,6 +190,7 @@ class Attempt:
             self._seen.hung = hung
             self._seen.states = {rank: node.state(self._group.pids[rank]) for rank in hung}
             self._break(now)
+        self._end_stuck(now)
         if furthest >= 0:
             self._screen.status(
                 furthest,
@@ -196,12 +201,26 @@ class Attempt:
                 total=self._seen.total,
             )
 
+    def _end_stuck(self, now: float) -> None:
+        """Kill ranks that hang in the interpreter's own end; their scripts' results count.
+
+        Seen with torch 2.13: DDP taking down gloo's threads while it holds the GIL they wait for.
+        """
+        patience = self._job.heartbeat.timeout
+        for rank, at in self._seen.ended_at.items():
+            if rank in self._group.alive and now - at > patience and rank not in self._seen.stuck:
+                self._seen.stuck.add(rank)
+                text = f"rank {rank} did not end within {patience:.0f} s of its script; killed"
+                self._tell("warning", text=text)
+                self._group.signal(rank, signal.SIGKILL)
+
     def _event(self, rank: int, event: Event) -> None:
         match event["event"]:
             case "rank_started" if AGENT in self._group.pids:
                 self._group.add(rank, event["pid"])
             case "rank_ended":
                 self._seen.codes[rank] = event["code"]
+                self._seen.ended_at[rank] = event["mono"]
                 return
             case "steps":
                 self._seen.total = event["total"]
@@ -228,7 +247,9 @@ class Attempt:
         if how.by_us:
             return
         code, number = how.code, how.signal
-        if rank != AGENT and code is None and number is None:  # a child of torchrun
+        if rank in self._seen.stuck:
+            code, number = self._seen.codes[rank], None
+        elif rank != AGENT and code is None and number is None:  # a child of torchrun
             self._follower.drain()
             code = self._seen.codes.get(rank, 1)
         if number is not None or code not in (0, Interrupted.exit_code):
@@ -293,6 +314,7 @@ class Attempt:
             ],
             traceback=failure.traceback,
             cause_mono=failure.cause_mono,
+            refused=failure.refused,
             step=failure.step,
         )
         if failure.traceback and failure.rank is not None:

@@ -77,7 +77,7 @@ def _parse(spec: str, world_size: int) -> Drill:
         kind,
         rank=_whole(spec, fields, "rank"),
         step=_whole(spec, fields, "step"),
-        code=_whole(spec, fields, "code") or 1,
+        code=_whole(spec, {"code": "1", **fields}, "code") or 0,
         seed=_whole(spec, fields, "seed") or 0,
         every=_seconds(spec, fields.get("every", "30s")),
         count=_whole(spec, fields, "count"),

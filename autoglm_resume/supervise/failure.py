@@ -82,6 +82,8 @@ class Failure:
     traceback: str = ""
     code: int | None = None
     signal: int | None = None
+    refused: str | None = None
+    """Id of the checkpoint that the rank would not load."""
 
 
 def conclude(ranks: Sequence[RankEvidence], hung: Sequence[int] = (), agent: str = "") -> Failure:
@@ -93,7 +95,9 @@ def conclude(ranks: Sequence[RankEvidence], hung: Sequence[int] = (), agent: str
     refused = next((r for r in ranks if r.refusal is not None), None)
     if refused is not None and refused.refusal is not None:
         summary = f"rank {refused.rank} refused the checkpoint: {refused.refusal.reason}"
-        return Failure(Kind.REFUSED, refused.rank, summary, step, _cause(refused))
+        return Failure(
+            Kind.REFUSED, refused.rank, summary, step, _cause(refused), refused=refused.refusal.id
+        )
     if hung:
         return _hang([r for r in ranks if r.rank in hung], step)
     failed = [r for r in ranks if r.failed]

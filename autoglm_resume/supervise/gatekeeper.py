@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from autoglm_resume.checkpoint.gate import Choice, Expectation, Verdict, choose
+from autoglm_resume.checkpoint.manifest import Manifest
 from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.errors import NoAcceptableCheckpoint
 from autoglm_resume.job.spec import Job
@@ -78,7 +79,7 @@ class Gatekeeper:
 
     def _complete(self) -> None:
         try:
-            manifests = self.store.complete()
+            manifests = self.store.complete(self._fits)
         except OSError as error:
             # Only what was not committed yet is lost by going on, as with any other crash.
             self.tell("warning", text=f"{self.store.root}: could not commit what is there: {error}")
@@ -92,6 +93,12 @@ class Gatekeeper:
                 objects=manifest.objects,
             )
             self.checkpointed = max(self.checkpointed, manifest.step)
+
+    def _fits(self, manifest: Manifest) -> bool:
+        guards, model = self.job.guards, self.model
+        world_fits = manifest.world_size == self.world_size or guards.world_size == "off"
+        model_fits = model is None or manifest.model_hash == model.hash or guards.model == "off"
+        return world_fits and model_fits
 
     def _quarantine(self, verdict: Verdict) -> None:
         try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from autoglm_resume.checkpoint.structure import Structure, combined
+from autoglm_resume.errors import CheckpointError
 from autoglm_resume.supervise.policy import Ended
 
 Event = dict[str, Any]
@@ -43,29 +45,33 @@ def recall(events: Iterable[Event]) -> History:
     attempts = checkpointed = started_from = 0
     finished = False
     ended: list[Ended] = []
-    reported: dict[int, tuple[str, Any]] = {}
+    reported: dict[int, Model] = {}
     imports: list[str] = []
     objects: dict[str, str] | None = None
     for event in events:
-        match event["event"]:
-            case "run_started":
-                run_id = event.get("run_id")
-            case "attempt_started":
-                attempts = max(attempts, int(event["attempt"]) + 1)
-                started_from = int(event.get("step") or 0)
-            case "model":
-                reported[int(event["rank"])] = (event["hash"], event.get("model"))
-            case "imports":
-                imports += [name for name in event["modules"] if name not in imports]
-            case "committed":
-                if int(event["step"]) >= checkpointed:
-                    checkpointed, objects = int(event["step"]), event.get("objects")
-            case "failure":
-                ended.append(Ended(started_from, int(event.get("step", -1)), checkpointed))
-            case "run_failed":
-                ended.clear()
-            case "run_completed":
-                finished = True
+        # A line of another version, or one that was damaged, must not lose the rest.
+        with contextlib.suppress(KeyError, TypeError, ValueError, CheckpointError):
+            match event["event"]:
+                case "run_started":
+                    run_id = event["run_id"]
+                case "attempt_started":
+                    attempts = max(attempts, int(event["attempt"]) + 1)
+                    started_from = int(event["step"])
+                case "model":
+                    structure = event["model"] and Structure.from_json(event["model"])
+                    reported[int(event["rank"])] = Model(event["hash"], structure or None)
+                case "imports":
+                    imports += [name for name in event["modules"] if name not in imports]
+                case "committed":
+                    if int(event["step"]) >= checkpointed:
+                        checkpointed, objects = int(event["step"]), event["objects"]
+                case "failure":
+                    step, refused = int(event["step"]), event.get("refused")
+                    ended.append(Ended(started_from, step, checkpointed, refused))
+                case "run_failed":
+                    ended.clear()
+                case "run_completed":
+                    finished = True
     return History(
         run_id,
         attempts,
@@ -78,11 +84,9 @@ def recall(events: Iterable[Event]) -> History:
     )
 
 
-def model_of(reported: dict[int, tuple[str, Any]]) -> Model | None:
-    """The whole model from what each rank reported: (hash, structure as JSON) by rank."""
+def model_of(reported: Mapping[int, Model]) -> Model | None:
+    """The whole model from what each rank reported; rank 0's structure stands for all."""
     if not reported:
         return None
     ranks = sorted(reported)
-    document = reported[ranks[0]][1]
-    structure = Structure.from_json(document) if document else None
-    return Model(combined([reported[rank][0] for rank in ranks]), structure)
+    return Model(combined([reported[rank].hash for rank in ranks]), reported[ranks[0]].structure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
@@ -43,8 +44,10 @@ def free_port(fixed: int | None = None) -> int:
         try:
             probe.bind(("", fixed or 0))
         except OSError as error:
+            taken = error.errno == errno.EADDRINUSE
+            found = _owner(fixed or 0) if taken else error.strerror
             raise UsageError(
-                f"env.MASTER_PORT: expected port {fixed} to be free, found {_owner(fixed or 0)}",
+                f"env.MASTER_PORT: expected port {fixed} to be free, found {found}",
                 hint="end that process, choose another port, or leave MASTER_PORT out: autoglm "
                 "then takes a free port for every attempt",
             ) from error

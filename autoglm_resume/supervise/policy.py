@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autoglm_resume.errors import AutoglmError, DoNotRequeue
+from autoglm_resume.errors import AutoglmError, CheckpointError, DoNotRequeue
 from autoglm_resume.supervise.failure import Failure, Kind
 
 
@@ -29,6 +29,8 @@ class Ended:
     """Steps completed by the furthest rank, -1 if none ran."""
     checkpointed: int
     """Step of the newest checkpoint committed when it ended, 0 without one."""
+    refused: str | None = None
+    """Id of the checkpoint that a rank would not load, if that ended it."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def decide(history: Sequence[Ended], failure: Failure, rules: Rules, jitter: flo
     if failure.code == DoNotRequeue.exit_code:
         return GiveUp("the job asked not to be run again (exit code 93)", DoNotRequeue.exit_code)
     if failure.kind is Kind.REFUSED:
-        return Restart(0.0, "the gate takes another checkpoint")
+        return _answer_refusal(history, failure)
     stuck, spent = _tally(history)
     if stuck >= rules.without_progress:
         return GiveUp(
@@ -79,11 +81,21 @@ def decide(history: Sequence[Ended], failure: Failure, rules: Rules, jitter: flo
     return Restart(delay, f"{_times(stuck)} without new progress")
 
 
+def _answer_refusal(history: Sequence[Ended], failure: Failure) -> Decision:
+    """Once each: the gate learns from a refusal, so the same one again means that it did not."""
+    *before, last = history
+    if any(attempt.refused == last.refused for attempt in before):
+        return GiveUp(failure.summary, CheckpointError.exit_code)
+    return Restart(0.0, "the gate takes another checkpoint")
+
+
 def _tally(history: Sequence[Ended]) -> tuple[int, int]:
     """Attempts in a row that came no further, and restarts spent since the last new checkpoint."""
     stuck = spent = 0
     furthest = checkpointed = history[0].started_from if history else 0
     for attempt in history:
+        if attempt.refused is not None:
+            continue  # it never ran
         stuck = 0 if attempt.furthest > furthest else stuck + 1
         spent = 1 if attempt.checkpointed > checkpointed else spent + 1
         furthest = max(furthest, attempt.furthest)

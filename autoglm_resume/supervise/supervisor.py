@@ -14,6 +14,7 @@ from typing import Any
 
 import autoglm_resume
 from autoglm_resume import linux
+from autoglm_resume.checkpoint.structure import Structure
 from autoglm_resume.errors import AutoglmError, Interrupted, died_by_signal
 from autoglm_resume.job.spec import Job, dump
 from autoglm_resume.observe.journal import Event, Journal, stamped
@@ -92,7 +93,7 @@ class Supervisor:
         self._past = history.recall(run.events())
         self._ended = list(self._past.ended)
         self._run_id = self._past.run_id or uuid.uuid4().hex[:12]
-        self._reported: dict[int, tuple[str, Any]] = {}
+        self._reported: dict[int, history.Model] = {}
         self._objects = self._past.objects or {}
         self._stops: list[signal.Signals] = []
         self._journal = Journal(run.journal)
@@ -148,7 +149,12 @@ class Supervisor:
             if self._stops or outcome.failure is None:
                 return self._interrupted(self._gate.newest())
             self._ended.append(
-                policy.Ended(resume.step if resume else 0, outcome.step, self._gate.checkpointed)
+                policy.Ended(
+                    resume.step if resume else 0,
+                    outcome.step,
+                    self._gate.checkpointed,
+                    outcome.failure.refused,
+                )
             )
             decision = policy.decide(self._ended, outcome.failure, self._rules(), random.random())
             if isinstance(decision, policy.GiveUp):
@@ -183,10 +189,14 @@ class Supervisor:
         match event["event"]:
             case "model":
                 rank, known = event["rank"], self._reported.get(event["rank"])
-                self._reported[rank] = (event["hash"], event["model"])
-                if len(self._reported) == self._world_size:
+                self._reported[rank] = history.Model(
+                    event["hash"], Structure.from_json(event["model"])
+                )
+                # Ranks that died before they could say so most likely have the same model.
+                same = len({model.hash for model in self._reported.values()}) == 1
+                if same or len(self._reported) == self._world_size:
                     self._gate.model = history.model_of(self._reported)
-                if known is not None and known[0] == event["hash"]:
+                if known is not None and known.hash == event["hash"]:
                     return None
                 if rank != 0:  # a large model's structure is written down once
                     return {**event, "model": None}

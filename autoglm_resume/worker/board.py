@@ -159,8 +159,9 @@ class Board:
         """The board that another process made; OSError or ValueError if it is not there."""
         with path.open("r+b") as file:
             memory = mmap.mmap(file.fileno(), 0)
-        magic, world_size = _HEADER.unpack(memory[: _HEADER.size])
-        if magic != _MAGIC:
+        header = memory[: _HEADER.size].ljust(_HEADER.size, b"\0")
+        magic, world_size = _HEADER.unpack(header)
+        if magic != _MAGIC or len(memory) < _FIRST + _RECORD * (1 + world_size):
             raise ValueError(f"{path} is not a heartbeat board")
         return cls(memory, world_size)
 

@@ -80,6 +80,8 @@ class ResumableSampler:
             self.consumed = self._end(self.consumed)
             if self.consumed >= self.size:
                 self.epoch, self.consumed = self.epoch + 1, 0
+                if not self.endless:
+                    break  # the last step of an epoch may have fewer batches
 
     def state_dict(self) -> dict[str, Any]:
         """Where the epoch stands, the same on every rank."""
@@ -101,6 +103,13 @@ class ResumableSampler:
                     f"is {mine[key]!r} now, so samples would be repeated or lost",
                     hint=f"set {key} back to {state[key]!r}, or start a new run",
                 )
+        left = self.size - state["consumed"]
+        if left < self.world_size:
+            raise UsageError(
+                f"ResumableSampler: {left} samples are left in epoch {state['epoch']}, not one for "
+                f"each of {self.world_size} ranks",
+                hint=f"resume with at most {left} ranks until the next epoch",
+            )
         self.epoch, self.consumed = state["epoch"], state["consumed"]
 
     def _order(self, epoch: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ class Events:
     def __init__(self, path: Path | None, rank: int) -> None:
         self._path = path
         self._rank = rank
+        self._torn = False
 
     def emit(self, event: str, **fields: Any) -> None:
         """Write one event. A full disk loses it, and never the training."""
@@ -25,6 +26,8 @@ class Events:
         with contextlib.suppress(OSError):
             fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
             try:
-                os.write(fd, line)
+                # A line that a full disk cut short must not swallow this one.
+                written = os.write(fd, b"\n" + line if self._torn else line)
+                self._torn = written < len(line)
             finally:
                 os.close(fd)

@@ -100,11 +100,16 @@ def _record(assignment: Assignment, rank: int, error: BaseException) -> None:
         "rank": rank,
         "type": type(error).__name__,
         "message": str(error)[:10_000],
-        "traceback": "".join(lines)[-100_000:],
+        "traceback": _shortened("".join(lines)),
         "mono": time.monotonic(),
     }
     with contextlib.suppress(OSError):
         files.write(assignment.error(rank), json.dumps(record).encode())
+
+
+def _shortened(text: str, most: int = 100_000) -> str:
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]}\n…\n{text[-half:]}"
 
 
 def _script_part(trace: TracebackType | None) -> TracebackType | None:

@@ -199,11 +199,15 @@ def write_job(directory: Path, **fields: Any) -> Path:
     return path
 
 
-def spawn(command: Sequence[str | Path], output: Path, **more: Any) -> subprocess.Popen[bytes]:
-    """Start `command` with its output in the file `output`."""
+def spawn(command: Sequence[str], output: Path, **variables: str) -> subprocess.Popen[bytes]:
+    """Start `command` with its output in the file `output` and more environment variables."""
     with output.open("ab") as file:
         return subprocess.Popen(
-            command, env=environment(), stdin=subprocess.DEVNULL, stdout=file, stderr=file, **more
+            command,
+            env={**environment(), **variables},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
         )
 
 
@@ -243,8 +247,8 @@ class Lines:
         return found
 
 
-class Stuck(Exception):
-    """What was waited for did not come."""
+class Stuck(SystemExit):
+    """What was waited for did not come: ends the program with a message and exit code 1."""
 
 
 def wait_for(

@@ -44,8 +44,8 @@ class Block(nn.Module):
         q, k, v = heads.chunk(3, dim=1)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).flatten(-2))
-        x = x + self.mlp(self.before_mlp(x))
-        return x
+        added: Tensor = self.mlp(self.before_mlp(x))
+        return x + added
 
 
 class Decoder(nn.Module):

@@ -151,6 +151,16 @@ def test_nothing_that_a_rank_started_outlives_its_attempt(rehearsal: Rehearsal) 
     assert not rehearsal.workers()
 
 
+def test_a_rank_that_hangs_after_its_script_has_ended_does_not_hold_up_the_run(
+    rehearsal: Rehearsal, undisturbed: dict[str, str]
+) -> None:
+    finished = rehearsal.run("--fail", "never-end", heartbeat={"timeout": "1s"})
+    assert finished.code == 0, finished
+    assert "rank 1 did not end" in finished.err
+    assert len(rehearsal.events("attempt_started")) == 1
+    assert rehearsal.final() == undisturbed
+
+
 def test_saves_by_the_clock_happen_at_one_step_on_all_ranks(
     rehearsal: Rehearsal, undisturbed: dict[str, str]
 ) -> None:

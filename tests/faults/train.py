@@ -1,6 +1,7 @@
 """A tiny but real DDP training that can be told to fail: what the drills supervise."""
 
 import argparse
+import atexit
 import os
 import signal
 import subprocess
@@ -74,6 +75,8 @@ for step in session.steps(args.steps):
             case "thread":
                 time.sleep(1000)
     time.sleep(args.pause)
+if args.fail == "never-end" and failing:
+    atexit.register(time.sleep, 1000)
 if session.rank == 0:
     print(f"done at step {session.step}", flush=True)
 if session.world_size > 1:

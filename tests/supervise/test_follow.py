@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ class Heard:
 
 @pytest.fixture
 def heard(pump: Pump, tmp_path: Path) -> Iterator[Heard]:
-    yield Heard(pump, tmp_path)
+    return Heard(pump, tmp_path)
 
 
 def soon() -> float:
@@ -145,7 +146,7 @@ def test_however_writes_are_cut_every_line_comes_once_and_whole(
     heard = Heard(pump, directory)
     data = "".join(line + "\n" for line in lines).encode()
     places = sorted({0, len(data), *(min(cut, len(data)) for cut in cuts)})
-    for start, end in zip(places, places[1:], strict=False):
+    for start, end in itertools.pairwise(places):
         append(directory / "rank-3.log", data[start:end])
         heard.follower.drain()
     heard.follower.close()

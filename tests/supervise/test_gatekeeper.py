@@ -174,18 +174,32 @@ def test_with_only_unacceptable_ones_nothing_is_changed(
     assert run.events("gate")[0]["accepted"] is None
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="parts without a manifest are committed before anything is judged, so a run that then "
-    "ends with 90 and “nothing was changed” has written a manifest.json",
-)
 def test_nothing_is_changed_even_where_a_commit_was_left_undone(run: Run) -> None:
-    id = run.save(10, ranks=3)
+    run.save(10, ranks=3)
+    id = run.save(20, ranks=3)
     (run.store.directory(id) / "manifest.json").unlink()
     before = run.listing()
     with pytest.raises(NoAcceptableCheckpoint):
         run.keeper().pass_gate()
     assert run.listing() == before
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="all parts are there and do not fit, so they are not committed, count as abandoned, and "
+    "are deleted after the first step of a run that began without them",
+)
+def test_a_whole_checkpoint_that_lacks_only_its_manifest_is_never_deleted(run: Run) -> None:
+    id = run.save(10, ranks=3)
+    (run.store.directory(id) / "manifest.json").unlink()
+    before = run.listing()
+    keeper = run.keeper()
+    try:
+        keeper.pass_gate()
+    except NoAcceptableCheckpoint:
+        assert run.listing() == before
+    keeper.clean()
+    assert set(before) <= set(run.listing())
 
 
 def test_another_model_is_refused_naming_the_parameter(run: Run) -> None:

@@ -93,9 +93,7 @@ def test_exits_keep_their_order_and_are_told_once(
     assert group.alive == []
 
 
-def test_a_group_that_ends_on_sigterm_needs_no_grace(
-    group: Group, start: Start
-) -> None:
+def test_a_group_that_ends_on_sigterm_needs_no_grace(group: Group, start: Start) -> None:
     for rank in range(3):
         group.add(rank, start(QUIET))
     began = time.monotonic()
@@ -141,8 +139,9 @@ def test_a_stopped_process_that_ignores_sigterm_is_killed(group: Group, start: S
 def test_who_lingers_may_end_by_itself_after_the_others(group: Group, start: Start) -> None:
     rank = start(QUIET)
     agent = start(
-        "import os, select; print('up', flush=True); "
-        f"fd = os.pidfd_open({rank}); select.select([fd], [], []); os._exit(5)"
+        "import os, select, signal; signal.signal(15, signal.SIG_IGN); "
+        f"fd = os.pidfd_open({rank}); print('up', flush=True); "
+        "select.select([fd], [], []); os._exit(5)"
     )
     group.add(-1, agent)
     group.add(0, rank)
@@ -200,14 +199,18 @@ def test_a_process_that_is_gone_already_has_ended(
     assert [rank for rank, _ in ends] == [0]
 
 
+def descriptors() -> set[str]:
+    return {path.name for path in Path("/proc/self/fd").iterdir()}
+
+
 def test_no_descriptor_is_left_open(pump: Pump, start: Start) -> None:
-    before = set(os.listdir("/proc/self/fd"))
+    before = descriptors()
     group = Group(pump, lambda *_: None)
     pid = start("pass")
-    opened = set(os.listdir("/proc/self/fd"))
+    opened = descriptors()
     group.add(0, pid)
     assert pump.wait(lambda: not group.alive, soon())
-    assert set(os.listdir("/proc/self/fd")) == opened
+    assert descriptors() == opened
     assert before <= opened
 
 

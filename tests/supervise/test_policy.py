@@ -81,21 +81,30 @@ def test_no_restarts_means_none() -> None:
     assert isinstance(decide([Ended(0, 99, 98)], KILLED, rules, 0.0), GiveUp)
 
 
+REFUSED = Failure(Kind.REFUSED, 0, "rank 0 refused", -1)
+
+
+def refusal(id: str) -> Ended:
+    return Ended(30, -1, 30, refused=id)
+
+
 def test_a_refused_checkpoint_is_answered_by_another_one_at_once() -> None:
-    failure = Failure(Kind.REFUSED, 0, "rank 0 refused", -1)
-    assert decide([Ended(30, -1, 30)], failure, RULES, 0.9) == Restart(
-        0.0, "the gate takes another checkpoint"
-    )
+    for count in range(1, 20):
+        history = [refusal(str(id)) for id in range(count)]
+        assert decide(history, REFUSED, RULES, 0.9) == Restart(
+            0.0, "the gate takes another checkpoint"
+        )
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="Kind.REFUSED is restarted with no delay and no limit: a refusal that the gate does not "
-    "learn from (ModelMismatch while only some ranks have reported their model) loops hot",
-)
-def test_refusals_without_end_are_stopped() -> None:
-    failure = Failure(Kind.REFUSED, 0, "rank 0 refused", -1)
-    assert isinstance(decide([Ended(30, -1, 30)] * 1000, failure, RULES, 0.0), GiveUp)
+def test_a_checkpoint_that_is_refused_twice_ends_the_run() -> None:
+    history = [refusal("a"), FROM_START, refusal("b"), refusal("a")]
+    assert decide(history, REFUSED, RULES, 0.0) == GiveUp("rank 0 refused", 90)
+
+
+def test_refusals_spend_neither_budget() -> None:
+    refusals = [refusal(str(id)) for id in range(9)]
+    first = decide([*refusals, Ended(10, 29, 30)], KILLED, RULES, 0.0)
+    assert first == Restart(1.0, "it died once without new progress")
 
 
 @given(

@@ -91,7 +91,6 @@ def test_a_full_disk_neither_stops_the_writer_nor_loses_order(
     journal.close()
 
 
-@pytest.mark.xfail(strict=True, reason="close() says it flushes, and drops the lines that wait")
 def test_lines_that_wait_for_room_go_out_when_the_journal_is_closed(
     small_disk: Callable[[int], Path],
 ) -> None:
@@ -106,10 +105,6 @@ def test_lines_that_wait_for_room_go_out_when_the_journal_is_closed(
     assert numbers(path) == list(range(100))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a rank's event that a full disk cut short has no newline, and swallows the next one",
-)
 def test_a_ranks_event_after_a_full_disk_is_not_lost(small_disk: Callable[[int], Path]) -> None:
     disk = small_disk(64)
     path, ballast = disk / "rank-0.events.jsonl", disk / "ballast"

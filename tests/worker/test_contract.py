@@ -90,7 +90,10 @@ def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     )
     environment = json.loads((directory / "environment").read_text())
     return Launched(
-        done.returncode, environment, done.stderr + done.stdout, int((directory / "pid").read_text())
+        done.returncode,
+        environment,
+        done.stderr + done.stdout,
+        int((directory / "pid").read_text()),
     )
 
 
@@ -121,9 +124,11 @@ def test_ranks_find_every_variable_that_torchrun_sets(
         name: value
         for name, value in torchrun.environment.items()
         if os.environ.get(name) != value
-        # Of the interpreter and the shell, which torchrun did not set.
-        and name not in ("_", "SHLVL", "PWD", "OLDPWD", "LC_CTYPE")
+        # Of pytest and the shell, which torchrun did not set.
+        and name not in ("PYTEST_CURRENT_TEST", "_", "SHLVL", "PWD", "OLDPWD", "LC_CTYPE")
     }
+    # Which signals torchrun itself passes on: an option of its own that leaks to the ranks.
+    theirs.pop("TORCHELASTIC_SIGNALS_TO_HANDLE", None)
     assert "TORCHELASTIC_RUN_ID" in theirs
     assert set(theirs) - set(given_) == set()
     assert set(given_) - set(theirs) - {ASSIGNMENT} == set()
@@ -136,7 +141,22 @@ def test_ranks_find_every_variable_that_torchrun_sets(
 
 def test_every_rank_finds_its_own_numbers() -> None:
     base = Assignment(
-        "run", 4, 3, "h", 5, 9, 1, "/d", "", Source(None, "m", (), "/"), "", None, None, None, 1, True
+        "run",
+        4,
+        3,
+        "h",
+        5,
+        9,
+        1,
+        "/d",
+        "",
+        Source(None, "m", (), "/"),
+        "",
+        None,
+        None,
+        None,
+        1,
+        True,
     )
     one = dataclasses.replace(base, environment={"MINE": "x", "RANK": "no"}).rank_environment(2)
     assert (one["RANK"], one["LOCAL_RANK"], one["ROLE_RANK"]) == ("2", "2", "2")
@@ -159,7 +179,22 @@ def test_exit_codes_are_read_from_what_torchrun_really_says(
     torchrun: Launched, tmp_path: Path
 ) -> None:
     base = Assignment(
-        "r", 0, 1, "", 1, 1, 1, str(tmp_path), "", Source(None, "m", (), "/"), "", None, 1, None, 1, True
+        "r",
+        0,
+        1,
+        "",
+        1,
+        1,
+        1,
+        str(tmp_path),
+        "",
+        Source(None, "m", (), "/"),
+        "",
+        None,
+        1,
+        None,
+        1,
+        True,
     )
     assert torchrun.code == 1
     assert torchrun_exits(base) == {}

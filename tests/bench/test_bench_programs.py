@@ -1,0 +1,59 @@
+"""What all programs in scripts/bench promise: their options, their JSON, their exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "scripts" / "bench"
+PROGRAMS = sorted(path for path in BENCH.iterdir() if path.is_file() and not path.suffix)
+
+
+@pytest.fixture
+def common(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import common
+
+    return common
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)
+def test_every_program_has_the_common_options(program: Path) -> None:
+    shown = subprocess.run([sys.executable, program, "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0
+    assert all(option in shown.stdout for option in ("--quick", "--seed", "--json"))
+    assert program.stat().st_mode & 0o111
+
+
+@pytest.mark.parametrize(("measured", "code"), [(2.0, 0), (3.5, 1)])
+def test_a_failed_check_is_written_down_and_is_exit_code_1(
+    common: ModuleType, tmp_path: Path, measured: float, code: int
+) -> None:
+    report = common.Report("sample", rounds=[{"round": 1}], results={"x": measured})
+    report.checks = [common.Check.at_most("x", measured, 3, "us")]
+    with pytest.raises(SystemExit) as ended:
+        report.finish(tmp_path / "new" / "found.json")
+    assert ended.value.code == code
+    written = json.loads((tmp_path / "new" / "found.json").read_text())
+    assert {"machine", "rounds", "results", "checks"} <= written.keys()
+    assert written["checks"] == [
+        {"name": "x", "measured": measured, "required": 3, "unit": "us", "ok": code == 0}
+    ]
+    assert written["machine"]["cores"] >= 1
+
+
+def test_lines_that_a_kill_cut_short_are_left_out(common: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "lines.jsonl"
+    lines = common.Lines(file)
+    assert lines.new() == []
+    file.write_text('{"n": 1}\n{"n": \n{"n": 2}\n{"n": 3')
+    assert [line["n"] for line in lines.new()] == [1, 2]
+    with file.open("a") as more:
+        more.write("}\n")
+    assert [line["n"] for line in lines.new()] == [3]
+    assert len(lines.all) == 3

@@ -1,0 +1,286 @@
+"""A cold rank: `python -m autoglm_resume.worker.rank`, as the supervisor starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import autoglm_resume
+from autoglm_resume.observe.journal import read
+from autoglm_resume.worker.board import Board, Phase
+from autoglm_resume.worker.contract import Assignment
+
+HOME = Path(autoglm_resume.__file__).parent.parent
+Make = Callable[..., Assignment]
+
+
+class Ended(NamedTuple):
+    code: int
+    log: str
+    error: dict[str, Any] | None
+    assignment: Assignment
+
+
+def start(assignment: Assignment, rank: int = 0, **environment: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "autoglm_resume.worker.rank"],
+        cwd=HOME,
+        env={**os.environ, **assignment.rank_environment(rank), **environment},
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def run(assignment: Assignment, rank: int = 0, **environment: str) -> Ended:
+    code = start(assignment, rank, **environment).wait(timeout=60)
+    error = assignment.error(rank)
+    return Ended(
+        code,
+        assignment.log(rank).read_text(),
+        json.loads(error.read_text()) if error.exists() else None,
+        assignment,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "log"),
+    [
+        ("print('done')", 0, "done\n"),
+        ("import sys; sys.exit()", 0, ""),
+        ("import sys; sys.exit(None)", 0, ""),
+        ("import sys; sys.exit(3)", 3, ""),
+        ("import sys; sys.exit(-1)", 255, ""),
+        ("import sys; sys.exit(True)", 1, ""),
+        ("import sys; sys.exit('too bad')", 1, "too bad\n"),
+        ("raise SystemExit(75)", 75, ""),
+        ("import os; os._exit(9)", 9, ""),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", -15, ""),
+        ("import os; print(os.read(0, 10))", 0, "b''\n"),
+    ],
+)
+def test_the_exit_code_is_that_of_the_script(assign: Make, text: str, code: int, log: str) -> None:
+    ended = run(assign(text))
+    assert (ended.code, ended.log, ended.error) == (code, log, None)
+
+
+FAILS = """
+def deep():
+    raise ValueError("bad \\N{SNOWMAN} number")
+
+def main():
+    deep()
+
+main()
+"""
+
+
+def test_an_exception_is_recorded_as_the_script_alone_would_show_it(assign: Make) -> None:
+    ended = run(assign(FAILS))
+    script = ended.assignment.source.script
+    alone = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert ended.code == alone.returncode == 1
+    assert ended.error is not None
+    assert ended.error["traceback"] == ended.log == alone.stderr
+    assert (ended.error["rank"], ended.error["type"]) == (0, "ValueError")
+    assert ended.error["message"] == "bad \N{SNOWMAN} number"
+    assert ended.error["mono"] > 0
+    events = [event["event"] for event in read(ended.assignment.events(0))]
+    assert events == ["rank_started", "rank_ended"]
+    assert read(ended.assignment.events(0))[1]["code"] == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "try:\n    1/0\nexcept ZeroDivisionError as e:\n    raise KeyError('x') from e",
+        "class MyError(Exception): ...\nraise MyError",
+        "raise RuntimeError('x' * 100_000)",
+        "import no_such_module_anywhere",
+        "raise OSError(2, 'nothing', '\\udcff')",
+        pytest.param(
+            "class Bad(Exception):\n    def __str__(self): raise TypeError\nraise Bad()",
+            marks=pytest.mark.xfail(
+                strict=True, reason="str(error) raises inside _record: nothing is recorded"
+            ),
+        ),
+    ],
+)
+def test_exceptions_of_all_kinds_are_recorded(assign: Make, text: str) -> None:
+    ended = run(assign(text))
+    assert ended.code == 1
+    assert ended.error is not None
+    assert ended.error["traceback"][-1000:].strip() in ended.log
+    assert len(ended.error["traceback"]) < 200_000
+    assert "autoglm_resume" not in ended.log
+    assert [event["event"] for event in read(ended.assignment.events(0))][-1] == "rank_ended"
+
+
+@pytest.mark.xfail(strict=True, reason="a SyntaxError's traceback shows our own compile() frame")
+def test_a_syntax_error_is_shown_as_python_shows_it(assign: Make) -> None:
+    ended = run(assign("x = = 1"))
+    assert ended.code == 1
+    assert ended.error is not None
+    assert ended.error["type"] == "SyntaxError"
+    assert "x = = 1" in ended.log
+    assert "autoglm_resume" not in ended.log
+
+
+def test_ctrl_c_ends_with_130_and_says_so(assign: Make) -> None:
+    ended = run(assign("import os, signal; os.kill(os.getpid(), signal.SIGINT)\nwhile True: pass"))
+    assert ended.code == 130
+    assert ended.error is not None
+    assert ended.error["type"] == "KeyboardInterrupt"
+
+
+MAIN = """
+import atexit, json, os, pickle, sys
+import helper
+import __main__
+
+def double(x):
+    return 2 * x
+
+if __name__ == "__main__":
+    atexit.register(lambda: print("at exit", double(2), __main__.double(3)))
+    import multiprocessing
+    assert pickle.loads(pickle.dumps(double)) is double
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        spawned = pool.map(double, [21])
+    print(json.dumps({
+        "argv": sys.argv, "path": sys.path[0], "file": __file__, "cwd": os.getcwd(),
+        "main": __main__.double is double, "spawned": spawned, "rank": os.environ["RANK"],
+        "session": os.getsid(0) == os.getpid(), "helper": helper.HERE,
+        "mine": os.environ["MINE"],
+    }))
+"""
+
+
+def test_the_script_is_main_as_under_python(assign: Make) -> None:
+    assignment = assign(MAIN, args=("--lr", "0.1"), world_size=2, environment={"MINE": "set"})
+    script = Path(str(assignment.source.script))
+    (script.parent / "helper.py").write_text("HERE = __file__")
+    ended = run(assignment, rank=1)
+    assert ended.code == 0, ended.log
+    first, last = ended.log.splitlines()
+    assert json.loads(first) == {
+        "argv": [str(script), "--lr", "0.1"],
+        "path": str(script.parent),
+        "file": str(script),
+        "cwd": assignment.source.workdir,
+        "main": True,
+        "spawned": [42],
+        "rank": "1",
+        "session": True,
+        "helper": str(script.parent / "helper.py"),
+        "mine": "set",
+    }
+    assert last == "at exit 4 6"
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="python puts the directory of the resolved script on sys.path, we that of the link",
+)
+def test_a_linked_script_finds_its_neighbours(assign: Make, tmp_path: Path) -> None:
+    assignment = assign("placeholder")
+    script = Path(str(assignment.source.script))
+    real = tmp_path / "real"
+    real.mkdir()
+    (real / "neighbour.py").write_text("")
+    (real / "train.py").write_text("import neighbour")
+    script.unlink()
+    script.symlink_to(real / "train.py")
+    assert subprocess.run([sys.executable, str(script)]).returncode == 0
+    assert run(assignment).code == 0
+
+
+def test_a_module_runs_as_with_dash_m(assign: Make) -> None:
+    assignment = assign(module="package.train", args=("a", "b"))
+    package = Path(assignment.source.workdir) / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "other.py").write_text("X = 5")
+    (package / "train.py").write_text(
+        "import json, sys\nfrom .other import X\nimport atexit\n"
+        "atexit.register(lambda: print('at exit', X))\n"
+        "if __name__ == '__main__':\n"
+        "    print(json.dumps([sys.argv, sys.path[0], __package__, __spec__.name]))\n"
+    )
+    ended = run(assignment)
+    assert ended.code == 0, ended.log
+    first, last = ended.log.splitlines()
+    assert json.loads(first) == [
+        [str(package / "train.py"), "a", "b"],
+        assignment.source.workdir,
+        "package",
+        "package.train",
+    ]
+    assert last == "at exit 5"
+
+
+def test_output_is_in_the_log_while_the_rank_runs_and_after_sigkill(assign: Make) -> None:
+    assignment = assign(
+        "import os, sys, time\nprint('line')\nprint('error', file=sys.stderr)\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    ended = run(assignment)
+    assert (ended.code, ended.log) == (-signal.SIGKILL, "line\nerror\n")
+
+
+def test_a_crash_in_c_leaves_the_python_stack_in_the_log(assign: Make) -> None:
+    ended = run(assign("import ctypes\ndef crash():\n    ctypes.string_at(0)\ncrash()"))
+    assert ended.code == -signal.SIGSEGV
+    assert "Fatal Python error: Segmentation fault" in ended.log
+    assert "in crash" in ended.log
+
+
+def test_a_rank_says_that_it_started_and_beats_without_a_phase(assign: Make) -> None:
+    assignment = assign("print('up')", world_size=2)
+    process = start(assignment, rank=1)
+    process.wait(timeout=60)
+    (started, _) = read(assignment.events(1))
+    assert (started["event"], started["rank"], started["pid"]) == ("rank_started", 1, process.pid)
+    board = Board.open(Path(assignment.board))
+    assert board.beat(1).pid == process.pid
+    assert board.beat(1).phase is Phase.NONE
+    assert board.beat(0).pid == 0
+    board.close()
+
+
+def test_a_rank_ends_with_its_supervisor(assign: Make, tmp_path: Path) -> None:
+    """The supervisor here is a process of its own, which starts the rank and is killed."""
+    supervisor = os.fork()
+    if supervisor == 0:
+        try:
+            assignment = assign("import signal; print('up'); signal.pause()")
+            rank = start(assignment)
+            (tmp_path / "pid").write_text(str(rank.pid))
+            while b"up" not in assignment.log(0).read_bytes() if assignment.log(0).exists() else 1:
+                pass
+        finally:
+            os.kill(os.getpid(), signal.SIGSTOP)
+            os._exit(0)
+    os.waitid(os.P_PID, supervisor, os.WSTOPPED | os.WNOWAIT)
+    pidfd = os.pidfd_open(int((tmp_path / "pid").read_text()))
+    assert not select.select([pidfd], [], [], 0)[0]
+    os.kill(supervisor, signal.SIGKILL)
+    os.waitpid(supervisor, 0)
+    assert select.select([pidfd], [], [], 10)[0]
+    os.close(pidfd)
+
+
+def test_a_rank_whose_supervisor_is_gone_already_does_not_begin(assign: Make) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    assignment = assign("open('began', 'w')", supervisor=gone.pid)
+    assert start(assignment).wait(timeout=60) == -signal.SIGKILL
+    assert not (Path(assignment.source.workdir) / "began").exists()
