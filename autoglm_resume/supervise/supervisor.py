@@ -15,7 +15,7 @@ from typing import Any
 import autoglm_resume
 from autoglm_resume import linux
 from autoglm_resume.checkpoint.structure import Structure
-from autoglm_resume.errors import AutoglmError, Interrupted, died_by_signal
+from autoglm_resume.errors import AutoglmError, CorruptCheckpoint, Interrupted, died_by_signal
 from autoglm_resume.job.spec import Job, dump
 from autoglm_resume.observe.journal import Event, Journal, stamped
 from autoglm_resume.observe.live import Screen
@@ -207,8 +207,9 @@ class Supervisor:
                 launcher.learn(event["modules"])
             case "committed":
                 self._objects = event["objects"]
-            case "refused" if event["kind"] != "ModelMismatch":
-                # A model that differs is judged by the gate itself, for every checkpoint.
+            case "refused" if event["kind"] == CorruptCheckpoint.__name__:
+                # Only damage is the checkpoint's own fault. A model that differs is judged by the
+                # gate itself, for every checkpoint.
                 self._gate.refused[event["id"]] = event["reason"]
         return event
 

@@ -222,6 +222,7 @@ class Pulse:
     def at(self, step: int) -> None:
         """Beat: `step` steps are complete, without having run one (a resume)."""
         self._step = step
+        self._phase = int(Phase.DATA)
         self._beat(time.monotonic_ns())
 
     def completed(self, step: int) -> None:

@@ -11,6 +11,7 @@ It works unchanged under autoglm, under plain torchrun, and alone with python.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import sys
 import time
 from collections.abc import Iterator
@@ -116,6 +117,8 @@ class Session:
                     hint="give it both; they may return and take any plain values and tensors",
                 )
             hooks.watch(obj, self._pulse)
+            if isinstance(obj, torch.nn.parallel.DistributedDataParallel):
+                _never_free(obj)
             self._tracked[name] = obj = _unwrapped(obj)
             if isinstance(obj, torch.nn.Module):
                 self._models[name] = obj
@@ -234,7 +237,9 @@ class Session:
             raw=sum(chunk.raw for chunk in part.chunks),
             stored=sum(chunk.stored for chunk in part.chunks),
         )
-        self._settle(id, began)
+        # The part is safe; what follows can be done by anybody later, and must not end training.
+        with contextlib.suppress(OSError, CheckpointError):
+            self._settle(id, began)
         return None
 
     def _forsake_failed(self) -> None:
@@ -327,9 +332,10 @@ class Session:
                 )
         missing = [name for name in self._tracked if name not in restored.states]
         if missing:
-            raise CorruptCheckpoint(
+            raise CheckpointError(
                 f"{point.id}: holds {', '.join(sorted(restored.states))}; this script also tracks "
-                f"{', '.join(missing)}"
+                f"{', '.join(missing)}",
+                hint="track the same objects as before, or start over with --fresh",
             )
 
     def _model_structure(self) -> structure.Structure | None:
@@ -361,6 +367,16 @@ class Session:
         if self.world_size > 1 and torch.distributed.is_initialized():
             return FromRankZero(self.rank, self._settings.every_seconds)
         return FromClock(self._settings.every_seconds if self.world_size == 1 else None)
+
+
+def _never_free(obj: object) -> None:
+    """Let only the end of the process take `obj` away.
+
+    A DistributedDataParallel that is freed after destroy_process_group joins gloo's threads while
+    it holds the GIL that one of them may be waiting for: with torch 2.13 under load, ranks that
+    were done hung three times in a row.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(obj))
 
 
 def _unwrapped(obj: Any) -> Any:

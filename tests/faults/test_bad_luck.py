@@ -51,6 +51,17 @@ def test_another_world_size_is_refused_with_90_naming_both(rehearsal: Rehearsal)
     assert _tree(rehearsal.checkpoints) == before
 
 
+def test_a_script_that_tracks_more_than_the_checkpoints_hold_exits_90_and_keeps_them(
+    rehearsal: Rehearsal,
+) -> None:
+    _interrupted_run(rehearsal)
+    before = _tree(rehearsal.checkpoints)
+    finished = rehearsal.run("--fail", "track-more")
+    assert finished.code == 90, finished
+    assert "this script also tracks another" in finished.err
+    assert _tree(rehearsal.checkpoints) == before
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest", "newer"])
 def test_damage_to_the_newest_checkpoint_falls_back_to_the_one_before(
     rehearsal: Rehearsal, undisturbed: dict[str, str], damage: str

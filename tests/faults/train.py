@@ -50,6 +50,8 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
 sampler = autoglm.ResumableSampler(200, 4, endless=True)
 session.track(model=model, optimizer=optimizer, scheduler=scheduler, sampler=sampler)
+if args.fail == "track-more":
+    session.track(another=torch.optim.SGD(net.parameters()))
 data = torch.randn(200, 32, generator=torch.Generator().manual_seed(3))
 
 batches = None
