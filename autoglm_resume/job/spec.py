@@ -93,7 +93,7 @@ class Heartbeat(Section):
     )
     startup: PositiveDuration = Field(
         default=900.0,
-        description="Longest time from the launch of a rank to its first sign of progress.",
+        description="Longest time until a rank's first completed step, and for one save.",
     )
 
 
@@ -112,7 +112,7 @@ class Restart(Section):
     )
     without_progress: Count = Field(
         default=3,
-        description="Give up after this many attempts in a row without a new checkpoint.",
+        description="Give up after this many attempts in a row that came no further than before.",
     )
     grace: Duration = Field(
         default=0.5,

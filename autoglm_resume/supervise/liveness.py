@@ -12,15 +12,20 @@ def hung(beats: Sequence[Beat], now: float, timeout: float, startup: float) -> l
     """Ranks whose last beat is too old; times in CLOCK_MONOTONIC seconds.
 
     A rank has `startup` seconds until its first completed step, where compilation and loading
-    take their time, and `timeout` from then on. A rank without a session never beats after its
+    take their time, and for a save; else `timeout`. A rank without a session never beats after its
     first line, and one that is past its last step owes no more beats: neither is ever hung.
     """
     return [
         rank
         for rank, beat in enumerate(beats)
         if beat.phase not in (Phase.NONE, Phase.DONE)
-        and now - beat.time / 1e9 > (timeout if beat.first_step_time else startup)
+        and now - beat.time / 1e9 > (timeout if _is_stepping(beat) else startup)
     ]
+
+
+def _is_stepping(beat: Beat) -> bool:
+    # Large checkpoints take minutes, and nothing beats while one is written.
+    return bool(beat.first_step_time) and beat.phase is not Phase.SAVE
 
 
 def agreed_step(beats: Sequence[Beat], step_seconds: float, ahead: float = 0.25) -> int:
