@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal, TypeAlias
 
 from autoglm_resume.checkpoint.document import Json
-from autoglm_resume.checkpoint.manifest import Manifest
+from autoglm_resume.checkpoint.manifest import Manifest, Part
 from autoglm_resume.checkpoint.structure import Structure, differences
 
 CheckName: TypeAlias = Literal["integrity", "world size", "model hash"]
@@ -63,6 +63,8 @@ class Facts:
     raw: int
     stored: int
     manifest: Manifest | None = None
+    parts: tuple[Part, ...] = field(default=(), repr=False)
+    """As far as they could be read."""
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,7 @@ class Store:
         """
         manifest: Manifest | None = None
         model: Structure | None = None
+        parts: list[Part] = []
         how: Literal["fingerprint", "content"] = "fingerprint"
         problem, unreadable = "", False
         try:
@@ -192,6 +193,7 @@ class Store:
             _check_chain(path, manifest)
             for ref in manifest.parts:
                 part = self._part(path, manifest, ref)
+                parts.append(part)
                 model = model or part.model
                 pack = path / part.pack
                 with verify.reading(pack):
@@ -213,6 +215,7 @@ class Store:
             raw=manifest.raw if manifest else 0,
             stored=manifest.stored if manifest else 0,
             manifest=manifest,
+            parts=tuple(parts),
         )
 
     def candidates(self, deep: bool = False, progress: Progress | None = None) -> Iterator[Facts]:

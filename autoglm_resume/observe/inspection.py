@@ -109,9 +109,8 @@ def inspect(
 ) -> Inspection:
     """One checkpoint; with `progress`, every byte of it is read and checked."""
     facts = target.store.examine(path, deep=progress is not None, progress=progress)
-    return Inspection(
-        facts, _judge(facts, expected), _parts(target.store, facts), _chain(target.store, facts)
-    )
+    parts = facts.parts if facts.integrity.ok else _parts(target.store, facts)
+    return Inspection(facts, _judge(facts, expected), parts, _chain(target.store, facts))
 
 
 def verdicts(

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeAlias
 
-from autoglm_resume.checkpoint.gate import Choice, Expectation, Verdict, choose
+from autoglm_resume.checkpoint.gate import Choice, Expectation, Facts, Verdict, choose
 from autoglm_resume.checkpoint.manifest import Manifest
 from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.errors import NoAcceptableCheckpoint
 from autoglm_resume.job.spec import Job
 from autoglm_resume.supervise.history import Model
 from autoglm_resume.worker.contract import ResumePoint
+
+Stats: TypeAlias = tuple[tuple[str, int, int, int, int], ...]
 
 
 @dataclass
@@ -32,6 +36,8 @@ class Gatekeeper:
 
     def __post_init__(self) -> None:
         self._abandoned: list[Path] = []
+        self._proven: dict[Path, tuple[Stats, Facts]] = {}
+        self._announced: set[str] = set()
         self.store = Store(Path(self.job.checkpoint.dir))
 
     def pass_gate(self) -> ResumePoint | None:
@@ -54,6 +60,9 @@ class Gatekeeper:
         if accepted is None or accepted.manifest is None:
             self._require_a_fresh_start(choice)
             return None
+        if accepted.id not in self._announced:
+            # Whoever committed it died before saying so.
+            self._announce(accepted.manifest)
         for verdict in choice.verdicts:
             if verdict.corrupt:
                 self._quarantine(verdict)
@@ -75,7 +84,26 @@ class Gatekeeper:
 
     def judge(self, *, every: bool = False) -> Choice:
         """Verdicts, without changing anything."""
-        return choose(self.store.candidates(), self._expectation(self.refused), every=every)
+        candidates = (self._examine(path) for path in self.store.committed())
+        return choose(candidates, self._expectation(self.refused), every=every)
+
+    def notice(self, id: str) -> None:
+        """A rank committed this: examine it now, while training runs, rather than at a restart."""
+        self._announced.add(id)
+        with contextlib.suppress(OSError):
+            self._examine(self.store.directory(id))
+
+    def _examine(self, path: Path) -> Facts:
+        """Facts about a checkpoint, kept for as long as none of its files changes."""
+        stats = _stats(path)
+        known = self._proven.get(path)
+        if known is not None and known[0] == stats:
+            return known[1]
+        facts = replace(self.store.examine(path), parts=())
+        if facts.integrity.ok:
+            here = {p: v for p, v in self._proven.items() if p.exists()}
+            self._proven = {**here, path: (stats, facts)}
+        return facts
 
     def _complete(self) -> None:
         try:
@@ -85,14 +113,18 @@ class Gatekeeper:
             self.tell("warning", text=f"{self.store.root}: could not commit what is there: {error}")
             return
         for manifest in manifests:
-            self.tell(
-                "committed",
-                id=manifest.id,
-                step=manifest.step,
-                digest=manifest.digest,
-                objects=manifest.objects,
-            )
-            self.checkpointed = max(self.checkpointed, manifest.step)
+            self._announce(manifest)
+
+    def _announce(self, manifest: Manifest) -> None:
+        self.tell(
+            "committed",
+            id=manifest.id,
+            step=manifest.step,
+            digest=manifest.digest,
+            objects=manifest.objects,
+        )
+        self._announced.add(manifest.id)
+        self.checkpointed = max(self.checkpointed, manifest.step)
 
     def _fits(self, manifest: Manifest) -> bool:
         guards, model = self.job.guards, self.model
@@ -137,6 +169,14 @@ class Gatekeeper:
                 hint="is the file system mounted? Put a checkpoint back, or start over with "
                 "`autoglm run --fresh`",
             )
+
+
+def _stats(path: Path) -> Stats:
+    with os.scandir(path) as entries:
+        found = [(entry.name, entry.stat()) for entry in entries]
+    return tuple(
+        sorted((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in found)
+    )
 
 
 def _ways_out(choice: Choice) -> list[str]:

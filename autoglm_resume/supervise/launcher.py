@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from autoglm_resume import linux
 from autoglm_resume.supervise.group import Group
+from autoglm_resume.supervise.node import free_port
 from autoglm_resume.supervise.pump import Pump
-from autoglm_resume.supervise.zygote import HOME, State, Zygote
+from autoglm_resume.supervise.zygote import HOME, State, Store, Zygote
 from autoglm_resume.worker.contract import ASSIGNMENT, Assignment
 
 AGENT = -1
@@ -21,8 +25,23 @@ AGENT = -1
 _EXIT_LINE = re.compile(r"exitcode\s*:\s*(-?\d+)\s*\(pid:\s*(\d+)\)")
 
 
+class Endpoint(NamedTuple):
+    """Where the ranks of an attempt meet."""
+
+    port: int
+    served: bool
+    """Whether a store listens there already; otherwise rank 0 has to open one."""
+
+
 class Launcher(Protocol):
     """How ranks come to be."""
+
+    def rendezvous(self, fixed: int | None, cancelled: Callable[[], bool]) -> Endpoint:
+        """A fresh place to meet, at port `fixed` if there is one.
+
+        Raises UsageError that names who has the fixed port.
+        """
+        ...
 
     def start(self, assignment: Assignment, group: Group, cancelled: Callable[[], bool]) -> None:
         """Start every rank into `group`, unless `cancelled` turns true first."""
@@ -64,18 +83,37 @@ class Warm:
         self._tell = tell
         self._losses = 0
         self._cold: list[subprocess.Popen[bytes]] = []
+        self._stores: list[Store] = []
         self._zygote: Zygote | None = self._spawn()
+
+    def rendezvous(self, fixed: int | None, cancelled: Callable[[], bool]) -> Endpoint:
+        """A store of its own per attempt, opened ahead of time.
+
+        With the store in rank 0, as torch does it by itself, the other ranks come too early in
+        two starts of five, and try again after 0.4 to 0.7 s.
+        """
+        self._settle(cancelled)
+        if fixed is not None:
+            free_port(fixed)
+            self._stores.clear()
+        if not self._stores and self._zygote is not None and not cancelled():
+            self._zygote.open_store(fixed or 0)
+            self._settle(cancelled)
+        if self._stores:
+            return Endpoint(self._stores.pop(0).port, served=True)
+        return Endpoint(free_port(fixed), served=False)
 
     def start(self, assignment: Assignment, group: Group, cancelled: Callable[[], bool]) -> None:
         ranks = range(assignment.world_size)
-        deadline = time.monotonic() + self.PATIENCE
-        self._pump.wait(lambda: cancelled() or self._settled(), deadline)
+        self._settle(cancelled)
         if cancelled():
             return
         pids = self._zygote.fork(assignment.path, ranks) if self._zygote else None
         if pids is None:
             self._tell("cold_start", reason="there is no zygote to fork from")
             pids = {rank: self._exec(assignment, rank) for rank in ranks}
+        else:
+            self._losses = 0
         for rank, pid in pids.items():
             group.add(rank, pid)
 
@@ -84,20 +122,34 @@ class Warm:
         self._modules += new
         if self._zygote is not None and new:
             self._zygote.preload(new)
+        if self._zygote is not None and not self._stores:
+            self._zygote.open_store(0)
 
     def own(self) -> frozenset[int]:
-        return frozenset([self._zygote.pid]) if self._zygote is not None else frozenset()
+        zygote = [self._zygote.pid] if self._zygote is not None else []
+        return frozenset([*zygote, *(store.pid for store in self._stores)])
 
     def close(self) -> None:
         if self._zygote is not None:
             self._zygote.close()
 
-    def _settled(self) -> bool:
-        return self._zygote is None or self._zygote.state is State.READY
+    def _settle(self, cancelled: Callable[[], bool]) -> None:
+        """Wait until there is a zygote that can fork, or none."""
+
+        def settled() -> bool:
+            return cancelled() or self._zygote is None or self._zygote.state is State.READY
+
+        self._pump.wait(settled, time.monotonic() + self.PATIENCE)
 
     def _spawn(self) -> Zygote:
         return Zygote(
-            self._pump, self._environment, self._modules, self._log, self._tell, self._replace
+            self._pump,
+            self._environment,
+            self._modules,
+            self._log,
+            tell=self._tell,
+            lost=self._replace,
+            opened=self._stores.append,
         )
 
     def _replace(self) -> None:
@@ -137,6 +189,9 @@ class Torchrun:
         self._environment = environment
         self._processes: list[subprocess.Popen[bytes]] = []
 
+    def rendezvous(self, fixed: int | None, cancelled: Callable[[], bool]) -> Endpoint:
+        return Endpoint(free_port(fixed), served=True)
+
     def start(self, assignment: Assignment, group: Group, cancelled: Callable[[], bool]) -> None:
         if cancelled():
             return
@@ -153,6 +208,9 @@ class Torchrun:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # Safe: this process has one thread. Without it torchrun and its ranks would
+                # train on after a kill -9 of the supervisor.
+                preexec_fn=functools.partial(linux.die_with_parent, os.getpid()),
             )
         self._processes.append(process)
         group.add(AGENT, process.pid)

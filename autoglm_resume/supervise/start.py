@@ -19,7 +19,7 @@ from autoglm_resume.job.spec import Job, dump
 from autoglm_resume.observe.live import Screen
 from autoglm_resume.supervise import drill, history
 from autoglm_resume.supervise.gatekeeper import Gatekeeper
-from autoglm_resume.supervise.launcher import torchrun_command
+from autoglm_resume.supervise.launcher import Endpoint, torchrun_command
 from autoglm_resume.supervise.node import check_directory
 from autoglm_resume.supervise.rundir import RunDirectory, locked_checkpoints
 from autoglm_resume.supervise.supervisor import Supervisor, assignment, environment, world_size
@@ -82,7 +82,7 @@ def plan(job: Job) -> Plan:
     keeper = Gatekeeper(job, world_size(job), lambda *_, **__: None, past.model)
     choice = keeper.judge(every=True)
     accepted = choice.accepted
-    task = assignment(job, run, past.run_id or "new", past.attempts, 0, None, "")
+    task = assignment(job, run, past.run_id or "new", past.attempts, Endpoint(0, True), None, "")
     ranks = {
         **{k: v for k, v in environment(job).items() if k in job.env or k == "OMP_NUM_THREADS"},
         **task.rank_environment(0),

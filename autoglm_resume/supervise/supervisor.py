@@ -24,8 +24,8 @@ from autoglm_resume.supervise.attempt import Attempt, Outcome, hurried
 from autoglm_resume.supervise.drill import Drill
 from autoglm_resume.supervise.gatekeeper import Gatekeeper
 from autoglm_resume.supervise.group import end_orphans
-from autoglm_resume.supervise.launcher import Launcher, Torchrun, Warm
-from autoglm_resume.supervise.node import free_port, visible_gpus
+from autoglm_resume.supervise.launcher import Endpoint, Launcher, Torchrun, Warm
+from autoglm_resume.supervise.node import visible_gpus
 from autoglm_resume.supervise.pump import Pump, Signals
 from autoglm_resume.supervise.rehearse import Rehearsal
 from autoglm_resume.supervise.rundir import Lock, RunDirectory
@@ -50,7 +50,7 @@ def assignment(
     run: RunDirectory,
     run_id: str,
     number: int,
-    port: int,
+    endpoint: Endpoint,
     resume: ResumePoint | None,
     board: str,
 ) -> Assignment:
@@ -61,7 +61,8 @@ def assignment(
         attempt=number,
         world_size=world_size(job),
         master_addr="127.0.0.1",
-        master_port=port,
+        master_port=endpoint.port,
+        agent_store=endpoint.served,
         max_restarts=job.restart.max_restarts,
         supervisor=os.getpid(),
         directory=str(run.attempt(number)),
@@ -168,7 +169,7 @@ class Supervisor:
         number, self._number = self._number, self._number + 1
         self._run.attempt(number).mkdir(parents=True, exist_ok=True)
         fixed = self._job.env.get("MASTER_PORT")
-        port = free_port(int(fixed) if fixed else None)
+        endpoint = launcher.rendezvous(int(fixed) if fixed else None, lambda: bool(self._stops))
         attempt = Attempt(
             pump=self._pump,
             job=self._job,
@@ -180,7 +181,7 @@ class Supervisor:
         )
         self._lock.describe(attempt.board_path)
         task = assignment(
-            self._job, self._run, self._run_id, number, port, resume, attempt.board_path
+            self._job, self._run, self._run_id, number, endpoint, resume, attempt.board_path
         )
         return attempt.run(task, launcher, lambda event: self._heard(launcher, event))
 
@@ -207,6 +208,7 @@ class Supervisor:
                 launcher.learn(event["modules"])
             case "committed":
                 self._objects = event["objects"]
+                self._gate.notice(event["id"])
             case "refused" if event["kind"] == CorruptCheckpoint.__name__:
                 # Only damage is the checkpoint's own fault. A model that differs is judged by the
                 # gate itself, for every checkpoint.
@@ -271,6 +273,8 @@ class Supervisor:
 
     def _tell_next(self, event: str, /, **fields: Any) -> None:
         """What the gate says is about the attempt to come."""
+        if event == "committed":
+            self._objects = fields["objects"]
         self._tell(event, attempt=self._number, **fields)
 
     def _tell(self, event: str, /, **fields: Any) -> None:

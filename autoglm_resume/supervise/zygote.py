@@ -12,13 +12,15 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import autoglm_resume
 from autoglm_resume.supervise.failure import signal_name
 from autoglm_resume.supervise.pump import Pump
 
 MESSAGE = 1 << 20
+BATCH = 1000
+"""Modules in one request, which must fit into the socket's buffer."""
 PATIENCE = 5.0
 """Seconds for a fork, which takes milliseconds."""
 
@@ -34,11 +36,18 @@ class State(enum.Enum):
     GONE = "gone"
 
 
-class Zygote:
-    """One zygote process.
+class Store(NamedTuple):
+    """A process that serves a rendezvous store."""
 
-    `tell` hears what it says, as (event, fields) for the journal; `lost` is called once when it
-    can fork no more.
+    pid: int
+    port: int
+
+
+class Zygote:
+    """One zygote process, which answers one request after the other.
+
+    `tell` hears what it says, as (event, fields) for the journal; `opened` gets every store that
+    was asked for; `lost` is called once when it can fork no more.
     """
 
     def __init__(
@@ -49,10 +58,13 @@ class Zygote:
         log: Path,
         tell: Callable[..., object],
         lost: Callable[[], None],
+        opened: Callable[[Store], None],
     ) -> None:
         self._pump = pump
         self._tell = tell
         self._lost = lost
+        self._opened = opened
+        self._requests: list[dict[str, Any]] = []
         self.state = State.BUSY
         self.unfit_module: str | None = None
         self._reply: dict[str, Any] | None = None
@@ -82,17 +94,19 @@ class Zygote:
 
     def preload(self, modules: Sequence[str]) -> None:
         """Import more while the ranks run."""
-        if self.state is State.READY:
-            self.state = State.BUSY
-            self._send({"op": "preload", "modules": list(modules)})
+        for start in range(0, len(modules), BATCH):
+            self._ask({"op": "preload", "modules": list(modules[start : start + BATCH])})
+
+    def open_store(self, port: int) -> None:
+        """Serve a store at `port`, any free one for 0, in a process of its own."""
+        self._ask({"op": "store", "port": port, "supervisor": os.getpid()})
 
     def fork(self, assignment: Path, ranks: Sequence[int]) -> dict[int, int] | None:
         """Pids of freshly forked ranks; None if the zygote is not or no longer able to."""
         if self.state is not State.READY:
             return None
-        self.state = State.BUSY
         self._reply = None
-        self._send({"op": "fork", "assignment": str(assignment), "ranks": list(ranks)})
+        self._ask({"op": "fork", "assignment": str(assignment), "ranks": list(ranks)})
         if not self._pump.wait(lambda: self.state is not State.BUSY, time.monotonic() + PATIENCE):
             self._give_up(f"it did not fork within {PATIENCE:.0f} s")
             return None
@@ -105,7 +119,15 @@ class Zygote:
         if self.state is not State.GONE:
             self._end()
 
-    def _send(self, request: dict[str, Any]) -> None:
+    def _ask(self, request: dict[str, Any]) -> None:
+        self._requests.append(request)
+        self._send_next()
+
+    def _send_next(self) -> None:
+        if self.state is not State.READY or not self._requests:
+            return
+        self.state = State.BUSY
+        request = self._requests.pop(0)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._socket.send(json.dumps(request).encode())
 
@@ -128,10 +150,13 @@ class Zygote:
             return
         self._reply = reply
         self.state = State.READY
+        self._send_next()
+        if reply["op"] == "store" and reply["port"]:
+            self._opened(Store(reply["pid"], reply["port"]))
         if reply["op"] == "ready" and not self._introduced:
             self._introduced = True
             fields = {key: reply[key] for key in ("seconds", "modules", "skipped")}
-            self._tell("zygote_ready", **fields)
+            self._tell("zygote_ready", pid=self.pid, **fields)
 
     def _give_up(self, reason: str) -> None:
         self._end()

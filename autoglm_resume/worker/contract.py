@@ -42,6 +42,8 @@ class Assignment:
     world_size: int
     master_addr: str
     master_port: int
+    agent_store: bool
+    """Whether a store listens there already, as torchrun's agent provides one."""
     max_restarts: int
     supervisor: int
     """Process id; ranks die with it."""
@@ -119,7 +121,7 @@ class Assignment:
             "TORCHELASTIC_RESTART_COUNT": str(self.attempt),
             "TORCHELASTIC_MAX_RESTARTS": str(self.max_restarts),
             "TORCHELASTIC_RUN_ID": self.run_id,
-            "TORCHELASTIC_USE_AGENT_STORE": "False",
+            "TORCHELASTIC_USE_AGENT_STORE": str(self.agent_store),
             "TORCHELASTIC_ERROR_FILE": str(Path(self.directory) / f"rank-{rank}.torchelastic.json"),
             ASSIGNMENT: str(self.path),
         }

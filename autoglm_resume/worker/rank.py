@@ -144,14 +144,22 @@ def _redirect(log: Path) -> None:
         stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
 
 
+def _parent_of(pid: int) -> int:
+    """Parent of another process, 0 if it is gone."""
+    with contextlib.suppress(OSError):
+        # The name in parentheses may hold anything, even a parenthesis.
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
 def main() -> None:
     """A rank in a process of its own: a cold start, or a child of torchrun."""
     assignment = Assignment.load(Path(os.environ[ASSIGNMENT]))
     sys.path.pop(0)  # where this package lies, put there by `python -m`
     parent = os.getppid()
     under_torchrun = UNDER_TORCHRUN in sys.argv
-    if under_torchrun and parent == assignment.supervisor:
-        sys.exit(1)  # torchrun died before this line, and the supervisor adopted its child
+    if under_torchrun and _parent_of(parent) != assignment.supervisor:
+        sys.exit(1)  # torchrun died before this line, and others adopted its child
     linux.die_with_parent(parent if under_torchrun else assignment.supervisor)
     rank = int(os.environ["RANK"])
     if under_torchrun:

@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from autoglm_resume import linux
 from autoglm_resume.worker import rank as rank_process
@@ -36,10 +36,37 @@ MESSAGE = 1 << 20
 
 
 class Rank(NamedTuple):
-    """In a forked child: what to become."""
+    """In a forked child: become a rank."""
 
     assignment: Assignment
     rank: int
+
+    def be(self) -> int:
+        """The whole life of the rank; returns its exit code."""
+        rank_process.settle(self.assignment, self.rank, self.assignment.rank_environment(self.rank))
+        return rank_process.run(self.assignment, self.rank)
+
+
+class StoreServer(NamedTuple):
+    """In a forked child: become a process that serves a rendezvous store."""
+
+    port: int
+    tell_port: int
+    """Pipe for the port that it got."""
+
+    def be(self) -> int:
+        """Serve until killed."""
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+        os.setsid()
+        store = TCPStore("localhost", self.port, is_master=True, wait_for_workers=False)
+        os.write(self.tell_port, store.port.to_bytes(2, "little"))
+        os.close(self.tell_port)
+        while True:
+            signal.pause()
+
+
+Role: TypeAlias = "Rank | StoreServer"
 
 
 def threads() -> int:
@@ -97,7 +124,7 @@ def preload(modules: list[str]) -> dict[str, Any]:
     }
 
 
-def serve(control: socket.socket) -> Rank | None:
+def serve(control: socket.socket) -> Role | None:
     """Answer requests until the supervisor is gone; in a forked child, return what to become."""
     forked: dict[int, int] = {}
     while True:
@@ -106,22 +133,33 @@ def serve(control: socket.socket) -> Rank | None:
             _end(list(forked.values()))
             return None
         request = json.loads(message)
+        reply: dict[str, Any]
         if request["op"] == "preload":
             reply = preload(request["modules"])
+        elif reason := unfit():
+            reply = {"op": "unfit", "module": None, "reason": reason}
+        elif request["op"] == "store":
+            told, tell = os.pipe()
+            pid = _fork(request["supervisor"])
+            if pid == 0:
+                control.close()
+                os.close(told)
+                return StoreServer(request["port"], tell)
+            os.close(tell)
+            # Nothing comes when the port was taken: the process has ended then.
+            port = int.from_bytes(os.read(told, 2), "little")
+            os.close(told)
+            reply = {"op": "store", "pid": pid, "port": port}
         else:
-            reason = unfit()
-            if reason:
-                reply = {"op": "unfit", "module": None, "reason": reason}
-            else:
-                assignment = Assignment.load(Path(request["assignment"]))
-                forked.clear()
-                for rank in request["ranks"]:
-                    pid = _fork(assignment.supervisor)
-                    if pid == 0:
-                        control.close()
-                        return Rank(assignment, rank)
-                    forked[rank] = pid
-                reply = {"op": "forked", "pids": forked}
+            assignment = Assignment.load(Path(request["assignment"]))
+            forked.clear()
+            for rank in request["ranks"]:
+                pid = _fork(assignment.supervisor)
+                if pid == 0:
+                    control.close()
+                    return Rank(assignment, rank)
+                forked[rank] = pid
+            reply = {"op": "forked", "pids": forked}
         with contextlib.suppress(BrokenPipeError):
             control.send(json.dumps(reply).encode())
 
@@ -176,11 +214,9 @@ def main() -> None:
     with contextlib.suppress(OSError):
         control.send(json.dumps(preload([*ALWAYS, *modules])).encode())
     linux.outlive_parent()  # from here on a closed socket says it
-    become = serve(control)
-    if become is not None:
-        environment = become.assignment.rank_environment(become.rank)
-        rank_process.settle(become.assignment, become.rank, environment)
-        sys.exit(rank_process.run(become.assignment, become.rank))
+    role = serve(control)
+    if role is not None:
+        sys.exit(role.be())
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ import pytest
 from tests.faults.conftest import Rehearsal, all_dead, finish
 
 
+@pytest.mark.parametrize("launcher", ["warm", "torchrun"])
 def test_a_supervisor_killed_with_sigkill_leaves_no_rank_and_resume_completes_exactly(
-    rehearsal: Rehearsal, undisturbed: dict[str, str]
+    rehearsal: Rehearsal, undisturbed: dict[str, str], launcher: str
 ) -> None:
-    rehearsal.start("--pause", "0.03")
+    rehearsal.start("--pause", "0.03", launcher=launcher)
     rehearsal.wait_for("committed", lambda e: e["step"] >= 10)
     before = rehearsal.workers()
     assert len(before) >= 4  # the supervisor, its zygote, two ranks
