@@ -17,6 +17,7 @@ import socket
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -126,11 +127,11 @@ def preload(modules: list[str]) -> dict[str, Any]:
 
 def serve(control: socket.socket) -> Role | None:
     """Answer requests until the supervisor is gone; in a forked child, return what to become."""
-    forked: dict[int, int] = {}
+    ranks: list[int] = []
     while True:
         message = control.recv(MESSAGE)
         if not message:
-            _end(list(forked.values()))
+            _end(ranks)
             return None
         request = json.loads(message)
         reply: dict[str, Any]
@@ -140,26 +141,23 @@ def serve(control: socket.socket) -> Role | None:
             reply = {"op": "unfit", "module": None, "reason": reason}
         elif request["op"] == "store":
             told, tell = os.pipe()
-            pid = _fork(request["supervisor"])
-            if pid == 0:
+            role, pids = _fork(request["supervisor"], [StoreServer(request["port"], tell)])
+            os.close(told if role else tell)
+            if role:
                 control.close()
-                os.close(told)
-                return StoreServer(request["port"], tell)
-            os.close(tell)
+                return role
             # Nothing comes when the port was taken: the process has ended then.
             port = int.from_bytes(os.read(told, 2), "little")
             os.close(told)
-            reply = {"op": "store", "pid": pid, "port": port}
+            reply = {"op": "store", "pid": pids[0], "port": port}
         else:
             assignment = Assignment.load(Path(request["assignment"]))
-            forked.clear()
-            for rank in request["ranks"]:
-                pid = _fork(assignment.supervisor)
-                if pid == 0:
-                    control.close()
-                    return Rank(assignment, rank)
-                forked[rank] = pid
-            reply = {"op": "forked", "pids": forked}
+            wanted = [Rank(assignment, rank) for rank in request["ranks"]]
+            role, ranks = _fork(assignment.supervisor, wanted)
+            if role:
+                control.close()
+                return role
+            reply = {"op": "forked", "pids": dict(zip(request["ranks"], ranks, strict=True))}
         with contextlib.suppress(BrokenPipeError):
             control.send(json.dumps(reply).encode())
 
@@ -171,33 +169,37 @@ def _end(ranks: list[int]) -> None:
             os.killpg(pid, signal.SIGKILL)
 
 
-def _fork(supervisor: int) -> int:
-    """Fork a grandchild that becomes a child of `supervisor`; 0 in it, its pid here."""
+def _fork(supervisor: int, roles: Sequence[Role]) -> tuple[Role | None, list[int]]:
+    """Fork a child of `supervisor` per role: the role in each of them, here all their pids.
+
+    A process in between forks them and ends, which makes them orphans.
+    """
     told, tell = os.pipe()
     adopted, adopt = os.pipe()
-    child = os.fork()
-    if child == 0:
-        grandchild = os.fork()
-        if grandchild:
-            os.write(tell, grandchild.to_bytes(8, "little"))
-            os._exit(0)
-        os.close(told)
-        os.close(tell)
-        os.close(adopt)
-        # The parent-death signal belongs to the parent at the time of the call, so wait until
-        # the process between us is reaped and the supervisor is the parent.
-        os.read(adopted, 1)
-        os.close(adopted)
-        linux.die_with_parent(supervisor)
-        return 0
+    between = os.fork()
+    if between == 0:
+        for role in roles:
+            child = os.fork()
+            if child == 0:
+                for fd in (told, tell, adopt):
+                    os.close(fd)
+                # The parent-death signal belongs to the parent at the time of the call, so wait
+                # until the process between us is reaped and the supervisor is the parent.
+                os.read(adopted, 1)
+                os.close(adopted)
+                linux.die_with_parent(supervisor)
+                return role, []
+            os.write(tell, child.to_bytes(8, "little"))
+        os._exit(0)
     os.close(tell)
     os.close(adopted)
     try:
-        os.waitpid(child, 0)
-        return int.from_bytes(os.read(told, 8), "little")
+        os.waitpid(between, 0)
+        data = os.read(told, 8 * len(roles))
     finally:
         os.close(told)
         os.close(adopt)
+    return None, [int.from_bytes(data[i : i + 8], "little") for i in range(0, len(data), 8)]
 
 
 def main() -> None:

@@ -41,6 +41,7 @@ def assign(tmp_path: Path) -> Iterator[Make]:
             "world_size": world_size,
             "master_addr": "127.0.0.1",
             "master_port": 29512,
+            "agent_store": False,
             "max_restarts": 3,
             "supervisor": os.getpid(),
             "directory": str(directory),

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import mmap
 import os
-import select
 import signal
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoglm_resume.worker.board import NEVER, Beat, Board, Control, Phase
+
+Fork = Callable[[Callable[[], object]], int]
 
 COPY = 64
 HEADER = 64
@@ -27,6 +30,33 @@ def board() -> Iterator[tuple[Board, int]]:
     yield made, fd
     made.close()
     os.close(fd)
+
+
+@pytest.fixture
+def fork() -> Iterator[Fork]:
+    """`fork(work)`: pid of a child that does `work`; none outlives the test."""
+    children: list[int] = []
+
+    def start(work: Callable[[], object]) -> int:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                work()
+            finally:
+                os._exit(0)
+        children.append(pid)
+        return pid
+
+    yield start
+    for pid in children:
+        with contextlib.suppress(ChildProcessError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def end(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
 
 def raw(fd: int) -> mmap.mmap:
@@ -83,10 +113,10 @@ def test_any_request_arrives_as_it_was_asked(control: Control) -> None:
     os.close(fd)
 
 
-def test_others_open_it_through_its_owners_descriptor(board: tuple[Board, int]) -> None:
+def test_others_open_it_through_its_owners_descriptor(board: tuple[Board, int], fork: Fork) -> None:
     path = Path(f"/proc/{os.getpid()}/fd/{board[1]}")
-    child = os.fork()
-    if child == 0:
+
+    def rank() -> None:
         os.close(board[1])
         other = Board.open(path)
         assert other.world_size == 3
@@ -94,12 +124,13 @@ def test_others_open_it_through_its_owners_descriptor(board: tuple[Board, int]) 
         while other.control().stop_at != 9:
             pass
         other.pulse(2).completed(8)
-        os._exit(0)
+
+    child = fork(rank)
     while board[0].beat(2).step != 7:
         pass
     assert board[0].beat(2).pid == child
     board[0].ask(Control(stop_at=9))
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
     assert board[0].beat(2).step == 8, "a rank that is opened twice goes on with its sequence"
 
 
@@ -139,12 +170,10 @@ def consistent(beat: Beat, pid: int) -> bool:
 
 
 def test_no_read_is_ever_torn_and_the_last_beat_survives_sigkill(
-    board: tuple[Board, int],
+    board: tuple[Board, int], fork: Fork
 ) -> None:
     for rank in range(3):
-        child = os.fork()
-        if child == 0:
-            hammer(board[0], rank)
+        child = fork(functools.partial(hammer, board[0], rank))
         while board[0].beat(rank) is NEVER:
             pass
         last = 0
@@ -155,8 +184,7 @@ def test_no_read_is_ever_torn_and_the_last_beat_survives_sigkill(
             assert consistent(beat, child), beat
             assert beat.step >= last, "a beat never goes back"
             last, reads = beat.step, reads + 1
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        end(child)
         assert reads > 100
         dead = board[0].beat(rank)
         assert consistent(dead, child)
@@ -165,16 +193,13 @@ def test_no_read_is_ever_torn_and_the_last_beat_survives_sigkill(
     assert len({beat.pid for beat in board[0].beats()}) == 3
 
 
-def test_a_writer_killed_at_any_instant_leaves_a_beat_that_is_whole() -> None:
+def test_a_writer_killed_at_any_instant_leaves_a_beat_that_is_whole(fork: Fork) -> None:
     for delay in range(40):
         made, fd = Board.create(1)
-        child = os.fork()
-        if child == 0:
-            hammer(made, 0)
+        child = fork(functools.partial(hammer, made, 0))
         while made.beat(0).step < 50 + 7 * delay:
             pass
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        end(child)
         dead = made.beat(0)
         assert consistent(dead, child)
         Board.open(Path(f"/proc/{os.getpid()}/fd/{fd}")).pulse(0).completed(1)
@@ -226,21 +251,20 @@ def test_loss_may_be_anything(board: tuple[Board, int]) -> None:
     assert beat.grad_norm == -math.inf
 
 
-def test_nothing_is_left_when_the_owner_is_dead() -> None:
+def test_nothing_is_left_when_the_owner_is_dead(fork: Fork) -> None:
     told, tell = os.pipe()
-    owner = os.fork()
-    if owner == 0:
+
+    def own() -> None:
         _, fd = Board.create(1)
         os.write(tell, str(fd).encode())
         signal.pause()
+
+    owner = fork(own)
     path = Path(f"/proc/{owner}/fd/{os.read(told, 9).decode()}")
     kept = Board.open(path)
-    pidfd = os.pidfd_open(owner)
-    os.kill(owner, signal.SIGKILL)
-    select.select([pidfd], [], [])
-    os.waitpid(owner, 0)
-    for fd in (pidfd, told, tell):
-        os.close(fd)
+    end(owner)
+    os.close(told)
+    os.close(tell)
     kept.pulse(0).completed(5)
     assert kept.beat(0).step == 5, "a rank that has it open beats on"
     with pytest.raises(OSError, match="No such file"):

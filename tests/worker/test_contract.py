@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
@@ -31,6 +31,7 @@ assignments = st.builds(
     world_size=st.integers(1),
     master_addr=texts,
     master_port=st.integers(1, 65535),
+    agent_store=st.booleans(),
     max_restarts=st.integers(0),
     supervisor=st.integers(1),
     directory=st.just("/d"),
@@ -97,29 +98,34 @@ def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     )
 
 
+def assignment(**changes: Any) -> Assignment:
+    values: dict[str, Any] = {
+        "run_id": "run",
+        "attempt": 0,
+        "world_size": 1,
+        "master_addr": "127.0.0.1",
+        "master_port": 1,
+        "agent_store": True,
+        "max_restarts": 0,
+        "supervisor": 1,
+        "directory": "/d",
+        "board": "",
+        "source": Source("x", None, (), "/"),
+        "checkpoint_dir": "",
+        "resume": None,
+        "every_steps": None,
+        "every_seconds": None,
+        "keep": 1,
+        "check_model": True,
+    }
+    return Assignment(**{**values, **changes})
+
+
 def test_ranks_find_every_variable_that_torchrun_sets(
-    torchrun: Launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    torchrun: Launched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", raising=False)
-    mine = Assignment(
-        run_id="run",
-        attempt=0,
-        world_size=1,
-        master_addr="127.0.0.1",
-        master_port=1,
-        max_restarts=0,
-        supervisor=1,
-        directory=str(tmp_path),
-        board="",
-        source=Source("x", None, (), "/"),
-        checkpoint_dir="",
-        resume=None,
-        every_steps=None,
-        every_seconds=None,
-        keep=1,
-        check_model=True,
-    )
-    given_ = {**shared_environment(1), **mine.rank_environment(0)}
+    given_ = {**shared_environment(1), **assignment().rank_environment(0)}
     theirs = {
         name: value
         for name, value in torchrun.environment.items()
@@ -133,36 +139,25 @@ def test_ranks_find_every_variable_that_torchrun_sets(
     assert set(theirs) - set(given_) == set()
     assert set(given_) - set(theirs) - {ASSIGNMENT} == set()
     place = {"MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_ERROR_FILE"}
-    # No agent of torchrun's serves a store here, so rank 0 has to.
-    place.add("TORCHELASTIC_USE_AGENT_STORE")
     different = {n for n in theirs if n not in place and theirs[n] != given_[n]}
     assert different == set()
 
 
 def test_every_rank_finds_its_own_numbers() -> None:
-    base = Assignment(
-        "run",
-        4,
-        3,
-        "h",
-        5,
-        9,
-        1,
-        "/d",
-        "",
-        Source(None, "m", (), "/"),
-        "",
-        None,
-        None,
-        None,
-        1,
-        True,
+    base = assignment(
+        attempt=4,
+        world_size=3,
+        master_addr="h",
+        master_port=5,
+        max_restarts=9,
+        agent_store=False,
     )
     one = dataclasses.replace(base, environment={"MINE": "x", "RANK": "no"}).rank_environment(2)
     assert (one["RANK"], one["LOCAL_RANK"], one["ROLE_RANK"]) == ("2", "2", "2")
     assert (one["WORLD_SIZE"], one["LOCAL_WORLD_SIZE"], one["ROLE_WORLD_SIZE"]) == ("3", "3", "3")
     assert (one["TORCHELASTIC_RESTART_COUNT"], one["TORCHELASTIC_MAX_RESTARTS"]) == ("4", "9")
     assert (one["MASTER_ADDR"], one["MASTER_PORT"], one["MINE"]) == ("h", "5", "x")
+    assert one["TORCHELASTIC_USE_AGENT_STORE"] == "False"
     files = {path(n) for n in range(3) for path in (base.log, base.events, base.error)}
     assert len(files) == 9
 
@@ -178,24 +173,7 @@ def test_what_the_user_set_is_not_overridden(monkeypatch: pytest.MonkeyPatch) ->
 def test_exit_codes_are_read_from_what_torchrun_really_says(
     torchrun: Launched, tmp_path: Path
 ) -> None:
-    base = Assignment(
-        "r",
-        0,
-        1,
-        "",
-        1,
-        1,
-        1,
-        str(tmp_path),
-        "",
-        Source(None, "m", (), "/"),
-        "",
-        None,
-        1,
-        None,
-        1,
-        True,
-    )
+    base = assignment(directory=str(tmp_path))
     assert torchrun.code == 1
     assert torchrun_exits(base) == {}
     torchrun_log(base).write_text(torchrun.said)

@@ -39,6 +39,7 @@ linux.adopt_orphans()
 pump = Pump()
 told = []
 lost = []
+stores = []
 assignment = replace(Assignment.load(Path(sys.argv[1])), supervisor=os.getpid())
 assignment.path.write_bytes(assignment.to_json())
 group = Group(pump, lambda *_: None)
@@ -50,7 +51,7 @@ def zygote(*modules):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     log = Path(assignment.directory) / "zygote.log"
     made = Zygote(pump, environment, modules, log, lambda event, **f: told.append((event, f)),
-                  lambda: lost.append(1))
+                  lambda: lost.append(1), stores.append)
     pump.wait(lambda: made.state is not State.BUSY, soon())
     return made
 
@@ -300,21 +301,32 @@ import torch
 loss = torch.nn.Linear(4, 1)(torch.ones(4)).sum()
 loss.backward()
 print(float(loss))
+store = torch.distributed.TCPStore("localhost", int(os.environ["STORE"]), is_master=False)
+print(store.add("ranks", 1), file=open(os.environ["RANK"], "w"))
 """
 
 
 def test_torch_is_imported_once_and_works_in_the_forks(
     assign: Make, drive: Callable[..., Any]
 ) -> None:
+    assignment = assign(TORCH_RANK, world_size=2)
     answer = drive(
-        assign(TORCH_RANK, world_size=2),
+        assignment,
         """
 z = zygote()
-began = time.monotonic()
+z.open_store(0)
+until(lambda: len(stores) == 1)
+z.open_store(stores[0].port)  # which is taken: nothing comes of it
+assignment = replace(assignment, environment={"STORE": str(stores[0].port)})
+assignment.path.write_bytes(assignment.to_json())
+until(lambda: z.state is State.READY)
 fork(z)
 until(lambda: not group.alive)
-finish(codes=[how.code for how in group.exits.values()], ready=told[0], logs=[log(0), log(1)])
+serving = psutil.Process(stores[0].pid)
+finish(codes=[how.code for how in group.exits.values()], ready=told[0], logs=[log(0), log(1)],
+       stores=len(stores), parent=serving.ppid() == os.getpid())
 z.close()
+serving.kill()
 """,
         torch=True,
     )
@@ -322,6 +334,9 @@ z.close()
     assert answer["ready"][0] == "zygote_ready"
     assert answer["ready"][1]["skipped"] == []
     assert answer["logs"][0] == answer["logs"][1], "torch starts from its default seed, as cold"
+    assert (answer["stores"], answer["parent"]) == (1, True)
+    workdir = Path(assignment.source.workdir)
+    assert {int((workdir / rank).read_text()) for rank in "01"} == {1, 2}
 
 
 def test_threads_that_a_fork_would_end_by_itself_do_not_stop_a_job_of_one_rank(
@@ -335,7 +350,7 @@ from autoglm_resume.worker.contract import shared_environment
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.pop(name, None)
 z = Zygote(pump, {**os.environ, **shared_environment(1)}, ["numpy"],
-           Path(assignment.directory) / "zygote.log", lambda *_, **__: None, lambda: None)
+           Path(assignment.directory) / "zygote.log", lambda *_, **__: None, lambda: None, stores.append)
 until(lambda: z.state is not State.BUSY)
 fork(z)
 until(lambda: not group.alive)
