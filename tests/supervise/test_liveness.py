@@ -24,7 +24,8 @@ def beat(phase: Phase, at: float, first: float = 0, step: int = 0) -> Beat:
         (beat(Phase.FORWARD, 100), 190, False),  # still the first step: compilation takes time
         (beat(Phase.FORWARD, 100, first=50), 110, False),
         (beat(Phase.FORWARD, 100, first=50), 111, True),
-        (beat(Phase.SAVE, 100, first=50), 111, True),
+        (beat(Phase.SAVE, 100, first=50), 190, False),  # nothing beats while a part is written
+        (beat(Phase.SAVE, 100, first=50), 191, True),
         (beat(Phase.RESTORE, 100), 111, False),
         (beat(Phase.DONE, 100, first=50), 1e9, False),
     ],

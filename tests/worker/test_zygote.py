@@ -129,7 +129,7 @@ def test_forked_ranks_are_our_children_with_true_exit_codes(
     answer = drive(
         assignment,
         """
-z = zygote("numpy", "yaml", "no_such_module")
+z = zygote("numpy.random", "yaml", "no_such_module")
 state = z.state.name
 pids = fork(z)
 until(lambda: not group.alive)
@@ -279,6 +279,33 @@ signal.pause()
         os.close(fd)
 
 
+def test_when_the_supervisor_dies_after_its_zygote_the_ranks_still_die(
+    assign: Make, tmp_path: Path
+) -> None:
+    driver = start_driver(
+        assign("import signal; print('up'); signal.pause()"),
+        """
+z = zygote()
+pids = fork(z)
+until_says(0, "up")
+os.kill(z.pid, signal.SIGKILL)
+until(lambda: z.state is State.GONE)
+finish(rank=pids[0])
+signal.pause()
+""",
+        tmp_path,
+    )
+    assert driver.stdout is not None
+    rank = os.pidfd_open(json.loads(driver.stdout.readline())["rank"])
+    driver.send_signal(signal.SIGKILL)
+    driver.communicate()
+    died = bool(select.select([rank], [], [], 10)[0])
+    if not died:
+        signal.pidfd_send_signal(rank, signal.SIGKILL)
+    os.close(rank)
+    assert died
+
+
 def test_a_zygote_that_does_not_answer_is_given_up(assign: Make, drive: Callable[..., Any]) -> None:
     answer = drive(
         assign("print('up')"),
@@ -349,8 +376,10 @@ def test_threads_that_a_fork_would_end_by_itself_do_not_stop_a_job_of_one_rank(
 from autoglm_resume.worker.contract import shared_environment
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.pop(name, None)
-z = Zygote(pump, {**os.environ, **shared_environment(1)}, ["numpy"],
-           Path(assignment.directory) / "zygote.log", lambda *_, **__: None, lambda: None, stores.append)
+environment = {**os.environ, **shared_environment(1)}
+output = Path(assignment.directory) / "zygote.log"
+z = Zygote(pump, environment, ["numpy"], output,
+           lambda *_, **__: None, lambda: None, stores.append)
 until(lambda: z.state is not State.BUSY)
 fork(z)
 until(lambda: not group.alive)
