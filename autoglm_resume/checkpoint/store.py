@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -33,7 +33,6 @@ from autoglm_resume.checkpoint.manifest import (
     parse_id,
     part_file,
 )
-from autoglm_resume.checkpoint.structure import Structure
 from autoglm_resume.checkpoint.verify import Progress
 from autoglm_resume.errors import CheckpointError, CorruptCheckpoint
 
@@ -118,6 +117,17 @@ class Store:
                     done.append(manifest)
         return done
 
+    def whole(self) -> list[Facts]:
+        """Facts of uncommitted directories that lack only their manifest, newest first."""
+        facts = []
+        for path in self.uncommitted():
+            with suppress(CheckpointError):
+                if found := _all_parts(path):
+                    manifest = self._manifest(found)
+                    parts = tuple(part for part, _ in found)
+                    facts.append(_facts(path, manifest, parts, Integrity(True, "fingerprint")))
+        return facts
+
     def _manifest(self, found: list[tuple[Part, bytes]]) -> Manifest:
         parts, documents = zip(*found, strict=True)
         return Manifest.of(parts, documents, self._parent(parts[0].lineage))
@@ -183,7 +193,6 @@ class Store:
         otherwise, or with `deep`, every chunk is read and checked. `progress` gets bytes done.
         """
         manifest: Manifest | None = None
-        model: Structure | None = None
         parts: list[Part] = []
         how: Literal["fingerprint", "content"] = "fingerprint"
         problem, unreadable = "", False
@@ -194,7 +203,6 @@ class Store:
             for ref in manifest.parts:
                 part = self._part(path, manifest, ref)
                 parts.append(part)
-                model = model or part.model
                 pack = path / part.pack
                 with verify.reading(pack):
                     if deep or verify.fingerprint(pack) != part.fingerprint:
@@ -202,21 +210,7 @@ class Store:
                         verify.verify_pack(pack, part.chunks, progress=progress)
         except CheckpointError as error:
             problem, unreadable = error.message, not isinstance(error, CorruptCheckpoint)
-        parsed = parse_id(path.name)
-        return Facts(
-            id=path.name,
-            step=manifest.step if manifest else parsed[0] if parsed else 0,
-            path=str(path),
-            created=manifest.created if manifest else 0.0,
-            world_size=manifest.world_size if manifest else None,
-            model_hash=manifest.model_hash if manifest else None,
-            model=model,
-            integrity=Integrity(not problem, how, problem, unreadable),
-            raw=manifest.raw if manifest else 0,
-            stored=manifest.stored if manifest else 0,
-            manifest=manifest,
-            parts=tuple(parts),
-        )
+        return _facts(path, manifest, parts, Integrity(not problem, how, problem, unreadable))
 
     def candidates(self, deep: bool = False, progress: Progress | None = None) -> Iterator[Facts]:
         """Facts of the committed checkpoints, newest first, each found out when asked for."""
@@ -272,11 +266,12 @@ class Store:
                 directory.rmdir()
 
     def abandoned(self) -> list[Path]:
-        """Uncommitted directories and temporary files.
+        """Uncommitted directories that lack a part, and temporary files.
 
         Ask when no rank or saver is alive: theirs look the same.
         """
-        found = self.uncommitted()
+        whole = {facts.id for facts in self.whole()}
+        found = [path for path in self.uncommitted() if path.name not in whole]
         for directory in (self.root, *self.committed()):
             found += (p for p in _entries(directory) if p.name.startswith(files.TEMPORARY))
         return found
@@ -287,6 +282,26 @@ class Store:
         for path in found:
             _remove(path)
         return found
+
+
+def _facts(
+    path: Path, manifest: Manifest | None, parts: Sequence[Part], integrity: Integrity
+) -> Facts:
+    parsed = parse_id(path.name)
+    return Facts(
+        id=path.name,
+        step=manifest.step if manifest else parsed[0] if parsed else 0,
+        path=str(path),
+        created=manifest.created if manifest else 0.0,
+        world_size=manifest.world_size if manifest else None,
+        model_hash=manifest.model_hash if manifest else None,
+        model=next((part.model for part in parts if part.model), None),
+        integrity=integrity,
+        raw=manifest.raw if manifest else 0,
+        stored=manifest.stored if manifest else 0,
+        manifest=manifest,
+        parts=tuple(parts),
+    )
 
 
 def _entries(directory: Path) -> list[Path]:

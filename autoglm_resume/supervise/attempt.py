@@ -338,6 +338,7 @@ class Attempt:
                     code,
                     number,
                     order=how.order if how else 0,
+                    ended=how.mono if how else float("inf"),
                     by_us=how.by_us if how else False,
                     beat=self._board.beat(rank),
                     error=self._error(rank),

@@ -41,6 +41,8 @@ class RankEvidence:
     signal: int | None = None
     order: int = 0
     """Position in the order in which the ranks were seen to end."""
+    ended: float = float("inf")
+    """Monotonic seconds of its end."""
     by_us: bool = False
     """Whether it ended after we began to stop the group."""
     beat: Beat = NEVER
@@ -136,9 +138,12 @@ def signal_name(number: int) -> str:
 
 def _precedence(rank: RankEvidence) -> tuple[int, float]:
     # A rank that a signal killed can only have been first: its peers' collectives break after it.
-    # Among exceptions the earliest record is the root; without one, the order of the exits.
-    if rank.signal is not None:
+    # Not so SIGABRT: NCCL's watchdog and gloo abort a victim. Among the others the earliest record
+    # is the root; without one, the order of the exits.
+    if rank.signal is not None and rank.signal != signal.SIGABRT:
         return (0, rank.order)
+    if rank.signal is not None:
+        return (1, rank.ended)
     if rank.error is not None:
         return (1, rank.error.mono)
     return (1, float("inf")) if rank.code == 1 else (0, rank.order)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import heapq
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from autoglm_resume.checkpoint.gate import Choice, Expectation, Facts, Verdict, choose
-from autoglm_resume.checkpoint.manifest import Manifest
+from autoglm_resume.checkpoint.manifest import Manifest, age
 from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.errors import NoAcceptableCheckpoint
 from autoglm_resume.job.spec import Job
@@ -84,7 +85,10 @@ class Gatekeeper:
 
     def judge(self, *, every: bool = False) -> Choice:
         """Verdicts, without changing anything."""
-        candidates = (self._examine(path) for path in self.store.committed())
+        # What fits was committed just now; what is whole and does not fit is still somebody's.
+        unfit = [facts for facts in self.store.whole() if not self._fits(facts.manifest)]
+        committed = (self._examine(path) for path in self.store.committed())
+        candidates = heapq.merge(unfit, committed, key=lambda f: age(f.id), reverse=True)
         return choose(candidates, self._expectation(self.refused), every=every)
 
     def notice(self, id: str) -> None:
@@ -126,7 +130,9 @@ class Gatekeeper:
         self._announced.add(manifest.id)
         self.checkpointed = max(self.checkpointed, manifest.step)
 
-    def _fits(self, manifest: Manifest) -> bool:
+    def _fits(self, manifest: Manifest | None) -> bool:
+        if manifest is None:
+            return False
         guards, model = self.job.guards, self.model
         world_fits = manifest.world_size == self.world_size or guards.world_size == "off"
         model_fits = model is None or manifest.model_hash == model.hash or guards.model == "off"

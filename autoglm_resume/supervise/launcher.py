@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -84,6 +85,8 @@ class Warm:
         self._losses = 0
         self._cold: list[subprocess.Popen[bytes]] = []
         self._stores: list[Store] = []
+        self._serving: list[Store] = []
+        """Of the present attempt, and of earlier ones that are not reaped yet."""
         self._zygote: Zygote | None = self._spawn()
 
     def rendezvous(self, fixed: int | None, cancelled: Callable[[], bool]) -> Endpoint:
@@ -99,8 +102,11 @@ class Warm:
         if not self._stores and self._zygote is not None and not cancelled():
             self._zygote.open_store(fixed or 0)
             self._settle(cancelled)
+        for store in self._serving:
+            os.kill(store.pid, signal.SIGKILL)  # reaped later: its end takes 15 ms
         if self._stores:
-            return Endpoint(self._stores.pop(0).port, served=True)
+            self._serving.append(self._stores.pop(0))
+            return Endpoint(self._serving[-1].port, served=True)
         return Endpoint(free_port(fixed), served=False)
 
     def start(self, assignment: Assignment, group: Group, cancelled: Callable[[], bool]) -> None:
@@ -127,7 +133,10 @@ class Warm:
 
     def own(self) -> frozenset[int]:
         zygote = [self._zygote.pid] if self._zygote is not None else []
-        return frozenset([*zygote, *(store.pid for store in self._stores)])
+        self._serving = [
+            store for store in self._serving if os.waitpid(store.pid, os.WNOHANG)[0] == 0
+        ]
+        return frozenset([*zygote, *(s.pid for s in (*self._stores, *self._serving))])
 
     def close(self) -> None:
         if self._zygote is not None:

@@ -3,7 +3,7 @@
 runs/NAME/
   job.json            the job as it was last started, every default filled in
   events.jsonl        the journal
-  lock                held (flock) by the supervisor while it lives; says who it is
+  lock                held by the supervisor while it lives; says who it is
   attempts/000/       rank-N.log, rank-N.events.jsonl, rank-N.error.json, assignment.json
   checkpoints/        unless the job puts them elsewhere
 """
@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -24,6 +25,9 @@ from typing import Any
 from autoglm_resume import files
 from autoglm_resume.errors import RunLocked, UsageError
 from autoglm_resume.observe import journal
+
+_WHOLE_FILE = struct.Struct("hhqqi4x")
+"""struct flock: type, whence, start, length, pid."""
 
 
 @dataclass(frozen=True)
@@ -82,16 +86,16 @@ class RunDirectory:
     @contextlib.contextmanager
     def locked(self) -> Iterator[Lock]:
         """Hold the run. Raises RunLocked while another process does; a dead process cannot."""
-        with _flock(self._lock) as lock:
+        with _held(self._lock) as lock:
             yield lock
 
     def holder(self) -> Holder | None:
         """Who has the run now, None if nobody."""
         try:
             with self._lock.open("rb") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except OSError:
+                question = _WHOLE_FILE.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+                answer = fcntl.fcntl(file, fcntl.F_OFD_GETLK, question)
+                if _WHOLE_FILE.unpack(answer)[0] != fcntl.F_UNLCK:
                     return _read_holder(file.fileno())
         except FileNotFoundError:
             pass
@@ -116,39 +120,30 @@ class Lock:
 @contextlib.contextmanager
 def locked_checkpoints(directory: Path) -> Iterator[None]:
     """Hold a checkpoint directory, which two runs must never write to at once."""
-    with _flock(directory / ".lock"):
+    with _held(directory / ".lock"):
         yield
 
 
 @contextlib.contextmanager
-def _flock(path: Path) -> Iterator[Lock]:
+def _held(path: Path) -> Iterator[Lock]:
     path.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        if not _take(fd):
+        try:
+            # Unlike flock, a lock of an open file description can be asked about without taking it:
+            # `status` must never make a starting run believe that it has a rival.
+            wish = _WHOLE_FILE.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, wish)
+        except (BlockingIOError, PermissionError):
             raise RunLocked(
                 f"{path.parent}: another supervisor has it: {_sentence(_read_holder(fd))}",
                 hint="wait for it, or end it with: autoglm stop",
-            )
+            ) from None
         lock = Lock(fd)
         lock.describe("")
         yield lock
     finally:
         os.close(fd)
-
-
-def _take(fd: int) -> bool:
-    """Take the lock unless a supervisor has it; `holder` shares it for a moment, which is none."""
-    for _ in range(1000):
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        fcntl.flock(fd, fcntl.LOCK_UN)
-    return False
 
 
 def _read_holder(fd: int) -> Holder:

@@ -18,9 +18,10 @@ class ResumableSampler:
     the ranks in turn; the last one of an epoch may be smaller, and what would not give every rank
     a sample joins the batch before it. So nothing is padded, dropped, or seen twice.
 
-    The position moves when a step is *done* (`Session.step_done` calls `advance`), not when an
-    index is drawn: a DataLoader draws ahead, and a checkpoint must count only what was trained on.
-    The position is a number of global samples.
+    The position moves when a step is *done* (`Session.step_done` calls `advance` of every tracked
+    sampler, so track the one of training only), not when an index is drawn: a DataLoader draws
+    ahead, and a checkpoint must count only what was trained on. The position is a number of global
+    samples.
 
     Give the DataLoader a `generator=` of its own: it draws a seed when it is iterated, and from
     the global generator that draw would happen once more after a resume.

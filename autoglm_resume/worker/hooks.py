@@ -16,26 +16,29 @@ def watch(obj: Any, pulse: Pulse) -> None:
     """
     if isinstance(obj, torch.nn.Module):
         if not hasattr(obj, "_orig_mod"):
-            _watch_module(obj, pulse)
+            obj.register_forward_pre_hook(_Beat(pulse, Phase.FORWARD))
+            obj.register_forward_hook(_Beat(pulse, Phase.BACKWARD, with_grad=True))
     elif isinstance(obj, torch.optim.Optimizer):
-        _watch_optimizer(obj, pulse)
+        obj.register_step_pre_hook(_Beat(pulse, Phase.OPTIMIZER))
 
 
-def _watch_module(module: torch.nn.Module, pulse: Pulse) -> None:
-    def before(called: torch.nn.Module, args: Any) -> None:
-        if called.training:
-            pulse.phase(Phase.FORWARD)
+class _Beat:
+    """A hook. A copy of the model, deep or pickled, gets one that does nothing."""
 
-    def after(called: torch.nn.Module, args: Any, output: Any) -> None:
-        if called.training and torch.is_grad_enabled():
-            pulse.phase(Phase.BACKWARD)
+    def __init__(self, pulse: Pulse, phase: Phase, *, with_grad: bool = False) -> None:
+        self._pulse = pulse
+        self._phase = phase
+        self._with_grad = with_grad
 
-    module.register_forward_pre_hook(before)
-    module.register_forward_hook(after)
+    def __call__(self, called: Any, *_: Any) -> None:
+        # An optimizer has no `training`; a model that is evaluated is not in a step.
+        if getattr(called, "training", True) and (not self._with_grad or torch.is_grad_enabled()):
+            self._pulse.phase(self._phase)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_Silence, ())
 
 
-def _watch_optimizer(optimizer: torch.optim.Optimizer, pulse: Pulse) -> None:
-    def before(called: Any, args: Any, kwargs: Any) -> None:
-        pulse.phase(Phase.OPTIMIZER)
-
-    optimizer.register_step_pre_hook(before)
+class _Silence:
+    def __call__(self, *_: Any) -> None:
+        """Nothing."""

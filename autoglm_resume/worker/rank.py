@@ -31,6 +31,12 @@ UNDER_TORCHRUN = "--under-torchrun"
 _OWN_FILES = (__file__, runpy.__file__, "<frozen runpy>")
 
 
+def drop_own_path() -> None:
+    """Take back what `python -m` put in front of the path: the place where this package lies."""
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path.pop(0)
+
+
 def settle(assignment: Assignment, rank: int, environment: Mapping[str, str]) -> None:
     """Make this process rank `rank`: session, logs, `environment`, signals."""
     if os.getsid(0) != os.getpid():
@@ -80,7 +86,7 @@ def _execute(source: Source) -> None:
     script = source.script
     assert script is not None
     sys.argv = [script, *source.args]
-    home = str(Path(script).parent)
+    home = str(Path(script).resolve().parent)  # as Python does for a link
     sys.path.insert(0, home)
     imports.begin(source.workdir, home)
     # Not runpy.run_path: it takes the module away again when the script ends, while its
@@ -93,13 +99,13 @@ def _execute(source: Source) -> None:
 
 
 def _record(assignment: Assignment, rank: int, error: BaseException) -> None:
-    trace = _script_part(error.__traceback__)
+    trace = _script_part(error)
     lines = traceback.format_exception(type(error), error, trace)
     print("".join(lines), file=sys.stderr, end="", flush=True)
     record = {
         "rank": rank,
         "type": type(error).__name__,
-        "message": str(error)[:10_000],
+        "message": _message(error)[:10_000],
         "traceback": _shortened("".join(lines)),
         "mono": time.monotonic(),
     }
@@ -112,12 +118,20 @@ def _shortened(text: str, most: int = 100_000) -> str:
     return text if len(text) <= most else f"{text[:half]}\n…\n{text[-half:]}"
 
 
-def _script_part(trace: TracebackType | None) -> TracebackType | None:
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:
+        return f"<{type(error).__name__} that cannot be printed>"
+
+
+def _script_part(error: BaseException) -> TracebackType | None:
     """The traceback without our own frames at its top."""
-    start = trace
+    start = trace = error.__traceback__
     while start is not None and start.tb_frame.f_code.co_filename in _OWN_FILES:
         start = start.tb_next
-    return start or trace
+    # A script that does not compile has no frames of its own.
+    return start if start or isinstance(error, SyntaxError) else trace
 
 
 def _exit_code(end: SystemExit) -> int:
@@ -155,7 +169,7 @@ def _parent_of(pid: int) -> int:
 def main() -> None:
     """A rank in a process of its own: a cold start, or a child of torchrun."""
     assignment = Assignment.load(Path(os.environ[ASSIGNMENT]))
-    sys.path.pop(0)  # where this package lies, put there by `python -m`
+    drop_own_path()
     parent = os.getppid()
     under_torchrun = UNDER_TORCHRUN in sys.argv
     if under_torchrun and _parent_of(parent) != assignment.supervisor:

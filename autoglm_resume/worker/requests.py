@@ -73,14 +73,15 @@ class FromRankZero:
         self._every = every_seconds
         self._store: Any = dist.distributed_c10d._get_default_store()
         self._last = self._looked = self._previous = time.monotonic()
-        self._slowest = 0.0
+        self._fastest = math.inf
         self._save_at = -1
 
     def at(self, completed: int) -> Request:
         if self._every is None:
             return Request()
         now = time.monotonic()
-        self._slowest = max(now - self._previous, 0.9 * self._slowest)
+        # By the fastest step of late: others may hurry on while one slow step delays this rank.
+        self._fastest = min(now - self._previous, 1.02 * self._fastest)
         self._previous = now
         if self._rank == 0:
             self._announce(completed, now)
@@ -91,7 +92,10 @@ class FromRankZero:
         return Request(save=completed == self._save_at)
 
     def _announce(self, completed: int, now: float) -> None:
-        if now - self._last >= (self._every or math.inf) and completed > self._save_at:
+        due = now - self._last >= (self._every or math.inf) and completed > self._save_at
+        # Steps became so fast that the announced one is here before the others can have looked.
+        too_soon = completed == self._save_at and now - self._last < 2 * self.LOOK
+        if due or too_soon:
             self._last = now
-            self._save_at = completed + 2 + math.ceil(self.AHEAD / max(self._slowest, 1e-4))
+            self._save_at = completed + 2 + math.ceil(self.AHEAD / max(self._fastest, 1e-4))
             self._store.set("autoglm/save_at", str(self._save_at))

@@ -138,8 +138,7 @@ class Session:
         if self._structure is not None:
             self._events.emit("model", hash=self._structure.hash, model=self._structure.to_json())
         if not self._supervised:
-            model_hash = self._structure.hash if self._structure else None
-            self._settings = settings.agreed(self._settings, model_hash)
+            self._settings = settings.agreed(self._settings, self._structure)
         self._requests = self._find_requests()
         point = self._settings.resume
         if point is not None:

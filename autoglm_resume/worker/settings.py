@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from autoglm_resume.checkpoint.gate import Expectation, choose
 from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.checkpoint.structure import Structure
 from autoglm_resume.errors import NoAcceptableCheckpoint
 from autoglm_resume.worker.contract import Assignment, ResumePoint
 
@@ -72,7 +73,7 @@ def alone(
     )
 
 
-def agreed(settings: Settings, model_hash: str | None) -> Settings:
+def agreed(settings: Settings, model: Structure | None) -> Settings:
     """Without a supervisor: pass the gate here, and let all ranks take rank 0's answer.
 
     Where the script has no process group the ranks decide alike from the same files.
@@ -80,7 +81,7 @@ def agreed(settings: Settings, model_hash: str | None) -> Settings:
     together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     answer: list[Any] = [None, None]
     if settings.rank == 0 or not together:
-        answer = [_choose(settings, model_hash), _token(settings, together)]
+        answer = [_choose(settings, model), _token(settings, together)]
     if together:
         dist.broadcast_object_list(answer, src=0)
     outcome, token = answer
@@ -90,13 +91,13 @@ def agreed(settings: Settings, model_hash: str | None) -> Settings:
 
 
 def _choose(
-    settings: Settings, model_hash: str | None
+    settings: Settings, model: Structure | None
 ) -> ResumePoint | NoAcceptableCheckpoint | None:
     store = Store(settings.checkpoint_dir)
     store.complete()
     if settings.world_size == 1 or dist.is_initialized():
         store.sweep()  # the other ranks wait for this answer, so nothing is being written
-    expectation = Expectation(world_size=settings.world_size, model_hash=model_hash)
+    expectation = Expectation(settings.world_size, model.hash if model else None, model)
     choice = choose(store.candidates(), expectation)
     if choice.accepted is not None and choice.accepted.manifest is not None:
         accepted = choice.accepted

@@ -210,7 +210,7 @@ def main() -> None:
     modules = sys.argv[3:]
     linux.die_with_parent(supervisor, signal.SIGTERM)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.path.pop(0)  # where this package lies, put there by `python -m`
+    rank_process.drop_own_path()
     # Some modules count devices when they are imported; NVML does that without initialising CUDA.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     with contextlib.suppress(OSError):

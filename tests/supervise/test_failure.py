@@ -44,7 +44,11 @@ def gone(rank: int, code: int | None, **more: object) -> RankEvidence:
         ([killed(0, 99)], Kind.SIGNAL, 0, "died by signal 99"),
         # A peer's exception follows from the signal, whichever was seen first.
         ([raised(0, 5.0), killed(1, order=1)], Kind.SIGNAL, 1, "SIGKILL"),
-        ([killed(0, order=1), killed(1, 6, order=0)], Kind.SIGNAL, 1, "SIGABRT"),
+        ([killed(0, order=1), killed(1, 11, order=0)], Kind.SIGNAL, 1, "SIGSEGV"),
+        # Watchdogs abort victims: that may have come after somebody's exception or death.
+        ([killed(0, order=1), killed(1, 6, order=0)], Kind.SIGNAL, 0, "SIGKILL"),
+        ([raised(0, 5.0, order=1), killed(1, 6, order=0)], Kind.EXCEPTION, 0, "ValueError"),
+        ([killed(0, 6)], Kind.SIGNAL, 0, "SIGABRT"),
         # The earliest record is the root, not the earliest exit.
         ([raised(0, 5.2, order=0), raised(1, 5.1, order=1)], Kind.EXCEPTION, 1, "ValueError: bad"),
         # Code 1 without a record may be a victim's; another code is somebody's own doing.

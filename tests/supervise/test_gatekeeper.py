@@ -184,11 +184,6 @@ def test_nothing_is_changed_even_where_a_commit_was_left_undone(run: Run) -> Non
     assert run.listing() == before
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="all parts are there and do not fit, so they are not committed, count as abandoned, and "
-    "are deleted after the first step of a run that began without them",
-)
 def test_a_whole_checkpoint_that_lacks_only_its_manifest_is_never_deleted(run: Run) -> None:
     id = run.save(10, ranks=3)
     (run.store.directory(id) / "manifest.json").unlink()

@@ -87,11 +87,6 @@ def test_a_shorter_description_replaces_a_longer_one_whole(tmp_path: Path) -> No
         assert who.board == "b"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="holder() takes the lock for a moment; a starter spins for about a millisecond, and an "
-    "asker that is scheduled away in that moment still makes it end with 76",
-)
 def test_asking_who_holds_a_run_never_keeps_anybody_from_starting_it(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     with run.locked():

@@ -106,12 +106,7 @@ def test_an_exception_is_recorded_as_the_script_alone_would_show_it(assign: Make
         "raise RuntimeError('x' * 100_000)",
         "import no_such_module_anywhere",
         "raise OSError(2, 'nothing', '\\udcff')",
-        pytest.param(
-            "class Bad(Exception):\n    def __str__(self): raise TypeError\nraise Bad()",
-            marks=pytest.mark.xfail(
-                strict=True, reason="str(error) raises inside _record: nothing is recorded"
-            ),
-        ),
+        "class Bad(Exception):\n    def __str__(self): raise TypeError\nraise Bad()",
     ],
 )
 def test_exceptions_of_all_kinds_are_recorded(assign: Make, text: str) -> None:
@@ -124,7 +119,6 @@ def test_exceptions_of_all_kinds_are_recorded(assign: Make, text: str) -> None:
     assert [event["event"] for event in read(ended.assignment.events(0))][-1] == "rank_ended"
 
 
-@pytest.mark.xfail(strict=True, reason="a SyntaxError's traceback shows our own compile() frame")
 def test_a_syntax_error_is_shown_as_python_shows_it(assign: Make) -> None:
     ended = run(assign("x = = 1"))
     assert ended.code == 1
@@ -186,10 +180,6 @@ def test_the_script_is_main_as_under_python(assign: Make) -> None:
     assert last == "at exit 4 6"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="python puts the directory of the resolved script on sys.path, we that of the link",
-)
 def test_a_linked_script_finds_its_neighbours(assign: Make, tmp_path: Path) -> None:
     assignment = assign("placeholder")
     script = Path(str(assignment.source.script))

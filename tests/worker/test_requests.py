@@ -121,11 +121,6 @@ def test_two_ranks_without_a_supervisor_agree_on_the_step(tmp_path: Path) -> Non
     assert saves[0] == saves[1]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="AHEAD is divided by the slowest step seen lately, so after one slow step the announced "
-    "step comes before the other ranks have looked: rank 0 saves it alone",
-)
 def test_they_agree_after_one_slow_step_too(tmp_path: Path) -> None:
     saves = two(tmp_path, uneven)
     assert saves[0] == saves[1]

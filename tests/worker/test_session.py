@@ -227,11 +227,6 @@ def test_another_model_is_refused_and_nothing_is_changed() -> None:
     assert {p: p.read_bytes() for p in Path("ckpt").rglob("*") if p.is_file()} == files
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="settings._choose gives the gate a model hash without the structure, so that it cannot "
-    "name what differs",
-)
 def test_another_model_is_refused_naming_the_parameter() -> None:
     other, _ = other_model()
     with pytest.raises(NoAcceptableCheckpoint, match=r"model\.0\.weight: \[4, 4\]"):
@@ -305,7 +300,6 @@ def test_a_model_is_still_copied_after_it_is_tracked() -> None:
     twin(torch.ones(4)).sum().backward()
 
 
-@pytest.mark.xfail(strict=True, reason="the phase hooks are local functions, which cannot pickle")
 def test_a_model_can_still_be_saved_whole_after_it_is_tracked(tmp_path: Path) -> None:
     training = Training()
     torch.save(training.model, tmp_path / "model.pt")
