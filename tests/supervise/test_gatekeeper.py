@@ -293,3 +293,18 @@ def test_the_newest_that_would_be_taken_can_be_asked(run: Run) -> None:
     assert newest is not None
     assert newest.id == id
     assert run.events("quarantined") == []
+
+
+def test_a_commit_that_nobody_lived_to_report_is_reported_by_the_gate(run: Run) -> None:
+    run.save(10)
+    keeper = run.keeper()
+    assert keeper.pass_gate() is not None
+    (committed,) = run.events("committed")
+    assert committed["step"] == 10
+    assert committed["objects"]
+    assert keeper.pass_gate() is not None
+    assert len(run.events("committed")) == 1
+    id = run.save(20)
+    keeper.notice(id)
+    assert keeper.pass_gate() is not None
+    assert len(run.events("committed")) == 1, "a rank reported that one"
