@@ -145,6 +145,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
+    session = autoglm.init()  # first: from here on a rank that hangs is noticed
+
     # NCCL wants a GPU for every rank; with fewer all ranks train on the CPU.
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     on_gpu = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -187,7 +189,6 @@ def main() -> None:
             dist.all_reduce(loss)
         return loss.item() / world_size
 
-    session = autoglm.init()
     session.track(model=model, optimizer=optimizer, scheduler=scheduler, sampler=sampler)
     for step, rows in zip(session.steps(args.steps), sampler, strict=False):
         if step % args.eval_every == 0 and (loss := held_out_loss()) and rank == 0:

@@ -47,7 +47,8 @@ def persist(snapshot: Snapshot, store: Store) -> Part:
     file = directory / part_file(snapshot.rank)
     pack = directory / pack_file(snapshot.rank)
     if file.exists():
-        raise SaveFailed(f"{file}: is already there; a checkpoint is never written twice")
+        # An earlier try wrote it and failed to commit; a part is never written twice.
+        return _committed(Part.decode(file.read_bytes(), str(file)), snapshot, store)
     try:
         _make_directory(directory)
         with files.writing(pack) as output:
@@ -58,10 +59,14 @@ def persist(snapshot: Snapshot, store: Store) -> Part:
     except (OSError, CheckpointError) as error:
         _discard(file, pack)
         raise _failure(error, pack, snapshot.nbytes) from error
+    return _committed(part, snapshot, store)
+
+
+def _committed(part: Part, snapshot: Snapshot, store: Store) -> Part:
     try:
         store.commit(snapshot.id)
     except (OSError, CheckpointError) as error:
-        raise _failure(error, directory, snapshot.nbytes) from error
+        raise _failure(error, store.directory(snapshot.id), snapshot.nbytes) from error
     return part
 
 

@@ -34,7 +34,7 @@ from autoglm_resume.checkpoint.manifest import (
     part_file,
 )
 from autoglm_resume.checkpoint.verify import Progress
-from autoglm_resume.errors import CheckpointError, CorruptCheckpoint
+from autoglm_resume.errors import CheckpointError, CorruptCheckpoint, WorldSizeMismatch
 
 QUARANTINE = "quarantine"
 REASON = "reason.json"
@@ -165,7 +165,7 @@ class Store:
         """
         manifest = self.load_manifest(path)
         if rank >= manifest.world_size:
-            raise CorruptCheckpoint(
+            raise WorldSizeMismatch(
                 f"{path / MANIFEST}: expected a part of rank {rank}, found {manifest.world_size}"
                 " parts"
             )

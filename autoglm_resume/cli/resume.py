@@ -19,7 +19,7 @@ def resume(
     run: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RUN]",
+            metavar="RUN",
             show_default=False,
             help="A run directory or a job file. Default: the newest run under ./runs.",
         ),

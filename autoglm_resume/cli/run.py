@@ -50,7 +50,7 @@ def run(
 
     job = load(job_file, overrides or ())
     if dry_run:
-        return plan.show(start.plan(job), json=json)
+        return plan.show(start.plan(job, fresh=fresh, drills=drills or ()), json=json)
     screen = Screen(job.logs.console, json=json)
     with report.afterwards(job.run_dir, screen, json=json):
         return start.start(job, screen, fresh=fresh, drills=drills or ())

@@ -19,7 +19,7 @@ def status(
     what: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RUN|DIR]",
+            metavar="RUN|DIR",
             show_default=False,
             help="A run directory, a job file, or a directory of runs.",
         ),

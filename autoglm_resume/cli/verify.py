@@ -19,7 +19,7 @@ def verify(
     what: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RUN|DIR]",
+            metavar="RUN|DIR",
             show_default=False,
             help="A run directory, a job file, a checkpoint, or a directory of checkpoints.",
         ),

@@ -24,6 +24,10 @@ SET_BY_AUTOGLM: Final = frozenset(
         "LOCAL_WORLD_SIZE",
         "GROUP_RANK",
         "MASTER_ADDR",
+        "GROUP_WORLD_SIZE",
+        "ROLE_NAME",
+        "ROLE_RANK",
+        "ROLE_WORLD_SIZE",
     }
 )
 PREFIXES_SET_BY_AUTOGLM: Final = ("TORCHELASTIC_", "AUTOGLM_")

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from autoglm_resume.observe.journal import Event
+from autoglm_resume.journal import Event
 from autoglm_resume.observe.recovery import Recovery, recoveries
 from autoglm_resume.observe.say import entries
 from autoglm_resume.observe.segments import (

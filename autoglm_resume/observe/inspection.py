@@ -94,7 +94,7 @@ def expectation(run: RunDirectory | None) -> Expectation | None:
     events = run.events()
     world = next((e.get("world_size") for e in events if e["event"] == "run_started"), None)
     guards = run.job().get("guards") or {}
-    model = history.recall(events).model
+    model = history.model_of(history.recall(events).models, world or 0)
     return Expectation(
         world_size=world or 0,
         model_hash=model.hash if model else None,

@@ -14,7 +14,7 @@ import select
 import time
 from typing import Literal
 
-from autoglm_resume.observe.journal import Event
+from autoglm_resume.journal import Event
 from autoglm_resume.observe.say import sentence
 
 Console = Literal["all", "rank0", "none"]

@@ -105,7 +105,9 @@ def show(run: RunDirectory, rank: int | None, attempt: int | None) -> None:
     number = choose(run, attempt)
     reader = Reader(run.attempt(number), rank, printer(prefix=rank is None))
     if not reader.ranks:
-        raise UsageError(f"{run.attempt(number)}: no log" + ("" if rank is None else f" of {rank}"))
+        raise UsageError(
+            f"{run.attempt(number)}: no log" + ("" if rank is None else f" of rank {rank}")
+        )
     reader.finish()
 
 

@@ -14,7 +14,7 @@ from autoglm_resume.supervise.start import Plan
 def show(plan: Plan, *, json: bool) -> int:
     """Print `plan` on standard output; returns the exit code that starting it would begin with."""
     sys.stdout.write(as_json(plan) if json else as_text(plan))
-    return 0 if plan.resume or not plan.verdicts else 90
+    return plan.code
 
 
 def as_json(plan: Plan) -> str:
@@ -26,6 +26,7 @@ def as_json(plan: Plan) -> str:
         "verdicts": [verdict.to_json() for verdict in plan.verdicts],
         "resume": plan.resume,
         "step": plan.step,
+        "outlook": plan.outlook,
     }
     return jsonlib.dumps(document, indent=2) + "\n"
 
@@ -42,12 +43,8 @@ def as_text(plan: Plan) -> str:
 
 
 def _gate(plan: Plan) -> list[str]:
-    if not plan.verdicts:
-        return ["no checkpoint yet: it would start from step 0"]
-    lines = ["checkpoints, newest first:"]
+    lines = ["checkpoints, newest first:"] if plan.verdicts else ["no checkpoint yet"]
     for verdict in plan.verdicts:
         refused = f"rejected: {rejection(verdict.to_json())}"
         lines.append(f"  {verdict.id}  {short(verdict.reason) if verdict.accepted else refused}")
-    if plan.resume is None:
-        return [*lines, "none of them is acceptable: it would exit 90 and start nothing"]
-    return [*lines, f"it would start from step {plan.step}, checkpoint {plan.resume}"]
+    return [*lines, *f"it would {plan.outlook}".splitlines()]

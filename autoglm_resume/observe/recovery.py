@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autoglm_resume.observe.journal import Event
+from autoglm_resume.journal import Event
 from autoglm_resume.observe.say import entries, failed, rejection
 from autoglm_resume.observe.segments import Segment, mono, number, step_of
 

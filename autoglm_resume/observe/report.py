@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from autoglm_resume.observe import journal
+from autoglm_resume import journal
 from autoglm_resume.observe.goodput import Summary, summarize
 from autoglm_resume.observe.live import Screen, printable
 from autoglm_resume.observe.recovery import Recovery
@@ -131,7 +131,8 @@ def facts(summary: Summary, step: int | None = None) -> Table:
         )
     if summary.goodput is not None:
         table.add("goodput", f"{summary.goodput:.1%}")
-    what = "final" if summary.state == "finished" else "saved"
+    done = summary.state == "finished" and summary.checkpoint_step == summary.step
+    what = "final" if done else "saved"
     for name, digest in summary.objects.items():
         table.add(f"{what} {name}", digest)
     return table

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from autoglm_resume.observe.journal import Event
+from autoglm_resume.journal import Event
 
 _DIGEST = re.compile(r"\b(blake3:[0-9a-f]{12})[0-9a-f]{52}\b")
 
@@ -211,7 +211,7 @@ _SAY: dict[str, Callable[[Event], str]] = {
     "drill": _drill,
     "failure": _failure,
     "decision": _decision,
-    "stop_requested": lambda e: f"stop requested by {e.get('by', '?')}: saving first",
+    "stop_requested": lambda e: f"stop requested by {e.get('by', '?')}",
     "run_completed": _completed,
     "warning": lambda e: short(str(e.get("text", ""))),
     "run_interrupted": _interrupted,

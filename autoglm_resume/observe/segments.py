@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from autoglm_resume.observe.journal import Event
+from autoglm_resume.journal import Event
 
 _TELL_STEP = ("first_step", "restored", "saved", "committed", "failure", "finished", "stopped")
 

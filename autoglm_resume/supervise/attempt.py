@@ -9,13 +9,12 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autoglm_resume import files
 from autoglm_resume.errors import Interrupted
 from autoglm_resume.job.spec import Job
-from autoglm_resume.observe.journal import Event
-from autoglm_resume.observe.live import Screen
+from autoglm_resume.journal import Event
 from autoglm_resume.supervise import liveness, node
 from autoglm_resume.supervise.failure import (
     ErrorRecord,
@@ -29,11 +28,17 @@ from autoglm_resume.supervise.group import Exit, Group, end_orphans
 from autoglm_resume.supervise.launcher import AGENT, Launcher, torchrun_exits, torchrun_log
 from autoglm_resume.supervise.pump import Pump
 from autoglm_resume.supervise.rehearse import Rehearsal
-from autoglm_resume.worker.board import Board, Control, Phase
+from autoglm_resume.worker.board import Beat, Board, Control, Phase
 from autoglm_resume.worker.contract import Assignment
+
+if TYPE_CHECKING:  # a presenter is handed in; this layer does not depend on it
+    from autoglm_resume.observe.live import Screen
 
 TICK = 0.25
 """Seconds between looks at the board; exits and events are noticed at once, without it."""
+
+FROZEN = 5.0
+"""Seconds between two ticks after which this machine must have stood still."""
 
 Hear = Callable[[Event], "Event | None"]
 
@@ -48,6 +53,8 @@ class Outcome:
     """Steps completed by the furthest rank, -1 if none ran."""
     checkpointed: int
     """Step of the newest checkpoint it committed, 0 without one."""
+    lived: float | None = None
+    """Seconds it ran, where no rank had a session."""
 
 
 @dataclass
@@ -104,6 +111,7 @@ class Attempt:
         self._group = Group(pump, self._exited)
         self._stop_deadline: float | None = None
         self._pace = liveness.Pace()
+        self._ticked = self._awake = time.monotonic()
 
     def run(self, task: Assignment, launcher: Launcher, hear: Hear) -> Outcome:
         """Run it to its end. `hear` gets every event of a rank and returns what to keep of it."""
@@ -184,7 +192,11 @@ class Attempt:
             if stepping and not 0 <= furthest <= self._control.save_at:
                 self._announce("save_at")
         heartbeat = self._job.heartbeat
-        hung = liveness.hung(beats, now, heartbeat.timeout, heartbeat.startup)
+        if now - self._ticked > FROZEN:
+            self._awake = now  # a suspended machine: nobody had a chance to beat
+        self._ticked = now
+        seen = [replace(beat, time=max(beat.time, int(self._awake * 1e9))) for beat in beats]
+        hung = liveness.hung(seen, now, heartbeat.timeout, heartbeat.startup)
         hung = [rank for rank in hung if rank in self._group.alive]
         if hung and self._seen.broken_at is None:
             self._seen.hung = hung
@@ -206,11 +218,12 @@ class Attempt:
 
         Seen with torch 2.13: DDP taking down gloo's threads while it holds the GIL they wait for.
         """
-        patience = self._job.heartbeat.timeout
         for rank, at in self._seen.ended_at.items():
+            well = self._seen.codes[rank] in (0, Interrupted.exit_code)
+            patience = self._job.heartbeat.timeout if well else self._job.restart.grace
             if rank in self._group.alive and now - at > patience and rank not in self._seen.stuck:
                 self._seen.stuck.add(rank)
-                text = f"rank {rank} did not end within {patience:.0f} s of its script; killed"
+                text = f"rank {rank} did not end within {patience:.1f} s of its script; killed"
                 self._tell("warning", text=text)
                 self._group.signal(rank, signal.SIGKILL)
 
@@ -280,7 +293,7 @@ class Attempt:
         completed = (
             failure is None
             and self._seen.broken_at is None
-            and len(codes) == self._world_size
+            and (len(codes) == self._world_size or AGENT in self._group.exits)
             and all(how.code in (0, None) and not how.by_us for how in self._group.exits.values())
             and all(code == 0 for code in self._seen.codes.values())
         )
@@ -290,7 +303,7 @@ class Attempt:
             step=step,
             last_step_mono=max(beat.time for beat in beats) / 1e9,
         )
-        return Outcome(completed, failure, step, self._seen.checkpointed)
+        return Outcome(completed, failure, step, self._seen.checkpointed, self._lived(beats))
 
     def _failure(self, stop_seconds: float) -> Failure:
         evidence = self._evidence()
@@ -315,12 +328,18 @@ class Attempt:
             traceback=failure.traceback,
             cause_mono=failure.cause_mono,
             refused=failure.refused,
+            lived=self._lived(self._board.beats()),
             step=failure.step,
         )
         if failure.traceback and failure.rank is not None:
             self._screen.traceback(failure.rank, failure.traceback)
         self._tell("group_stopped", seconds=stop_seconds)
         return failure
+
+    def _lived(self, beats: Sequence[Beat]) -> float | None:
+        if any(beat.phase is not Phase.NONE for beat in beats):
+            return None
+        return time.monotonic() - self._seen.last_saved
 
     def _evidence(self) -> list[RankEvidence]:
         torchrun = torchrun_exits(self._task) if AGENT in self._group.pids else {}

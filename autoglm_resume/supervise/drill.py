@@ -30,7 +30,7 @@ _KEYS = {
 
 @dataclass(frozen=True)
 class Drill:
-    """One ordered fault. `rank` None means any; a `step` is a number of completed steps."""
+    """One ordered fault. `rank` None means rank 0; a `step` is a number of completed steps."""
 
     spec: str
     kind: str

@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from autoglm_resume.journal import Event, decode
 from autoglm_resume.linux import DirectoryWatch
-from autoglm_resume.observe.journal import Event, decode
 from autoglm_resume.supervise.pump import Pump
 
 AT_ONCE = 1 << 18

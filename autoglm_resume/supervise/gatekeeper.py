@@ -59,7 +59,7 @@ class Gatekeeper:
             seconds=time.monotonic() - began,
         )
         if accepted is None or accepted.manifest is None:
-            self._require_a_fresh_start(choice)
+            self.require_a_fresh_start(choice)
             return None
         if accepted.id not in self._announced:
             # Whoever committed it died before saying so.
@@ -158,7 +158,8 @@ class Gatekeeper:
             refused=refused,
         )
 
-    def _require_a_fresh_start(self, choice: Choice) -> None:
+    def require_a_fresh_start(self, choice: Choice) -> None:
+        """Raise NoAcceptableCheckpoint unless there never was one, so that step 0 is right."""
         directory = self.store.root
         if choice.verdicts:
             lines = [f"  {verdict.id}: {verdict.reason}" for verdict in choice.verdicts]

@@ -13,10 +13,13 @@ from pathlib import Path
 
 import psutil
 
+from autoglm_resume.errors import AutoglmError
 from autoglm_resume.supervise.pump import Pump
 
 STUCK = 5.0
-"""Seconds to wait for the end of a killed process."""
+"""Seconds to wait for the end of a killed orphan."""
+UNKILLABLE = 60.0
+"""Seconds after SIGKILL when a rank must be stuck in the kernel."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,19 @@ class Group:
             self._pump.wait(lambda: not self._but(linger), time.monotonic() + grace)
         for rank in self._but(linger):
             self.signal(rank, signal.SIGKILL)
-        self._pump.wait(lambda: not self._but(linger))
+        self._await_end(lambda: not self._but(linger))
         self._pump.wait(lambda: not self._pidfds, time.monotonic() + grace)
         for rank in self.alive:
             self.signal(rank, signal.SIGKILL)
-        self._pump.wait(lambda: not self._pidfds)
+        self._await_end(lambda: not self._pidfds)
+
+    def _await_end(self, ended: Callable[[], bool]) -> None:
+        if not self._pump.wait(ended, time.monotonic() + UNKILLABLE):
+            left = ", ".join(f"rank {rank} (process {self.pids[rank]})" for rank in self.alive)
+            raise AutoglmError(
+                f"{left}: killed {UNKILLABLE:.0f} s ago and still there",
+                hint="it is stuck in the kernel: look at the disk, network mount or GPU it uses",
+            )
 
     def _but(self, spared: frozenset[int]) -> list[int]:
         return [rank for rank in self.alive if rank not in spared]

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 from autoglm_resume.checkpoint.structure import Structure, combined
 from autoglm_resume.errors import CheckpointError
+from autoglm_resume.journal import Event
 from autoglm_resume.supervise.policy import Ended
-
-Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Model:
-    """The model as the ranks last reported it."""
+    """A model as a rank reported it, or the whole one."""
 
     hash: str
     structure: Structure | None
@@ -33,7 +31,8 @@ class History:
     """Failed attempts since the run was last given up, oldest first."""
     checkpointed: int = 0
     """Step of the newest checkpoint that was ever committed, 0 without one."""
-    model: Model | None = None
+    models: Mapping[int, Model] = field(default_factory=dict)
+    """As each rank reported it last."""
     imports: tuple[str, ...] = ()
     objects: dict[str, str] | None = None
     """Digests of the newest checkpoint's objects."""
@@ -66,8 +65,12 @@ def recall(events: Iterable[Event]) -> History:
                     if int(event["step"]) >= checkpointed:
                         checkpointed, objects = int(event["step"]), event["objects"]
                 case "failure":
-                    step, refused = int(event["step"]), event.get("refused")
-                    ended.append(Ended(started_from, step, checkpointed, refused))
+                    step, lived, refused = (
+                        int(event["step"]),
+                        event.get("lived"),
+                        event.get("refused"),
+                    )
+                    ended.append(Ended(started_from, step, checkpointed, lived, refused))
                 case "run_failed":
                     ended.clear()
                 case "run_completed":
@@ -78,15 +81,20 @@ def recall(events: Iterable[Event]) -> History:
         finished,
         tuple(ended),
         checkpointed,
-        model_of(reported),
+        reported,
         tuple(imports),
         objects,
     )
 
 
-def model_of(reported: Mapping[int, Model]) -> Model | None:
-    """The whole model from what each rank reported; rank 0's structure stands for all."""
-    if not reported:
+def model_of(reported: Mapping[int, Model], world_size: int) -> Model | None:
+    """The whole model from what each rank reported last; rank 0's structure stands for all.
+
+    Ranks that died before they could say so most likely have the model that all others have;
+    where ranks differ (pipeline stages) the whole is not known without them.
+    """
+    ranks = [rank for rank in sorted(reported) if rank < world_size]
+    hashes = [reported[rank].hash for rank in ranks]
+    if not ranks or (len(ranks) < world_size and len(set(hashes)) > 1):
         return None
-    ranks = sorted(reported)
-    return Model(combined([reported[rank].hash for rank in ranks]), reported[ranks[0]].structure)
+    return Model(combined(hashes), reported[ranks[0]].structure)

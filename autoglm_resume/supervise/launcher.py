@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from autoglm_resume import linux
-from autoglm_resume.supervise.group import Group
+from autoglm_resume.supervise.group import Group, end_orphans
 from autoglm_resume.supervise.node import free_port
 from autoglm_resume.supervise.pump import Pump
-from autoglm_resume.supervise.zygote import HOME, State, Store, Zygote
+from autoglm_resume.supervise.zygote import HOME, State, StoreProcess, Zygote
 from autoglm_resume.worker.contract import ASSIGNMENT, Assignment
 
 AGENT = -1
@@ -83,9 +83,10 @@ class Warm:
         self._log = log
         self._tell = tell
         self._losses = 0
+        self._fixed: int | None = None
         self._cold: list[subprocess.Popen[bytes]] = []
-        self._stores: list[Store] = []
-        self._serving: list[Store] = []
+        self._stores: list[StoreProcess] = []
+        self._serving: list[StoreProcess] = []
         """Of the present attempt, and of earlier ones that are not reaped yet."""
         self._zygote: Zygote | None = self._spawn()
 
@@ -96,14 +97,19 @@ class Warm:
         two starts of five, and try again after 0.4 to 0.7 s.
         """
         self._settle(cancelled)
+        self._stores = [store for store in self._stores if _lives(store)]
+        self._serving = [store for store in self._serving if _lives(store)]
+        for store in self._serving:
+            os.kill(store.pid, signal.SIGKILL)  # reaped later: its end takes 15 ms
+        self._fixed = fixed
         if fixed is not None:
+            for store in self._serving:
+                os.waitpid(store.pid, 0)  # but not later than the port is needed again
+            self._serving.clear()
             free_port(fixed)
-            self._stores.clear()
         if not self._stores and self._zygote is not None and not cancelled():
             self._zygote.open_store(fixed or 0)
             self._settle(cancelled)
-        for store in self._serving:
-            os.kill(store.pid, signal.SIGKILL)  # reaped later: its end takes 15 ms
         if self._stores:
             self._serving.append(self._stores.pop(0))
             return Endpoint(self._serving[-1].port, served=True)
@@ -117,6 +123,7 @@ class Warm:
         pids = self._zygote.fork(assignment.path, ranks) if self._zygote else None
         if pids is None:
             self._tell("cold_start", reason="there is no zygote to fork from")
+            end_orphans(self.own())  # ranks that a zygote forked but did not live to report
             pids = {rank: self._exec(assignment, rank) for rank in ranks}
         else:
             self._losses = 0
@@ -128,14 +135,12 @@ class Warm:
         self._modules += new
         if self._zygote is not None and new:
             self._zygote.preload(new)
-        if self._zygote is not None and not self._stores:
+        if self._zygote is not None and not self._stores and self._fixed is None:
             self._zygote.open_store(0)
 
     def own(self) -> frozenset[int]:
         zygote = [self._zygote.pid] if self._zygote is not None else []
-        self._serving = [
-            store for store in self._serving if os.waitpid(store.pid, os.WNOHANG)[0] == 0
-        ]
+        self._serving = [store for store in self._serving if _lives(store)]
         return frozenset([*zygote, *(s.pid for s in (*self._stores, *self._serving))])
 
     def close(self) -> None:
@@ -148,7 +153,8 @@ class Warm:
         def settled() -> bool:
             return cancelled() or self._zygote is None or self._zygote.state is State.READY
 
-        self._pump.wait(settled, time.monotonic() + self.PATIENCE)
+        if not self._pump.wait(settled, time.monotonic() + self.PATIENCE) and self._zygote:
+            self._zygote.give_up(f"it was silent for {self.PATIENCE:.0f} s")
 
     def _spawn(self) -> Zygote:
         return Zygote(
@@ -185,6 +191,14 @@ class Warm:
         # Kept: a Popen that is thrown away reaps the process behind the group's back.
         self._cold.append(process)
         return process.pid
+
+
+def _lives(store: StoreProcess) -> bool:
+    """Whether it still serves; reaps it if not."""
+    try:
+        return os.waitpid(store.pid, os.WNOHANG)[0] == 0
+    except ChildProcessError:
+        return False
 
 
 class Torchrun:

@@ -29,6 +29,8 @@ class Ended:
     """Steps completed by the furthest rank, -1 if none ran."""
     checkpointed: int
     """Step of the newest checkpoint committed when it ended, 0 without one."""
+    lived: float | None = None
+    """Seconds it ran, where no rank had a session: such a script reports no steps."""
     refused: str | None = None
     """Id of the checkpoint that a rank would not load, if that ended it."""
 
@@ -64,7 +66,7 @@ def decide(history: Sequence[Ended], failure: Failure, rules: Rules, jitter: flo
         return GiveUp("the job asked not to be run again (exit code 93)", DoNotRequeue.exit_code)
     if failure.kind is Kind.REFUSED:
         return _answer_refusal(history, failure)
-    stuck, spent = _tally(history)
+    stuck, spent = _tally(history, rules.max_backoff)
     if stuck >= rules.without_progress:
         return GiveUp(
             f"{_times(stuck)} in a row without new progress: {failure.summary}",
@@ -89,15 +91,20 @@ def _answer_refusal(history: Sequence[Ended], failure: Failure) -> Decision:
     return Restart(0.0, "the gate takes another checkpoint")
 
 
-def _tally(history: Sequence[Ended]) -> tuple[int, int]:
-    """Attempts in a row that came no further, and restarts spent since the last new checkpoint."""
+def _tally(history: Sequence[Ended], long: float) -> tuple[int, int]:
+    """Attempts in a row that came no further, and restarts spent since the last new checkpoint.
+
+    Of a script without a session nothing is known but how long it ran: more than `long` seconds
+    count as progress.
+    """
     stuck = spent = 0
     furthest = checkpointed = history[0].started_from if history else 0
     for attempt in history:
         if attempt.refused is not None:
             continue  # it never ran
-        stuck = 0 if attempt.furthest > furthest else stuck + 1
-        spent = 1 if attempt.checkpointed > checkpointed else spent + 1
+        silent = attempt.lived is not None and attempt.lived > long
+        stuck = 0 if silent or attempt.furthest > furthest else stuck + 1
+        spent = 1 if silent or attempt.checkpointed > checkpointed else spent + 1
         furthest = max(furthest, attempt.furthest)
         checkpointed = max(checkpointed, attempt.checkpointed)
     return stuck, spent

@@ -80,9 +80,9 @@ class Rehearsal:
             return False
         if drill.kind == "corrupt" and len(self._store.committed()) < 2:
             return False  # without an older checkpoint there would be nothing to fall back to
-        if drill.kind == "exit":
-            return True  # the rank itself waits for the step
-        return self._board.beat(rank).step >= (drill.step or 1)
+        # The rank itself looks at the end of each step, so an exit is asked for one step ahead.
+        ahead = 1 if drill.kind == "exit" else 0
+        return self._board.beat(rank).step >= (drill.step or 1) - ahead
 
     def _fire(self, drill: Drill, group: Group) -> None:
         rank = drill.rank or 0

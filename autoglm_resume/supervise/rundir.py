@@ -22,9 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from autoglm_resume import files
+from autoglm_resume import files, journal
 from autoglm_resume.errors import RunLocked, UsageError
-from autoglm_resume.observe import journal
 
 _WHOLE_FILE = struct.Struct("hhqqi4x")
 """struct flock: type, whence, start, length, pid."""
@@ -60,6 +59,11 @@ class RunDirectory:
     def attempt(self, number: int) -> Path:
         """Directory of one attempt."""
         return self.attempts / f"{number:03d}"
+
+    def next_attempt(self) -> int:
+        """A number larger than that of every attempt that has a directory here."""
+        names = [path.name for path in self.attempts.glob("[0-9]*")]
+        return max((int(name) for name in names if name.isdecimal()), default=-1) + 1
 
     def events(self) -> list[journal.Event]:
         """The whole journal."""

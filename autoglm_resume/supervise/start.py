@@ -10,20 +10,22 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from autoglm_resume.checkpoint.gate import Verdict
-from autoglm_resume.errors import AutoglmError
+from autoglm_resume.checkpoint.gate import Choice, Verdict
+from autoglm_resume.errors import AutoglmError, NoAcceptableCheckpoint, UsageError
 from autoglm_resume.job.load import from_snapshot
 from autoglm_resume.job.spec import Job, dump
-from autoglm_resume.observe.live import Screen
 from autoglm_resume.supervise import drill, history
 from autoglm_resume.supervise.gatekeeper import Gatekeeper
 from autoglm_resume.supervise.launcher import Endpoint, torchrun_command
 from autoglm_resume.supervise.node import check_directory
 from autoglm_resume.supervise.rundir import RunDirectory, locked_checkpoints
-from autoglm_resume.supervise.supervisor import Supervisor, assignment, environment, world_size
-from autoglm_resume.worker.contract import ASSIGNMENT
+from autoglm_resume.supervise.supervisor import Supervisor, assignment, world_size
+from autoglm_resume.worker.contract import ASSIGNMENT, shared_environment
+
+if TYPE_CHECKING:  # a presenter is handed in; this layer does not depend on it
+    from autoglm_resume.observe.live import Screen
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class Plan:
     verdicts: tuple[Verdict, ...]
     resume: str | None
     step: int
+    outlook: str
+    """What starting it would do, in one sentence."""
+    code: int
+    """The exit code of a start that would end at once; 0 also if it would train."""
 
 
 def start(job: Job, screen: Screen, fresh: bool = False, drills: Sequence[str] = ()) -> int:
@@ -47,10 +53,8 @@ def start(job: Job, screen: Screen, fresh: bool = False, drills: Sequence[str] =
     """
     ordered = drill.parse(drills, world_size(job))
     run = RunDirectory(Path(job.run_dir))
-    if fresh and run.exists:
-        with run.locked():
-            _set_aside(run.path)
-            _set_aside(Path(job.checkpoint.dir))
+    if fresh:
+        _start_over(run, Path(job.checkpoint.dir))
     with ExitStack() as held:
         lock = held.enter_context(run.locked())
         checkpoints = Path(job.checkpoint.dir)
@@ -72,31 +76,56 @@ def start(job: Job, screen: Screen, fresh: bool = False, drills: Sequence[str] =
 
 def resume(directory: Path, screen: Screen) -> int:
     """Continue a run from its directory alone, or say that it is finished. Idempotent."""
-    return start(from_snapshot(RunDirectory(directory).job()), screen)
+    job = from_snapshot(RunDirectory(directory).job())
+    if Path(job.run_dir).resolve() != directory.resolve():
+        raise UsageError(
+            f"{directory}: this run was set aside or moved; its job names {job.run_dir}",
+            hint="move it back there, or start it from its job file",
+        )
+    return start(job, screen)
 
 
-def plan(job: Job) -> Plan:
-    """What `start` would do now."""
+def plan(job: Job, *, fresh: bool = False, drills: Sequence[str] = ()) -> Plan:
+    """What `start` would do now. Raises UsageError for drills that make no sense."""
+    drill.parse(drills, world_size(job))
     run = RunDirectory(Path(job.run_dir))
-    past = history.recall(run.events())
-    keeper = Gatekeeper(job, world_size(job), lambda *_, **__: None, past.model)
-    choice = keeper.judge(every=True)
+    past = history.History() if fresh else history.recall(run.events())
+    model = history.model_of(past.models, world_size(job))
+    keeper = Gatekeeper(job, world_size(job), _ignore, model, past.checkpointed)
+    choice = Choice((), None) if fresh else keeper.judge(every=True)
     accepted = choice.accepted
-    task = assignment(job, run, past.run_id or "new", past.attempts, Endpoint(0, True), None, "")
-    ranks = {
-        **{k: v for k, v in environment(job).items() if k in job.env or k == "OMP_NUM_THREADS"},
-        **task.rank_environment(0),
-        "MASTER_PORT": job.env.get("MASTER_PORT", "(a free port, chosen at every start)"),
-        ASSIGNMENT: str(task.path),
-    }
+    code, outlook = 0, ""
+    if accepted is not None:
+        outlook = f"start from step {accepted.step}, checkpoint {accepted.id}"
+    if past.finished:
+        outlook = f"do nothing: the run is finished at step {past.checkpointed}"
+    elif accepted is None:
+        outlook = "start from step 0"
+        try:
+            if not fresh:
+                keeper.require_a_fresh_start(choice)
+        except NoAcceptableCheckpoint as error:
+            code, outlook = error.exit_code, f"exit {error.exit_code}: {error.message}"
+    endpoint = Endpoint(int(job.env.get("MASTER_PORT", 0)), served=True)
+    task = assignment(job, run, past.run_id or "new", past.attempts, endpoint, None, "")
+    torchrun = job.launcher == "torchrun"
+    ranks = {**job.env, ASSIGNMENT: str(task.path)} if torchrun else task.rank_environment(0)
+    if not torchrun and not endpoint.port:
+        ranks["MASTER_PORT"] = "(a free port, chosen at every start)"
     return Plan(
         dump(job),
-        torchrun_command(task) if job.launcher == "torchrun" else _command(job),
-        ranks,
+        torchrun_command(task) if torchrun else _command(job),
+        {**shared_environment(world_size(job)), **ranks},
         choice.verdicts,
         accepted.id if accepted else None,
         accepted.step if accepted else 0,
+        outlook,
+        code,
     )
+
+
+def _ignore(event: str, /, **fields: Any) -> None:
+    """A plan leaves no trace in the journal."""
 
 
 def _command(job: Job) -> list[str]:
@@ -104,9 +133,17 @@ def _command(job: Job) -> list[str]:
     return [sys.executable, *what, *job.args]
 
 
+def _start_over(run: RunDirectory, checkpoints: Path) -> None:
+    """Set an earlier run and its checkpoints aside, if there are any and nobody has them."""
+    if not checkpoints.is_relative_to(run.path) and checkpoints.exists():
+        with locked_checkpoints(checkpoints):
+            _set_aside(checkpoints)
+    if run.path.exists():
+        with run.locked():
+            _set_aside(run.path)
+
+
 def _set_aside(path: Path) -> None:
-    if not path.exists():
-        return
     for number in itertools.count(1):
         aside = path.with_name(f"{path.name}~{number}")
         if not aside.exists():

@@ -10,15 +10,14 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import autoglm_resume
 from autoglm_resume import linux
 from autoglm_resume.checkpoint.structure import Structure
 from autoglm_resume.errors import AutoglmError, CorruptCheckpoint, Interrupted, died_by_signal
 from autoglm_resume.job.spec import Job, dump
-from autoglm_resume.observe.journal import Event, Journal, stamped
-from autoglm_resume.observe.live import Screen
+from autoglm_resume.journal import Event, Journal, stamped
 from autoglm_resume.supervise import history, policy
 from autoglm_resume.supervise.attempt import Attempt, Outcome, hurried
 from autoglm_resume.supervise.drill import Drill
@@ -30,6 +29,9 @@ from autoglm_resume.supervise.pump import Pump, Signals
 from autoglm_resume.supervise.rehearse import Rehearsal
 from autoglm_resume.supervise.rundir import Lock, RunDirectory
 from autoglm_resume.worker.contract import Assignment, ResumePoint, Source, shared_environment
+
+if TYPE_CHECKING:  # a presenter is handed in; this layer does not depend on it
+    from autoglm_resume.observe.live import Screen
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -73,7 +75,6 @@ def assignment(
         checkpoint_dir=str(job.checkpoint.dir),
         resume=resume,
         every_steps=every.steps,
-        every_seconds=every.seconds,
         keep=job.checkpoint.keep,
         check_model=job.guards.model == "strict",
         config_files=tuple(str(path) for path in job.guards.config_files),
@@ -94,18 +95,23 @@ class Supervisor:
         self._past = history.recall(run.events())
         self._ended = list(self._past.ended)
         self._run_id = self._past.run_id or uuid.uuid4().hex[:12]
-        self._reported: dict[int, history.Model] = {}
+        self._reported = dict(self._past.models)
         self._objects = self._past.objects or {}
+        self._objects_step = self._past.checkpointed
         self._stops: list[signal.Signals] = []
         self._journal = Journal(run.journal)
         self._pump = Pump()
         self._world_size = world_size(job)
         self._gate = Gatekeeper(
-            job, self._world_size, self._tell_next, self._past.model, self._past.checkpointed
+            job,
+            self._world_size,
+            self._tell_next,
+            history.model_of(self._past.models, self._world_size),
+            self._past.checkpointed,
         )
         # A power cut may have lost the journal's last lines, but two attempts must never share a
         # number: it tells their checkpoints of the same step apart.
-        self._number = max(self._past.attempts, self._gate.store.next_attempt())
+        self._number = max(self._past.attempts, self._gate.store.next_attempt(), run.next_attempt())
         self._rehearsal = Rehearsal(self._pump, drills, self._gate.store, self._tell)
         self._drills = drills
 
@@ -124,6 +130,12 @@ class Supervisor:
         except AutoglmError as error:
             self._tell("run_failed", code=error.exit_code, reason=error.message)
             raise
+        except OSError as error:
+            reason = f"{error.filename or self._run.path}: {error.strerror}"
+            self._tell("run_failed", code=AutoglmError.exit_code, reason=reason)
+            raise AutoglmError(
+                reason, hint="autoglm resume continues when that is mended"
+            ) from error
         finally:
             launcher.close()
             end_orphans(frozenset())
@@ -154,6 +166,7 @@ class Supervisor:
                     resume.step if resume else 0,
                     outcome.step,
                     self._gate.checkpointed,
+                    outcome.lived,
                     outcome.failure.refused,
                 )
             )
@@ -193,10 +206,7 @@ class Supervisor:
                 self._reported[rank] = history.Model(
                     event["hash"], Structure.from_json(event["model"])
                 )
-                # Ranks that died before they could say so most likely have the same model.
-                same = len({model.hash for model in self._reported.values()}) == 1
-                if same or len(self._reported) == self._world_size:
-                    self._gate.model = history.model_of(self._reported)
+                self._gate.model = history.model_of(self._reported, self._world_size)
                 if known is not None and known.hash == event["hash"]:
                     return None
                 if rank != 0:  # a large model's structure is written down once
@@ -207,7 +217,9 @@ class Supervisor:
             case "imports":
                 launcher.learn(event["modules"])
             case "committed":
-                self._objects = event["objects"]
+                # Ranks' files are read in any order, and an older one may come last.
+                if event["step"] >= self._objects_step:
+                    self._objects, self._objects_step = event["objects"], event["step"]
                 self._gate.notice(event["id"])
             case "refused" if event["kind"] == CorruptCheckpoint.__name__:
                 # Only damage is the checkpoint's own fault. A model that differs is judged by the
@@ -273,8 +285,8 @@ class Supervisor:
 
     def _tell_next(self, event: str, /, **fields: Any) -> None:
         """What the gate says is about the attempt to come."""
-        if event == "committed":
-            self._objects = fields["objects"]
+        if event == "committed" and fields["step"] >= self._objects_step:
+            self._objects, self._objects_step = fields["objects"], fields["step"]
         self._tell(event, attempt=self._number, **fields)
 
     def _tell(self, event: str, /, **fields: Any) -> None:

@@ -36,7 +36,7 @@ class State(enum.Enum):
     GONE = "gone"
 
 
-class Store(NamedTuple):
+class StoreProcess(NamedTuple):
     """A process that serves a rendezvous store."""
 
     pid: int
@@ -58,7 +58,7 @@ class Zygote:
         log: Path,
         tell: Callable[..., object],
         lost: Callable[[], None],
-        opened: Callable[[Store], None],
+        opened: Callable[[StoreProcess], None],
     ) -> None:
         self._pump = pump
         self._tell = tell
@@ -108,7 +108,7 @@ class Zygote:
         self._reply = None
         self._ask({"op": "fork", "assignment": str(assignment), "ranks": list(ranks)})
         if not self._pump.wait(lambda: self.state is not State.BUSY, time.monotonic() + PATIENCE):
-            self._give_up(f"it did not fork within {PATIENCE:.0f} s")
+            self.give_up(f"it did not fork within {PATIENCE:.0f} s")
             return None
         if self._reply is None or self._reply["op"] != "forked":
             return None
@@ -140,25 +140,26 @@ class Zygote:
             # The socket closes a moment before the process has an exit code.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout=1)
-            self._give_up(_ending(self._process.returncode))
+            self.give_up(_ending(self._process.returncode))
             return
         reply = json.loads(message)
         if reply["op"] == "unfit":
             self.unfit_module = reply["module"]
             after = f" after importing {reply['module']}" if reply["module"] else ""
-            self._give_up(f"it cannot fork safely: {reply['reason']}{after}")
+            self.give_up(f"it cannot fork safely: {reply['reason']}{after}")
             return
         self._reply = reply
         self.state = State.READY
         self._send_next()
         if reply["op"] == "store" and reply["port"]:
-            self._opened(Store(reply["pid"], reply["port"]))
+            self._opened(StoreProcess(reply["pid"], reply["port"]))
         if reply["op"] == "ready" and not self._introduced:
             self._introduced = True
             fields = {key: reply[key] for key in ("seconds", "modules", "skipped")}
             self._tell("zygote_ready", pid=self.pid, **fields)
 
-    def _give_up(self, reason: str) -> None:
+    def give_up(self, reason: str) -> None:
+        """End it, and say why."""
         self._end()
         self._tell("zygote_lost", reason=reason)
         self._lost()

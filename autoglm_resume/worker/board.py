@@ -219,6 +219,10 @@ class Pulse:
         self._phase = int(phase)
         self._beat(time.monotonic_ns())
 
+    def alive(self) -> None:
+        """Beat: the rank is where it was, and busy."""
+        self._beat(time.monotonic_ns())
+
     def at(self, step: int) -> None:
         """Beat: `step` steps are complete, without having run one (a resume)."""
         self._step = step

@@ -54,7 +54,6 @@ class Assignment:
     checkpoint_dir: str
     resume: ResumePoint | None
     every_steps: int | None
-    every_seconds: float | None
     keep: int
     check_model: bool
     config_files: tuple[str, ...] = ()

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from autoglm_resume.observe.journal import encode, stamped
+from autoglm_resume.journal import encode, stamped
 
 
 class Events:

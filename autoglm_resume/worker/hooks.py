@@ -31,8 +31,10 @@ class _Beat:
         self._with_grad = with_grad
 
     def __call__(self, called: Any, *_: Any) -> None:
-        # An optimizer has no `training`; a model that is evaluated is not in a step.
-        if getattr(called, "training", True) and (not self._with_grad or torch.is_grad_enabled()):
+        # An optimizer has no `training`; a model that is evaluated is alive, but not in a step.
+        if not getattr(called, "training", True):
+            self._pulse.alive()
+        elif not self._with_grad or torch.is_grad_enabled():
             self._pulse.phase(self._phase)
 
     def __reduce__(self) -> tuple[Any, ...]:

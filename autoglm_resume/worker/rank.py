@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 
 from autoglm_resume import files, linux
+from autoglm_resume.errors import Interrupted
 from autoglm_resume.worker import imports
 from autoglm_resume.worker.board import Board, Phase
 from autoglm_resume.worker.contract import ASSIGNMENT, Assignment, Source
@@ -80,7 +81,7 @@ def _execute(source: Source) -> None:
     if source.module is not None:
         sys.argv = [source.module, *source.args]
         sys.path.insert(0, source.workdir)
-        imports.begin(source.workdir)
+        imports.begin()
         runpy.run_module(source.module, run_name="__main__", alter_sys=True)
         return
     script = source.script
@@ -88,7 +89,7 @@ def _execute(source: Source) -> None:
     sys.argv = [script, *source.args]
     home = str(Path(script).resolve().parent)  # as Python does for a link
     sys.path.insert(0, home)
-    imports.begin(source.workdir, home)
+    imports.begin()
     # Not runpy.run_path: it takes the module away again when the script ends, while its
     # exit handlers and threads still need it, and multiprocessing could not find __main__.
     main = types.ModuleType("__main__")
@@ -182,7 +183,9 @@ def main() -> None:
     else:
         environment = assignment.rank_environment(rank)
     settle(assignment, rank, environment)
-    sys.exit(run(assignment, rank))
+    code = run(assignment, rank)
+    # torchrun ends the others, in the middle of their saves, when one ends with anything but 0.
+    sys.exit(0 if under_torchrun and code == Interrupted.exit_code else code)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import torch
 import autoglm_resume
 from autoglm_resume.checkpoint import restore, retention, saver, snapshot, structure
 from autoglm_resume.checkpoint.document import digest
-from autoglm_resume.checkpoint.part import checkpoint_id, parse_id
+from autoglm_resume.checkpoint.part import age, checkpoint_id
 from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.errors import (
     CheckpointError,
@@ -221,7 +221,8 @@ class Session:
             part = saver.persist(self._snapshot(id), self._store)
         except saver.SaveFailed as error:
             self._events.emit("save_failed", id=id, step=self._completed, reason=str(error))
-            print(f"autoglm: {error}; training goes on", file=sys.stderr)
+            with contextlib.suppress(OSError):  # the log may be on the same full disk
+                print(f"autoglm: {error}; training goes on", file=sys.stderr)
             return error
         finally:
             self._lineage = (id, *self._lineage)[:8]
@@ -262,13 +263,15 @@ class Session:
                 objects=manifest.objects,
             )
         if self.rank == 0:
-            self._retire()
+            self._retire(id)
 
-    def _retire(self) -> None:
+    def _retire(self, saved: str) -> None:
+        # Newer ones than this are of another branch, rejected but not corrupt: they must not make
+        # this run's checkpoints look old.
         committed = [
-            (path.name, known[0])
+            (path.name, age(path.name)[0])
             for path in self._store.committed()
-            if (known := parse_id(path.name)) is not None
+            if age(path.name) <= age(saved)
         ]
         resumed = self._settings.resume
         protected = frozenset([resumed.id]) if resumed else frozenset[str]()
@@ -287,7 +290,7 @@ class Session:
             lineage=self._lineage,
             model=self._structure,
             rng=True,
-            data=any(isinstance(obj, ResumableSampler) for obj in self._tracked.values()),
+            data=any(_deals_data(obj) for obj in self._tracked.values()),
             versions={"autoglm": autoglm_resume.__version__, **snapshot.torch_versions()},
         )
 
@@ -366,6 +369,11 @@ class Session:
         if self.world_size > 1 and torch.distributed.is_initialized():
             return FromRankZero(self.rank, self._settings.every_seconds)
         return FromClock(self._settings.every_seconds if self.world_size == 1 else None)
+
+
+def _deals_data(obj: Any) -> bool:
+    """A sampler, or a stateful loader such as torchdata's."""
+    return isinstance(obj, ResumableSampler) or "DataLoader" in type(obj).__name__
 
 
 def _never_free(obj: object) -> None:

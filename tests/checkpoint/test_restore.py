@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from autoglm_resume.checkpoint import restore, saver, snapshot
 from autoglm_resume.checkpoint.manifest import CHUNK_BYTES, checkpoint_id
 from autoglm_resume.checkpoint.store import Store
-from autoglm_resume.errors import CheckpointError, CorruptCheckpoint
+from autoglm_resume.errors import CheckpointError, CorruptCheckpoint, WorldSizeMismatch
 
 ID = "step-0000000005.a0"
 FILES = ("manifest.json", *(f"rank-0000{r}.{kind}" for r in (0, 1) for kind in ("json", "pack")))
@@ -52,7 +52,7 @@ def test_tied_tensors_do_not_share_memory_after_a_restore(pristine: Path) -> Non
 
 
 def test_a_rank_that_the_checkpoint_does_not_have_is_named(pristine: Path) -> None:
-    with pytest.raises(CorruptCheckpoint, match="rank 2, found 2 parts"):
+    with pytest.raises(WorldSizeMismatch, match="rank 2, found 2 parts"):
         restore.read(Store(pristine.parent), pristine, 2)
 
 

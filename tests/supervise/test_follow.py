@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from autoglm_resume.observe.journal import encode, stamped
+from autoglm_resume.journal import encode, stamped
 from autoglm_resume.supervise.follow import AT_ONCE, LONGEST_LINE, Follower
 from autoglm_resume.supervise.pump import Pump
 

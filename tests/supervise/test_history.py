@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from autoglm_resume import journal
 from autoglm_resume.checkpoint.structure import Structure, combined
-from autoglm_resume.observe import journal
 from autoglm_resume.supervise.history import History, Model, model_of, recall
 from autoglm_resume.supervise.policy import Ended
 
@@ -44,8 +44,9 @@ def test_a_run_is_recalled() -> None:
     assert past.ended == (Ended(0, 14, 10), Ended(10, 25, 20))
     assert (past.checkpointed, past.objects) == (20, {"model": "d20"})
     assert past.imports == ("x", "y", "z")
-    assert past.model is not None
-    assert past.model.structure == MODEL
+    model = model_of(past.models, 2)
+    assert model is not None
+    assert model.structure == MODEL
     assert not past.finished
 
 
@@ -80,13 +81,17 @@ def test_a_completed_run_is_finished() -> None:
 def test_the_model_is_that_of_all_ranks_as_last_reported() -> None:
     first = [event("model", rank=r, hash=MODEL.hash, model=MODEL.to_json()) for r in (0, 1)]
     changed = event("model", rank=1, hash=OTHER.hash, model=None)
-    model = recall([*first, changed]).model
+    model = model_of(recall([*first, changed]).models, 2)
     assert model is not None
     assert model.hash == combined([MODEL.hash, OTHER.hash])
     assert model.structure == MODEL
-    assert model != recall(first).model
-    assert model_of({}) is None
-    swapped = model_of({1: Model(OTHER.hash, None), 0: Model(MODEL.hash, MODEL)})
+    assert model != model_of(recall(first).models, 2)
+    assert model_of({}, 2) is None
+    stages = {1: Model(OTHER.hash, None), 0: Model(MODEL.hash, MODEL)}
+    assert model_of(stages, 3) is None, "what the third stage is like is not known"
+    assert model_of({0: stages[0]}, 2) == model_of(recall(first).models, 2), "replicas are alike"
+    assert model_of({**stages, 7: Model("of a larger run", None)}, 2) == model
+    swapped = model_of(stages, 2)
     assert swapped == model, "the order in which ranks reported does not matter"
 
 

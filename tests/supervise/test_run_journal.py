@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from autoglm_resume.observe.journal import Journal, decode, encode, read, stamped
+from autoglm_resume.journal import Journal, decode, encode, read, stamped
 from autoglm_resume.worker.events import Events
 
 

@@ -50,7 +50,6 @@ def assign(tmp_path: Path) -> Iterator[Make]:
             "checkpoint_dir": str(tmp_path / "checkpoints"),
             "resume": None,
             "every_steps": None,
-            "every_seconds": None,
             "keep": 3,
             "check_model": True,
             **changes,

@@ -46,7 +46,6 @@ assignments = st.builds(
     checkpoint_dir=texts,
     resume=st.none() | st.builds(ResumePoint, id=texts, step=st.integers(0), digest=texts),
     every_steps=st.none() | st.integers(1),
-    every_seconds=st.none() | st.floats(0, 1e9),
     keep=st.integers(1),
     check_model=st.booleans(),
     config_files=st.lists(texts).map(tuple),
@@ -114,7 +113,6 @@ def assignment(**changes: Any) -> Assignment:
         "checkpoint_dir": "",
         "resume": None,
         "every_steps": None,
-        "every_seconds": None,
         "keep": 1,
         "check_model": True,
     }

@@ -10,7 +10,7 @@ import json, sys
 from autoglm_resume.worker import imports
 import colorsys
 sys.path[:0] = [{own!r}, {linked!r}]
-imports.begin({linked!r}, {own!r})
+imports.begin()
 import mine, mine_linked
 import colorsys, yaml, wave
 print(json.dumps(imports.imported_since_start()))
@@ -36,17 +36,16 @@ def test_installed_modules_are_named_in_order_and_the_users_own_are_not(tmp_path
 
 def test_a_virtual_environment_inside_the_users_directory_is_installed(tmp_path: Path) -> None:
     environment = tmp_path / "project" / ".venv"
-    site = environment / "lib" / "package"
+    site = environment / "lib" / "python3" / "site-packages"
     site.mkdir(parents=True)
     (site / "dependency.py").write_text("")
     code = f"""
 import sys
 from autoglm_resume.worker import imports
-sys.prefix = {str(environment)!r}
 sys.path.insert(0, {str(site)!r})
-imports.begin({str(tmp_path / "project")!r})
+imports.begin()
 import dependency
 print(imports.imported_since_start())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "['dependency']", done.stderr
+    assert "'dependency'" in done.stdout, done.stderr

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import autoglm_resume
-from autoglm_resume.observe.journal import read
+from autoglm_resume.journal import read
 from autoglm_resume.worker.board import Board, Phase
 from autoglm_resume.worker.contract import Assignment
 
@@ -260,10 +260,12 @@ def test_a_rank_ends_with_its_supervisor(assign: Make, tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
             os._exit(0)
     os.waitid(os.P_PID, supervisor, os.WSTOPPED | os.WNOWAIT)
-    pidfd = os.pidfd_open(int((tmp_path / "pid").read_text()))
-    assert not select.select([pidfd], [], [], 0)[0]
-    os.kill(supervisor, signal.SIGKILL)
-    os.waitpid(supervisor, 0)
+    try:
+        pidfd = os.pidfd_open(int((tmp_path / "pid").read_text()))
+        assert not select.select([pidfd], [], [], 0)[0]
+    finally:
+        os.kill(supervisor, signal.SIGKILL)
+        os.waitpid(supervisor, 0)
     assert select.select([pidfd], [], [], 10)[0]
     os.close(pidfd)
 
