@@ -22,6 +22,7 @@ PURE = [
     *("checkpoint/gate.py", "checkpoint/manifest.py", "checkpoint/part.py"),
     *("checkpoint/retention.py", "checkpoint/structure.py", "checkpoint/codec.py"),
     *("checkpoint/document.py", "observe/goodput.py", "observe/say.py", "errors.py"),
+    *("observe/recovery.py", "observe/segments.py"),
 ]
 IMPURE = {
     *("torch", "rich", "numpy", "subprocess", "socket", "time", "datetime", "os", "shutil"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from typing import Any
 
 import pytest
@@ -83,6 +84,19 @@ def test_the_torchrun_launcher_recovers_to_the_same_result(
     finished = rehearsal.run(drill=("kill:rank=1,step=12",), launcher="torchrun")
     assert finished.code == 0, finished
     assert "rank 1 died by SIGKILL" in finished.err
+    assert rehearsal.final() == undisturbed
+
+
+def test_a_fixed_port_is_free_again_for_every_restart(
+    rehearsal: Rehearsal, undisturbed: dict[str, str]
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    drills = ("kill:rank=1,step=12", "kill:rank=0,step=22")
+    finished = rehearsal.run(drill=drills, env={"MASTER_PORT": port})
+    assert finished.code == 0, finished
+    assert [e["port"] for e in rehearsal.events("attempt_started")] == [port] * 3
     assert rehearsal.final() == undisturbed
 
 
