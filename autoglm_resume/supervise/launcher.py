@@ -164,7 +164,7 @@ class Warm:
             self._log,
             tell=self._tell,
             lost=self._replace,
-            opened=self._stores.append,
+            opened=lambda store: self._stores.append(store),
         )
 
     def _replace(self) -> None:

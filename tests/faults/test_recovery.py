@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -98,6 +99,13 @@ def test_a_fixed_port_is_free_again_for_every_restart(
     assert finished.code == 0, finished
     assert [e["port"] for e in rehearsal.events("attempt_started")] == [port] * 3
     assert rehearsal.final() == undisturbed
+
+
+def test_every_attempt_meets_at_a_store_that_was_opened_ahead(rehearsal: Rehearsal) -> None:
+    assert rehearsal.run(drill=("kill:rank=1,step=12",)).code == 0
+    for attempt in ("000", "001"):
+        assignment = rehearsal.run_dir / "attempts" / attempt / "assignment.json"
+        assert json.loads(assignment.read_text())["agent_store"] is True
 
 
 def test_a_dead_zygote_hurts_nobody_and_the_next_restart_still_works(
