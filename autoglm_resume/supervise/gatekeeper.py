@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
+from autoglm_resume import files
 from autoglm_resume.checkpoint.gate import Choice, Expectation, Facts, Verdict, choose
 from autoglm_resume.checkpoint.manifest import Manifest, age
 from autoglm_resume.checkpoint.store import Store
@@ -179,10 +180,24 @@ class Gatekeeper:
 
 
 def _stats(path: Path) -> Stats:
+    """Of every file, as far as a change of its content shows there.
+
+    A manifest's ctime changes once more when its writer removes the temporary name, while others
+    may have reported it already; a pack keeps its ctime from before its part was written.
+    """
     with os.scandir(path) as entries:
-        found = [(entry.name, entry.stat()) for entry in entries]
+        found = [(e.name, e.stat()) for e in entries if not e.name.startswith(files.TEMPORARY)]
     return tuple(
-        sorted((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in found)
+        sorted(
+            (
+                name,
+                s.st_size,
+                s.st_mtime_ns,
+                s.st_ctime_ns if name.endswith(".pack") else 0,
+                s.st_ino,
+            )
+            for name, s in found
+        )
     )
 
 
