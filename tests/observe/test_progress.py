@@ -32,6 +32,7 @@ def test_short_work_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_long_work_shows_a_bar_and_removes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(progress, "_AFTER", 0.0)
     stream = Terminal()
     monkeypatch.setattr("sys.stderr", stream)
@@ -42,6 +43,7 @@ def test_long_work_shows_a_bar_and_removes_it(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_without_a_terminal_there_is_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(progress, "_AFTER", 0.0)
     stream = io.StringIO()
     monkeypatch.setattr("sys.stderr", stream)
