@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from autoglm_resume.cli.arguments import Run
+
 EXAMPLES = """
 \b
 Examples:
@@ -16,14 +18,7 @@ Examples:
 
 
 def logs(
-    run: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="RUN",
-            show_default=False,
-            help="A run directory or a job file. Default: the newest run under ./runs.",
-        ),
-    ] = None,
+    run: Run = None,
     follow: Annotated[
         bool, typer.Option("-f", "--follow", help="Go on as they grow, until the run ends.")
     ] = False,

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from autoglm_resume.cli.arguments import Run
+
 EXAMPLES = """
 \b
 Examples:
@@ -16,14 +18,7 @@ Examples:
 
 
 def resume(
-    run: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="RUN",
-            show_default=False,
-            help="A run directory or a job file. Default: the newest run under ./runs.",
-        ),
-    ] = None,
+    run: Run = None,
     json: Annotated[
         bool, typer.Option("--json", help="End with one JSON document on standard output.")
     ] = False,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
+from autoglm_resume.cli.arguments import Run
 
 EXAMPLES = """
 \b
@@ -16,14 +14,7 @@ Examples:
 
 
 def stop(
-    run: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="RUN",
-            show_default=False,
-            help="A run directory or a job file. Default: the newest run under ./runs.",
-        ),
-    ] = None,
+    run: Run = None,
 ) -> int:
     """Ask a run to save and stop, and wait until it has."""
     from autoglm_resume.cli import target

@@ -11,7 +11,6 @@ It works unchanged under autoglm, under plain torchrun, and alone with python.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import sys
 import time
 from collections.abc import Iterator
@@ -32,7 +31,7 @@ from autoglm_resume.errors import (
     ModelMismatch,
     UsageError,
 )
-from autoglm_resume.worker import hooks, rng, settings
+from autoglm_resume.worker import hooks, rng, settings, tracked
 from autoglm_resume.worker.board import Board, Phase, Pulse
 from autoglm_resume.worker.contract import Assignment, ResumePoint
 from autoglm_resume.worker.data import ResumableSampler
@@ -118,8 +117,8 @@ class Session:
                 )
             hooks.watch(obj, self._pulse)
             if isinstance(obj, torch.nn.parallel.DistributedDataParallel):
-                _never_free(obj)
-            self._tracked[name] = obj = _unwrapped(obj)
+                tracked.never_free(obj)
+            self._tracked[name] = obj = tracked.unwrapped(obj)
             if isinstance(obj, torch.nn.Module):
                 self._models[name] = obj
 
@@ -290,7 +289,7 @@ class Session:
             lineage=self._lineage,
             model=self._structure,
             rng=True,
-            data=any(_deals_data(obj) for obj in self._tracked.values()),
+            data=any(tracked.deals_data(obj) for obj in self._tracked.values()),
             versions={"autoglm": autoglm_resume.__version__, **snapshot.torch_versions()},
         )
 
@@ -369,32 +368,6 @@ class Session:
         if self.world_size > 1 and torch.distributed.is_initialized():
             return FromRankZero(self.rank, self._settings.every_seconds)
         return FromClock(self._settings.every_seconds if self.world_size == 1 else None)
-
-
-def _deals_data(obj: Any) -> bool:
-    """A sampler, or a stateful loader such as torchdata's."""
-    return isinstance(obj, ResumableSampler) or "DataLoader" in type(obj).__name__
-
-
-def _never_free(obj: object) -> None:
-    """Let only the end of the process take `obj` away.
-
-    A DistributedDataParallel that is freed after destroy_process_group joins gloo's threads while
-    it holds the GIL that one of them may be waiting for: with torch 2.13 under load, ranks that
-    were done hung three times in a row.
-    """
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(obj))
-
-
-def _unwrapped(obj: Any) -> Any:
-    """The module inside DistributedDataParallel and torch.compile: its names do not change."""
-    while True:
-        if isinstance(obj, torch.nn.parallel.DistributedDataParallel):
-            obj = obj.module
-        elif isinstance(obj, torch.nn.Module) and hasattr(obj, "_orig_mod"):
-            obj = obj._orig_mod
-        else:
-            return obj
 
 
 def _on_device(value: Any | None) -> bool:
