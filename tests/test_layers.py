@@ -16,11 +16,13 @@ ROOT = Path(autoglm_resume.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 PURE = [
-    *("job/units.py", "job/spec.py", "job/fields.py"),
+    *("job/units.py", "job/spec.py", "job/fields.py", "job/section.py", "job/checkpoint.py"),
     *("supervise/policy.py", "supervise/failure.py", "supervise/liveness.py"),
+    "supervise/interval.py",
     *("supervise/drill.py", "supervise/history.py"),
     *("checkpoint/gate.py", "checkpoint/manifest.py", "checkpoint/part.py"),
-    *("checkpoint/retention.py", "checkpoint/structure.py", "checkpoint/codec.py"),
+    *("checkpoint/retention.py", "checkpoint/structure.py", "checkpoint/previous.py"),
+    *("checkpoint/options.py", "checkpoint/replica.py"),
     *("checkpoint/document.py", "observe/goodput.py", "observe/say.py", "errors.py"),
     *("observe/recovery.py", "observe/segments.py"),
 ]

@@ -139,11 +139,27 @@ class Node:
             self.fail("true or false")
         return self.value
 
+    def numbers(self) -> dict[str, float]:
+        found = {}
+        for key, node in self.members().items():
+            if type(node.value) not in (int, float):
+                node.fail("a number")
+            found[key] = float(node.value)
+        return found
+
     def texts(self) -> dict[str, str]:
         return {key: node.text() for key, node in self.members().items()}
 
     def digests(self) -> dict[str, str]:
         return {key: node.digest() for key, node in self.members().items()}
+
+
+def columns(row: Node, count: int) -> list[Node]:
+    """The `count` values of a list."""
+    found = row.items()
+    if len(found) != count:
+        row.fail(f"{count} values")
+    return found
 
 
 def _short(value: Json) -> str:

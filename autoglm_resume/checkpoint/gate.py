@@ -2,8 +2,8 @@
 
     facts about candidates + what this run expects  ->  a verdict per candidate, and a choice
 
-Checks, in this order: integrity, world size, model hash. What cannot be known because the manifest
-is unreadable is not checked: integrity has already failed then.
+Checks, in this order: integrity, branch, world size, model hash. What cannot be known because the
+manifest is unreadable is not checked: integrity has already failed then.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal, TypeAlias
 
 from autoglm_resume.checkpoint.document import Json
-from autoglm_resume.checkpoint.manifest import Manifest, Part
+from autoglm_resume.checkpoint.manifest import Manifest, Part, age, parse_id
 from autoglm_resume.checkpoint.structure import Structure, differences
 
-CheckName: TypeAlias = Literal["integrity", "world size", "model hash"]
+CheckName: TypeAlias = Literal["integrity", "world size", "model hash", "branch"]
 
 
 @dataclass(frozen=True)
 class Expectation:
     """What a checkpoint must fit. `model_hash` is None before any worker has reported one.
 
+    `elastic` takes any world size, as does not checking it, but says what it means.
     `refused` maps ids to reasons: what ranks found bad while loading, after the gate let it pass.
     """
 
@@ -30,8 +31,11 @@ class Expectation:
     model_hash: str | None = None
     model: Structure | None = None
     check_world_size: bool = True
+    elastic: bool = False
     check_model: bool = True
     refused: Mapping[str, str] = field(default_factory=dict)
+    branches: tuple[tuple[int, int], ...] = ()
+    """(step, attempt) from where the run went on from an older checkpoint, as it was asked to."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ class Choice:
 
 def judge(facts: Facts, expectation: Expectation) -> Verdict:
     """All checks that can be made on one candidate."""
-    checks = [_integrity(facts, expectation)]
+    checks = [_integrity(facts, expectation), *_branch(facts, expectation)]
     if facts.world_size is not None:
         checks.append(_world_size(facts.world_size, expectation))
         checks.append(_model(facts, expectation))
@@ -154,10 +158,30 @@ def _integrity(facts: Facts, expectation: Expectation) -> Check:
     return Check("integrity", True, expected, f"verified by {facts.integrity.how}")
 
 
+def superseded(id: str, branches: Iterable[tuple[int, int]]) -> int | None:
+    """The step from which the branch was given up that checkpoint `id` is of."""
+    if parse_id(id) is None:  # somebody's copy under a name of its own
+        return None
+    step, attempt, _ = age(id)
+    return next((s for s, first in branches if step > s and attempt < first), None)
+
+
+def _branch(facts: Facts, expectation: Expectation) -> list[Check]:
+    step = superseded(facts.id, expectation.branches)
+    if step is None:
+        return []
+    found = f"a branch that was given up for another one from step {step}"
+    return [Check("branch", False, "the run's present one", found)]
+
+
 def _world_size(found: int, expectation: Expectation) -> Check:
     expected = expectation.world_size
     if not expectation.check_world_size:
         return Check("world size", True, "any", str(found), "not checked, as the job asks")
+    if expectation.elastic and found != expected:
+        ranks = "1 rank" if found == 1 else f"{found} ranks"
+        text = f"{ranks} in the checkpoint, {expected} now: resharded"
+        return Check("world size", True, "any", text)
     return Check("world size", found == expected, str(expected), str(found))
 
 

@@ -6,8 +6,8 @@ function of its content, so that two ranks that commit the same parts write the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 
 from autoglm_resume.checkpoint.document import (
@@ -24,6 +24,7 @@ from autoglm_resume.checkpoint.part import (
     FORMAT,
     Chunk,
     Fingerprint,
+    Pack,
     Part,
     Tensor,
     age,
@@ -47,12 +48,14 @@ __all__ = [
     "Chunk",
     "Fingerprint",
     "Manifest",
+    "Pack",
     "Parent",
     "Part",
     "PartRef",
     "Tensor",
     "age",
     "checkpoint_id",
+    "needs_of",
     "object_digest",
     "object_of",
     "pack_file",
@@ -72,6 +75,7 @@ class PartRef:
     digest: str
     raw: int
     stored: int
+    shared: int
     objects: Mapping[str, str]
 
 
@@ -96,6 +100,9 @@ class Manifest:
     parts: tuple[PartRef, ...]
     rng: bool
     data: bool
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    """Ids of the older checkpoints whose packs its parts need, newest first."""
     digest: str = ""
     format: int = FORMAT
 
@@ -119,6 +126,7 @@ class Manifest:
                     raise CorruptCheckpoint(
                         f"{first.id}/{part_file(rank)}: {what}: expected {expected}, found {found}"
                     )
+        _require_all_chunks(parts)
         hashes = [part.model.hash for part in parts if part.model]
         manifest = cls(
             id=first.id,
@@ -136,12 +144,15 @@ class Manifest:
                     digest=digest(document),
                     raw=part.raw,
                     stored=part.stored,
+                    shared=part.shared,
                     objects=part.objects,
                 )
                 for part, document in zip(parts, documents, strict=True)
             ),
             rng=all(part.rng for part in parts),
             data=all(part.data for part in parts),
+            metrics=first.metrics,
+            needs=needs_of(parts),
         )
         return replace(manifest, digest=_digest(manifest.to_json()))
 
@@ -154,6 +165,11 @@ class Manifest:
     def stored(self) -> int:
         """Bytes of all packs."""
         return sum(part.stored for part in self.parts)
+
+    @property
+    def shared(self) -> int:
+        """Stored bytes that all parts need in older packs."""
+        return sum(part.shared for part in self.parts)
 
     @cached_property
     def objects(self) -> dict[str, str]:
@@ -177,6 +193,8 @@ class Manifest:
             "versions": dict(self.versions),
             "rng": self.rng,
             "data": self.data,
+            "metrics": dict(self.metrics),
+            "needs": list(self.needs),
             "parts": [asdict(part) for part in self.parts],
             "digest": self.digest,
         }
@@ -206,10 +224,29 @@ class Manifest:
             layout={key: child.value for key, child in node["layout"].members().items()},
             model_hash=m.digest() if (m := node["model_hash"].optional()) else None,
             parts=tuple(map(_part_ref, node["parts"].items())),
+            metrics=node["metrics"].numbers(),
+            needs=tuple(entry.text() for entry in node["needs"].items()),
             digest=found,
         )
         _check(manifest, node)
         return manifest
+
+
+def needs_of(parts: Iterable[Part]) -> tuple[str, ...]:
+    """Ids of the older checkpoints whose packs `parts` need, newest first."""
+    return tuple(sorted({id for part in parts for id in part.needs}, key=age, reverse=True))
+
+
+def _require_all_chunks(parts: Sequence[Part]) -> None:
+    """What a part leaves to its peers must be with one of them."""
+    there = {chunk.digest for part in parts for chunk in part.chunks if chunk.pack is not None}
+    for part in parts:
+        for chunk in part.chunks:
+            if chunk.pack is None and chunk.digest not in there:
+                raise CorruptCheckpoint(
+                    f"{part.id}/{part_file(part.rank)}: expected chunk {chunk.digest} in the part"
+                    " of another rank, found it in none"
+                )
 
 
 def _digest(document: Json) -> str:
@@ -228,6 +265,7 @@ def _part_ref(node: Node) -> PartRef:
         digest=node["digest"].digest(),
         raw=node["raw"].whole(),
         stored=node["stored"].whole(),
+        shared=node["shared"].whole(),
         objects=node["objects"].digests(),
     )
 
@@ -237,6 +275,8 @@ def _check(manifest: Manifest, node: Node) -> None:
         parse_id(manifest.parent.id) is None or manifest.parent.id == manifest.id
     ):
         node["parent"].fail("the id of another checkpoint")
+    if not all(parse_id(id) and age(id) < age(manifest.id) for id in manifest.needs):
+        node["needs"].fail("ids of older checkpoints")
     if len(manifest.parts) != manifest.world_size:
         node["parts"].fail(f"{manifest.world_size} parts, one per rank")
     for rank, part in enumerate(manifest.parts):

@@ -2,29 +2,34 @@
 
 A tensor is cut into chunks of CHUNK_BYTES from its own beginning, so equal tensors have equal
 chunks wherever they are stored. All digests are of raw bytes, before encoding.
+
+A chunk is in one of three places: in the part's own pack; in the pack that the same rank wrote for
+an older checkpoint; or, where ranks hold the same bytes, with one of the other ranks, whose part
+says where. A delta is decoded with its base, which is always in an older pack.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
 from autoglm_resume.checkpoint.document import (
     Json,
     Node,
     canonical,
+    columns,
     compact,
     digest,
     digest_of_digests,
     parse,
 )
 from autoglm_resume.checkpoint.structure import Structure
-from autoglm_resume.errors import CorruptCheckpoint, NewerFormat
+from autoglm_resume.errors import CheckpointError, CorruptCheckpoint, NewerFormat
 
-FORMAT = 1
+FORMAT = 2
 CHUNK_BYTES = 1 << 20
 
 DTYPE_BYTES: Mapping[str, int] = {
@@ -74,13 +79,19 @@ def pack_file(rank: int) -> str:
 
 @dataclass(frozen=True)
 class Chunk:
-    """`raw` bytes with this digest, stored as `stored` bytes at `offset` of the pack."""
+    """`raw` bytes with this digest, stored as `stored` bytes at `offset` of a pack.
+
+    `pack` and `base` (of a delta) are indices into the part's packs and chunks. Without a pack,
+    another rank of the same checkpoint has the chunk.
+    """
 
     digest: str
     raw: int
-    stored: int
-    offset: int
-    codec: str
+    pack: int | None
+    stored: int = 0
+    offset: int = 0
+    codec: str = ""
+    base: int | None = None
 
 
 @dataclass(frozen=True)
@@ -109,8 +120,19 @@ class Fingerprint:
 
 
 @dataclass(frozen=True)
+class Pack:
+    """A file of chunks that this rank wrote for checkpoint `id`, as it was when verified."""
+
+    id: str
+    fingerprint: Fingerprint
+
+
+@dataclass(frozen=True)
 class Part:
-    """One rank's share. `state` maps each object of `objects` to its tree (see tree.py)."""
+    """One rank's share. `state` maps each object of `objects` to its tree (see tree.py).
+
+    `packs` begins with the part's own; then come those it needs, newest first.
+    """
 
     id: str
     step: int
@@ -124,10 +146,11 @@ class Part:
     state: Mapping[str, Json]
     tensors: tuple[Tensor, ...]
     chunks: tuple[Chunk, ...]
-    pack: str
-    fingerprint: Fingerprint
+    packs: tuple[Pack, ...]
     rng: bool
     data: bool
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What the script reported of this step, such as its loss."""
     format: int = FORMAT
 
     @cached_property
@@ -136,9 +159,29 @@ class Part:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
+    def pack(self) -> str:
+        """File name of its own pack, and of this rank's packs in other checkpoints."""
+        return pack_file(self.rank)
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Of its own pack."""
+        return self.packs[0].fingerprint
+
+    @property
     def stored(self) -> int:
-        """Bytes of the pack."""
+        """Bytes of its own pack."""
         return self.fingerprint.size
+
+    @property
+    def shared(self) -> int:
+        """Stored bytes it needs in older packs."""
+        return sum(chunk.stored for chunk in self.chunks if chunk.pack)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Ids of the older checkpoints whose packs it needs, newest first."""
+        return tuple(pack.id for pack in self.packs[1:])
 
     def encode(self) -> bytes:
         """The part's document."""
@@ -156,11 +199,11 @@ class Part:
                 "objects": dict(self.objects),
                 "rng": self.rng,
                 "data": self.data,
-                "pack": self.pack,
-                "fingerprint": asdict(self.fingerprint),
+                "metrics": dict(self.metrics),
+                "packs": [asdict(pack) for pack in self.packs],
                 "state": dict(self.state),
                 "tensors": [asdict(tensor) for tensor in self.tensors],
-                "chunks": [asdict(chunk) for chunk in self.chunks],
+                "chunks": [list(vars(chunk).values()) for chunk in self.chunks],
             }
         )
 
@@ -178,8 +221,8 @@ class Part:
             state={name: tree.value for name, tree in node["state"].members().items()},
             tensors=tuple(map(_tensor, node["tensors"].items())),
             chunks=tuple(map(_chunk, node["chunks"].items())),
-            pack=node["pack"].file_name(),
-            fingerprint=_fingerprint(node["fingerprint"]),
+            packs=tuple(map(_pack, node["packs"].items())),
+            metrics=node["metrics"].numbers(),
         )
         _check(part, node)
         return part
@@ -198,6 +241,9 @@ def object_of(tensor_name: str) -> str:
 
 def check_format(node: Node) -> None:
     found = node["format"].whole(1)
+    if found < FORMAT:
+        # Format 1 was never released.
+        raise CheckpointError(f"{node.file}: expected format {FORMAT}, found format {found}")
     if found > FORMAT:
         raise NewerFormat(
             f"{node.file}: format {found}, this version reads up to format {FORMAT}",
@@ -225,13 +271,25 @@ def identity(node: Node) -> dict[str, Json]:
 
 
 def _chunk(node: Node) -> Chunk:
+    digest, raw, pack, stored, offset, codec, base = columns(node, 7)
+    if pack.value is None:
+        return Chunk(digest.digest(), raw.whole(1), None)
     return Chunk(
-        digest=node["digest"].digest(),
-        raw=node["raw"].whole(1),
-        stored=node["stored"].whole(1),
-        offset=node["offset"].whole(),
-        codec=node["codec"].text(),
+        digest=digest.digest(),
+        raw=raw.whole(1),
+        pack=pack.whole(),
+        stored=stored.whole(1),
+        offset=offset.whole(),
+        codec=codec.text(),
+        base=None if base.value is None else base.whole(),
     )
+
+
+def _pack(node: Node) -> Pack:
+    name = node["id"].text()
+    if parse_id(name) is None:
+        node["id"].fail("a checkpoint id")
+    return Pack(name, _fingerprint(node["fingerprint"]))
 
 
 def _tensor(node: Node) -> Tensor:
@@ -267,13 +325,25 @@ def _check(part: Part, node: Node) -> None:
     for entry in part.lineage:
         if parse_id(entry) is None or entry == part.id:
             node["lineage"].fail("ids of other checkpoints")
+    expect("its own pack", part.id, part.packs[0].id if part.packs else None)
+    ages = [age(pack.id) for pack in part.packs]
+    expect("packs, newest first", sorted(set(ages), reverse=True), ages)
     end = 0
     for index, chunk in enumerate(part.chunks):
-        expect(f"chunk {index}: offset", end, chunk.offset)
-        end += chunk.stored
         if chunk.raw > CHUNK_BYTES:
             expect(f"chunk {index}: raw size", f"at most {CHUNK_BYTES}", chunk.raw)
-    expect("size of the pack", end, part.fingerprint.size)
+        if chunk.pack == 0:
+            expect(f"chunk {index}: offset", end, chunk.offset)
+            end += chunk.stored
+        elif chunk.pack is not None:
+            if chunk.pack >= len(part.packs):
+                expect(f"chunk {index}: pack", f"below {len(part.packs)}", chunk.pack)
+            size = part.packs[chunk.pack].fingerprint.size
+            if chunk.offset + chunk.stored > size:
+                expect(f"chunk {index}: end", f"at most {size}", chunk.offset + chunk.stored)
+        if chunk.base is not None:
+            expect(f"chunk {index}: base", "one in an older pack", _base_of(part.chunks, chunk))
+    expect("size of the pack", end, part.packs[0].fingerprint.size)
 
     used: set[int] = set()
     for tensor in part.tensors:
@@ -287,6 +357,7 @@ def _check(part: Part, node: Node) -> None:
             digest_of_digests(chunk.digest for chunk in chunks),
             tensor.digest,
         )
+    used.update(chunk.base for chunk in part.chunks if chunk.base is not None)
     expect("chunks in use", len(part.chunks), len(used))
     names = [tensor.name for tensor in part.tensors]
     expect("different tensor names", len(names), len(set(names)))
@@ -305,3 +376,15 @@ def _check(part: Part, node: Node) -> None:
         except RecursionError:
             raise CorruptCheckpoint(f"{node.file}: state.{name}: nested too deeply") from None
         expect(f"digest of {name}", expected, found)
+
+
+def _base_of(chunks: Sequence[Chunk], chunk: Chunk) -> str:
+    """Older packs have higher indices, so no chain of bases is endless."""
+    assert chunk.pack is not None
+    assert chunk.base is not None
+    if chunk.base >= len(chunks):
+        return f"chunk {chunk.base} of {len(chunks)}"
+    base = chunks[chunk.base]
+    if base.pack is None or base.pack <= chunk.pack:
+        return f"one in pack {base.pack}"
+    return "one in an older pack" if base.raw == chunk.raw else f"one of {base.raw} bytes"

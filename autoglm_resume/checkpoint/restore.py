@@ -1,13 +1,12 @@
-"""Disk to state: every chunk is verified in fresh memory before anything is handed out.
+"""Checkpoint to state: every chunk is verified in fresh memory before anything is handed out.
 
 Nothing that a model already holds is touched here, so a checkpoint that turns out bad costs
-nothing but the time to read it.
+nothing but the time to read it. A snapshot in shared memory is copied out, never aliased.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,29 @@ from typing import Any
 import torch
 
 from autoglm_resume.checkpoint import tree, verify
-from autoglm_resume.checkpoint.part import CHUNK_BYTES, Part
+from autoglm_resume.checkpoint.document import digest
+from autoglm_resume.checkpoint.part import CHUNK_BYTES, Chunk, Part
+from autoglm_resume.checkpoint.reader import Reader
+from autoglm_resume.checkpoint.sharding import (
+    Arrangement,
+    Box,
+    Present,
+    Shape,
+    Sharding,
+    is_sharded,
+)
+from autoglm_resume.checkpoint.snapshot import Snapshot
 from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.errors import CheckpointError, CorruptCheckpoint
 
 
+class OtherSharding(CheckpointError):
+    """Tensors are spread over the ranks in another way than when they were saved."""
+
+
 @dataclass(frozen=True)
 class RestoredPart:
-    """`states` maps each object to the state that was given to `snapshot.take`."""
+    """`states` maps each object to the state that was saved."""
 
     part: Part
     states: Mapping[str, Any]
@@ -34,60 +48,120 @@ def read(
     rank: int,
     device: torch.device | str = "cpu",
     *,
+    present: Present | None = None,
+    memory: Snapshot | None = None,
     threads: int = 2,
     progress: verify.Progress | None = None,
 ) -> RestoredPart:
     """Rank `rank`'s state from the checkpoint in `path`, all of it verified, all of it fresh.
 
-    Tensors that were on a device come back on `device`, the others (as generator states) always
-    in host memory. Raises CheckpointError naming the file, the tensor, what was expected and
-    what was found.
+    With `present`, DTensors come back as such, else as the shards that this rank had of them. With
+    `memory`, the rank's snapshot of that checkpoint, packs are not read; what the storage says of
+    it still decides. Tensors that were on a device come back on `device`, the others (as generator
+    states) always in host memory. Raises CheckpointError naming the file, the tensor, what was
+    expected and what was found; OtherSharding before anything is read.
     """
     part = store.load_part(path, rank)
-    tensors = _read_tensors(path / part.pack, part, threads, progress)
+    spread = _spread(part, present) if present else {}
+    if memory is not None:
+        tensors = _from_memory(part, memory, threads)
+    else:
+        with Reader(path, store.parts_for(path, part)) as reader:
+
+            def load(piece: _Piece) -> None:
+                reader.read(part, piece.chunk, piece.target, piece.name)
+                if progress:
+                    progress(piece.chunk.raw)
+
+            tensors = _fill(part, load, threads)
+    for name, (arrangement, shape) in spread.items():
+        tensors[name] = arrangement.wrap(tensors[name], shape)
+    return RestoredPart(part, decoded(part, tensors, device))
+
+
+def decoded(
+    part: Part, tensors: dict[str, torch.Tensor], device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """The states in `part`, made of its `tensors`. Raises CorruptCheckpoint."""
     states: dict[str, Any] = {}
     for name, state in part.state.items():
         for leaf in tree.device_leaves(state):
-            if leaf in tensors:
+            if leaf in tensors and not is_sharded(tensors[leaf]):
                 tensors[leaf] = tensors[leaf].to(device)
         states[name] = tree.decode(state, tensors)
     if tensors:
         raise CorruptCheckpoint(
-            f"{path}: rank {rank}: expected every tensor in a state, found {next(iter(tensors))}"
-            " in none"
+            f"{part.id}: rank {part.rank}: expected every tensor in a state, found"
+            f" {next(iter(tensors))} in none"
         )
-    return RestoredPart(part, states)
+    return states
 
 
-def _read_tensors(
-    pack: Path, part: Part, threads: int, progress: verify.Progress | None
-) -> dict[str, torch.Tensor]:
+def shardings_of(part: Part) -> dict[str, Sharding]:
+    """Of its DTensors, by name. Raises CorruptCheckpoint."""
+    found: dict[str, Sharding] = {}
+    for state in part.state.values():
+        found.update(tree.sharded_leaves(state))
+    return found
+
+
+def _spread(part: Part, present: Present) -> dict[str, tuple[Arrangement, Shape]]:
+    """The tensors to be made DTensors, and their shapes. Raises OtherSharding."""
+    shardings = shardings_of(part)
+    found: dict[str, tuple[Arrangement, Shape]] = {}
+    for tensor in part.tensors:
+        sharding = shardings.get(tensor.name)
+        shape = sharding.shape if sharding else tensor.shape
+        arrangement = present.arranged(tensor.name, shape, sharding)
+        had = Box(sharding.offset, tensor.shape) if sharding else Box.whole(shape)
+        has = arrangement.box(shape) if arrangement else Box.whole(shape)
+        if had != has and (had.volume or has.volume):
+            raise OtherSharding(f"{part.id}: {tensor.name}: expected {has}, found {had}")
+        if arrangement is not None:
+            found[tensor.name] = arrangement, shape
+    return found
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """`target` is where `chunk` goes, which is at byte `start` of tensor `name`."""
+
+    name: str
+    start: int
+    chunk: Chunk
+    target: memoryview
+
+
+def _from_memory(part: Part, memory: Snapshot, threads: int) -> dict[str, torch.Tensor]:
+    content = {tensor.name: tensor.data for tensor in memory.tensors}
+
+    def load(piece: _Piece) -> None:
+        size = piece.chunk.raw
+        source = content.get(piece.name, memoryview(b""))[piece.start : piece.start + size]
+        if len(source) == size:
+            piece.target[:] = source
+        if len(source) != size or digest(piece.target) != piece.chunk.digest:
+            raise CorruptCheckpoint(
+                f"{part.id}: {piece.name}: expected {piece.chunk.digest} in the snapshot in memory,"
+                " found other bytes"
+            )
+
+    return _fill(part, load, threads)
+
+
+def _fill(part: Part, load: Callable[[_Piece], None], threads: int) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
-    jobs: list[tuple[int, memoryview, str]] = []
+    pieces: list[_Piece] = []
     for entry in part.tensors:
         try:
             tensor = torch.empty(entry.shape, dtype=tree.dtype_named(entry.dtype))
         except RuntimeError as error:
-            raise CheckpointError(f"{pack}: {entry.name}: no memory for it: {error}") from error
+            raise CheckpointError(f"{part.id}: {entry.name}: no memory for it: {error}") from error
         tensors[entry.name] = tensor
         view = tree.as_bytes(tensor)
         for place, index in enumerate(entry.chunks):
-            start = place * CHUNK_BYTES
-            jobs.append((index, view[start : start + part.chunks[index].raw], entry.name))
-
-    with verify.reading(pack):
-        fd = os.open(pack, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            if (found := os.fstat(fd).st_size) != part.stored:
-                raise CorruptCheckpoint(f"{pack}: expected {part.stored} bytes, found {found}")
-
-            def load(job: int, _: memoryview) -> None:
-                index, target, name = jobs[job]
-                verify.read_chunk(fd, part.chunks[index], target, f"{pack}: {name}")
-                if progress:
-                    progress(len(target))
-
-            verify.on_threads(len(jobs), load, lambda: memoryview(b""), threads)
-        finally:
-            os.close(fd)
+            start, chunk = place * CHUNK_BYTES, part.chunks[index]
+            pieces.append(_Piece(entry.name, start, chunk, view[start : start + chunk.raw]))
+    nothing = memoryview(b"")
+    verify.on_threads(len(pieces), lambda i, _: load(pieces[i]), lambda: nothing, threads)
     return tensors

@@ -1,24 +1,31 @@
-"""Snapshot to disk: chunk, hash, encode, write, read back, and only then show it.
+"""Snapshot to storage: hash, share, encode, write, read back, and only then show it.
 
-A pack appears under its name after every byte of it has been read from the disk and compared.
-Writing, flushing and reading back overlap: while one window of the pack is written, the one before
-is flushed to the disk, dropped from the page cache, and read again.
+A pack appears under its name after every byte of it has been read from the disk, decoded and
+compared. Encoding, writing, flushing and reading back overlap (see packing.py).
 """
 
 from __future__ import annotations
 
+import errno
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from threading import Event
+from typing import TypeVar
 
 from autoglm_resume import files
-from autoglm_resume.checkpoint import codec, verify
-from autoglm_resume.checkpoint.document import digest, digest_of_digests
+from autoglm_resume.checkpoint import claims, verify
+from autoglm_resume.checkpoint.document import digest_of_digests
+from autoglm_resume.checkpoint.manifest import MANIFEST, Manifest
+from autoglm_resume.checkpoint.options import Options
+from autoglm_resume.checkpoint.packing import THREADS, Item, Pace, Packer, items_of
 from autoglm_resume.checkpoint.part import (
     CHUNK_BYTES,
-    Chunk,
+    Pack,
     Part,
     Tensor,
     object_digest,
@@ -26,116 +33,159 @@ from autoglm_resume.checkpoint.part import (
     pack_file,
     part_file,
 )
+from autoglm_resume.checkpoint.previous import Previous, Sharing, Table
 from autoglm_resume.checkpoint.snapshot import Snapshot
 from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.errors import AutoglmError, CheckpointError
 
-WINDOW_BYTES = 64 << 20
+T = TypeVar("T")
+
+RETRIES = (0.5, 2.0)
+"""Seconds before each further try of a write that failed for a reason that may pass."""
+
+_LASTING = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EEXIST),
+}
 
 
 class SaveFailed(AutoglmError):
     """A checkpoint could not be written; the older ones are untouched."""
 
 
-def persist(snapshot: Snapshot, store: Store) -> Part:
-    """Write and verify this rank's part, then commit the checkpoint if it was the last one.
+@dataclass(frozen=True)
+class Saved:
+    """This rank's part, and the manifest if the checkpoint is complete."""
 
-    Raises SaveFailed naming the file, the bytes needed and the bytes free; nothing half written is
-    left then. (If only the commit failed, the parts stay, and a later commit can still succeed.)
+    part: Part
+    manifest: Manifest | None
+
+
+class Saver:
+    """Persists the snapshots of one rank, one after the other."""
+
+    def __init__(self, store: Store, options: Options | None = None, *, share: bool = True) -> None:
+        """With `share`, what ranks hold alike is stored once; their savers wait for each other."""
+        self.store = store
+        self.options = options or Options()
+        self._share = share
+        self._pace = Pace()
+        self._previous: Previous | None = None
+
+    def follow(self, previous: Previous | None) -> None:
+        """The next part may refer to this one."""
+        self._previous = previous
+
+    def forget_memory(self) -> None:
+        """The tensors of the last snapshot are about to be overwritten: no base of deltas."""
+        if self._previous is not None:
+            self._previous = Previous(self._previous.part)
+
+    def persist(self, snapshot: Snapshot, abandoned: Event | None = None) -> Saved:
+        """Write and verify this rank's part, then commit the checkpoint if it was the last one.
+
+        Gives up when `abandoned` is set. Raises SaveFailed naming the file, the bytes needed and
+        the bytes free; nothing half written is left then. (If only the commit failed, the parts
+        stay, and a later commit can still succeed.)
+        """
+        abandoned = abandoned or Event()
+        file = self.store.directory(snapshot.id) / pack_file(snapshot.rank)
+        return retried(lambda: self._persist(snapshot, abandoned), file, snapshot.nbytes, abandoned)
+
+    def _persist(self, snapshot: Snapshot, abandoned: Event) -> Saved:
+        directory = self.store.directory(snapshot.id)
+        file = directory / part_file(snapshot.rank)
+        if file.exists():
+            # An earlier try wrote it and failed to commit; a part is never written twice.
+            part = Part.decode(file.read_bytes(), str(file))
+        else:
+            make_directory(directory)
+            part = self._write(snapshot, directory, abandoned)
+        manifest = self.store.commit(snapshot.id)
+        if manifest is not None and self._share:
+            with suppress(OSError):
+                claims.retract(directory, snapshot.world_size)
+        tensors = {tensor.name: tensor.data for tensor in snapshot.tensors}
+        self._previous = Previous(part, tensors)
+        return Saved(part, manifest)
+
+    def _write(self, snapshot: Snapshot, directory: Path, abandoned: Event) -> Part:
+        file = directory / part_file(snapshot.rank)
+        pack = directory / pack_file(snapshot.rank)
+        deadline = time.monotonic() + self.options.timeout
+
+        def check() -> None:
+            if abandoned.is_set():
+                raise CheckpointError("given up, because another rank has no snapshot of it")
+            if time.monotonic() > deadline:
+                raise CheckpointError(f"not done within {self.options.timeout:.0f} s")
+
+        previous = self._previous if self._usable(self._previous) else None
+        table = Table(snapshot.id, previous)
+        effort = self._pace.effort(self.options.compress)
+        try:
+            with ThreadPoolExecutor(THREADS, thread_name_prefix="encode") as pool:
+                items = list(pool.map(Item.named, items_of(snapshot)))
+                names = {item.name for item in items}
+                sharing = Sharing(previous, self.options.keyframe_every, names)
+                peers = frozenset[str]()
+                if self._share and snapshot.world_size > 1:
+                    peers = self._share_out(snapshot, directory, items, abandoned)
+                with files.writing(pack) as output:
+                    packer = Packer(output, sharing, table, peers)
+                    rows = packer.write(items, pool, effort, check)
+            self._pace.saw(packer.raw, packer.encoding, table.end, packer.writing)
+            # The fingerprint is taken after the rename, which changes the ctime.
+            part = part_of(snapshot, table, Pack(snapshot.id, verify.fingerprint(pack)), rows)
+            files.write(file, part.encode())
+        except BaseException:
+            discard(file, pack)
+            raise
+        return part
+
+    def _share_out(
+        self, snapshot: Snapshot, directory: Path, items: list[Item], abandoned: Event
+    ) -> frozenset[str]:
+        mine = {(item.tensor, item.place): item.name for item in items}
+        claims.publish(directory, snapshot.rank, mine)
+        return claims.left_to_peers(directory, snapshot.rank, snapshot.world_size, mine, abandoned)
+
+    def _usable(self, previous: Previous | None) -> bool:
+        """Only a committed checkpoint is sure to stay while this one needs it."""
+        if previous is None:
+            return False
+        ids = (previous.part.id, *previous.part.needs)
+        return all((self.store.directory(id) / MANIFEST).exists() for id in ids)
+
+
+def retried(write: Callable[[], T], file: Path, needed: int, abandoned: Event) -> T:
+    """What `write` returns, tried again where that may help, unless `abandoned` is set.
+
+    Raises SaveFailed naming `file`, the bytes needed and the bytes free.
     """
-    directory = store.directory(snapshot.id)
-    file = directory / part_file(snapshot.rank)
-    pack = directory / pack_file(snapshot.rank)
-    if file.exists():
-        # An earlier try wrote it and failed to commit; a part is never written twice.
-        return _committed(Part.decode(file.read_bytes(), str(file)), snapshot, store)
-    try:
-        _make_directory(directory)
-        with files.writing(pack) as output:
-            chunks, tensors = _write_pack(output, snapshot)
-        # The fingerprint is taken after the rename, which changes the ctime.
-        part = _part(snapshot, pack, chunks, tensors)
-        files.write(file, part.encode())
-    except (OSError, CheckpointError) as error:
-        _discard(file, pack)
-        raise _failure(error, pack, snapshot.nbytes) from error
-    return _committed(part, snapshot, store)
+    for pause in (*RETRIES, None):
+        try:
+            return write()
+        except OSError as error:
+            lasting = error.errno in _LASTING or pause is None
+            if lasting or abandoned.wait(pause):
+                raise _failure(error, file, needed) from error
+        except CheckpointError as error:
+            raise _failure(error, file.parent, needed) from error
+    raise AssertionError("the last try returns or raises")
 
 
-def _committed(part: Part, snapshot: Snapshot, store: Store) -> Part:
-    try:
-        store.commit(snapshot.id)
-    except (OSError, CheckpointError) as error:
-        raise _failure(error, store.directory(snapshot.id), snapshot.nbytes) from error
-    return part
-
-
-def _write_pack(output: BinaryIO, snapshot: Snapshot) -> tuple[list[Chunk], list[Tensor]]:
-    """Write and prove all chunks; equal ones are stored once."""
-    tensors: list[Tensor] = []
-    with ThreadPoolExecutor(1, thread_name_prefix="read-back") as prover:
-        writer = _Writer(output, prover)
-        for tensor in snapshot.tensors:
-            starts = range(0, len(tensor.data), CHUNK_BYTES)
-            indices = tuple(writer.add(tensor.data[i : i + CHUNK_BYTES]) for i in starts)
-            content = digest_of_digests(writer.chunks[i].digest for i in indices)
-            tensors.append(Tensor(tensor.name, tensor.dtype, tensor.shape, content, indices))
-        writer.prove()
-        for proof in writer.proofs:
-            proof.result()
-    return writer.chunks, tensors
-
-
-class _Writer:
-    """Appends chunks to `output`, and hands each full window to `prover`."""
-
-    def __init__(self, output: BinaryIO, prover: ThreadPoolExecutor) -> None:
-        self.output = output
-        self.prover = prover
-        self.chunks: list[Chunk] = []
-        self.proofs: list[Future[None]] = []
-        self._index: dict[str, int] = {}
-        self._end = 0
-        self._proven = 0
-        self._window = 0
-
-    def add(self, raw: memoryview) -> int:
-        """Index of this chunk, written now unless an equal one was before."""
-        name = digest(raw)
-        if name in self._index:
-            return self._index[name]
-        kind, stored = codec.encode(raw)
-        self.output.write(stored)
-        self._index[name] = len(self.chunks)
-        self.chunks.append(Chunk(name, len(raw), len(stored), self._end, kind))
-        self._end += len(stored)
-        self._window += len(stored)
-        if self._window >= WINDOW_BYTES:
-            self.prove()
-        return self._index[name]
-
-    def prove(self) -> None:
-        self.output.flush()
-        window = self.chunks[self._proven :]
-        self._proven, self._window = len(self.chunks), 0
-        self.proofs.append(self.prover.submit(_prove, self.output, window))
-
-
-def _prove(output: BinaryIO, window: list[Chunk]) -> None:
-    """Flush the file, and read `window` back from the disk rather than from the page cache."""
-    os.fdatasync(output.fileno())
-    if not window:
-        return
-    start, end = window[0].offset, window[-1].offset + window[-1].stored
-    buffer = memoryview(bytearray(CHUNK_BYTES))
-    with Path(output.name).open("rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_DONTNEED)
-        for chunk in window:
-            place = f"{output.name}: reading it back"
-            verify.read_chunk(file.fileno(), chunk, buffer[: chunk.raw], place)
-
-
-def _part(snapshot: Snapshot, pack: Path, chunks: list[Chunk], tensors: list[Tensor]) -> Part:
+def part_of(
+    snapshot: Snapshot, table: Table, own: Pack, rows: Mapping[tuple[str, int], int]
+) -> Part:
+    """The part of `snapshot` whose chunks are in `table`, at `rows`; `own` pack is on storage."""
+    packs, chunks = table.finish(own)
+    tensors = []
+    for entry in snapshot.tensors:
+        places = range(-(-entry.nbytes // CHUNK_BYTES))
+        indices = tuple(rows[entry.name, place] for place in places)
+        content = digest_of_digests(chunks[index].digest for index in indices)
+        tensors.append(Tensor(entry.name, entry.dtype, entry.shape, content, indices))
     tables: dict[str, list[Tensor]] = {name: [] for name in snapshot.trees}
     for tensor in tensors:
         tables[object_of(tensor.name)].append(tensor)
@@ -151,15 +201,16 @@ def _part(snapshot: Snapshot, pack: Path, chunks: list[Chunk], tensors: list[Ten
         objects={name: object_digest(snapshot.trees[name], tables[name]) for name in tables},
         state=snapshot.trees,
         tensors=tuple(tensors),
-        chunks=tuple(chunks),
-        pack=pack.name,
-        fingerprint=verify.fingerprint(pack),
+        chunks=chunks,
+        packs=packs,
         rng=snapshot.rng,
         data=snapshot.data,
+        metrics=snapshot.metrics,
     )
 
 
-def _make_directory(directory: Path) -> None:
+def make_directory(directory: Path) -> None:
+    """Make a checkpoint's directory, and its root, durably."""
     root = directory.parent
     if not root.is_dir():
         root.mkdir(parents=True, exist_ok=True)
@@ -169,7 +220,8 @@ def _make_directory(directory: Path) -> None:
     files.sync_directory(root)
 
 
-def _discard(*paths: Path) -> None:
+def discard(*paths: Path) -> None:
+    """Remove what was half written, as far as the file system lets us."""
     for path in paths:
         with suppress(OSError):
             path.unlink()

@@ -1,22 +1,22 @@
 """A rank's state at one step, as bytes: all that persisting it needs.
 
-For now the buffers of tensors in host memory are the tensors' own memory, so a snapshot is only
-good until the next optimizer step; device tensors are copied.
+In a slot of shared memory a snapshot is the bytes of its tensors, each at an aligned offset, and
+after them a JSON description of everything else.
 """
 
 from __future__ import annotations
 
-import platform
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 
-import torch
-
-from autoglm_resume.checkpoint import tree
-from autoglm_resume.checkpoint.document import Json
-from autoglm_resume.checkpoint.part import parse_id
+from autoglm_resume.checkpoint.document import Json, compact
+from autoglm_resume.checkpoint.part import DTYPE_BYTES
 from autoglm_resume.checkpoint.structure import Structure
+
+ALIGNMENT = 64
+"""Bytes: a cache line, more than any type needs."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class TensorBytes:
     shape: tuple[int, ...]
     data: memoryview
 
+    @property
+    def nbytes(self) -> int:
+        """Of the content, also where it is only described."""
+        return DTYPE_BYTES[self.dtype] * math.prod(self.shape)
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -38,6 +43,7 @@ class Snapshot:
     rank: int
     world_size: int
     lineage: tuple[str, ...]
+    """Ids of the checkpoints this state descends from, newest first."""
     created: float
     versions: Mapping[str, str]
     model: Structure | None
@@ -45,84 +51,41 @@ class Snapshot:
     tensors: Sequence[TensorBytes] = field(repr=False)
     rng: bool
     data: bool
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         return sum(len(tensor.data) for tensor in self.tensors)
 
 
-def take(
-    objects: Mapping[str, object],
-    *,
-    id: str,
-    rank: int,
-    world_size: int,
-    lineage: Sequence[str] = (),
-    model: Structure | None = None,
-    rng: bool = False,
-    data: bool = False,
-    versions: Mapping[str, str] | None = None,
-    created: float | None = None,
-) -> Snapshot:
-    """Snapshot of `objects` (name to state dict), as checkpoint `id` (see `checkpoint_id`).
-
-    `lineage` holds the ids of the checkpoints this state descends from, newest first.
-    Raises UsageError naming the path of a value that cannot be saved.
-    """
-    parsed = parse_id(id)
-    if parsed is None:
-        raise ValueError(f"{id!r} is not a checkpoint id")
-    trees: dict[str, Json] = {}
-    tensors: list[TensorBytes] = []
-    for name, state in objects.items():
-        trees[name], leaves = tree.encode(state, name)
-        tensors += [_bytes_of(leaf, tensor) for leaf, tensor in leaves]
-    return Snapshot(
-        id=id,
-        step=parsed[0],
-        rank=rank,
-        world_size=world_size,
-        lineage=tuple(lineage),
-        created=time.time() if created is None else created,
-        versions=torch_versions() if versions is None else versions,
-        model=model,
-        trees=trees,
-        tensors=tensors,
-        rng=rng,
-        data=data,
-    )
+def layout(sizes: Iterable[int]) -> tuple[list[int], int]:
+    """Where tensors of these sizes begin in a slot, and where the description does."""
+    offsets, end = [], 0
+    for size in sizes:
+        offsets.append(end)
+        end += -(-size // ALIGNMENT) * ALIGNMENT
+    return offsets, end
 
 
-def structure_of(
-    tensors: Mapping[str, torch.Tensor], config: Mapping[str, str] | None = None
-) -> Structure:
-    """Structure of a model from its `state_dict()`; other values in it are left out.
-
-    `config` maps the paths of the job's declared config files to their digests.
-    """
-    return Structure.of(
-        (
-            (name, tree.dtype_name(tensor.dtype), tuple(tensor.shape))
-            for name, tensor in tensors.items()
-            if isinstance(tensor, torch.Tensor)
-        ),
-        config,
-    )
+def describe(snapshot: Snapshot) -> bytes:
+    """Everything but the bytes of the tensors, which lie in a slot by `layout`."""
+    members = {f.name: getattr(snapshot, f.name) for f in fields(snapshot)}
+    members["model"] = snapshot.model.to_json() if snapshot.model else None
+    members["tensors"] = [[t.name, t.dtype, t.shape] for t in snapshot.tensors]
+    return compact(members)
 
 
-def torch_versions() -> dict[str, str]:
-    """Of what decides whether a restored run repeats bit by bit."""
-    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return found
-
-
-def _bytes_of(name: str, tensor: torch.Tensor) -> TensorBytes:
-    host = tensor.resolve_conj().resolve_neg().cpu().contiguous()
-    return TensorBytes(
-        name=name,
-        dtype=tree.dtype_name(host.dtype),
-        shape=tuple(host.shape),
-        data=tree.as_bytes(host),
-    )
+def from_slot(description: bytes, slot: memoryview) -> Snapshot:
+    """The snapshot in `slot`; its tensors are views of the slot. Trusts what `describe` wrote."""
+    members = json.loads(description)
+    sizes = [DTYPE_BYTES[dtype] * math.prod(shape) for _, dtype, shape in members["tensors"]]
+    offsets, _ = layout(sizes)
+    tensors = [
+        TensorBytes(name, dtype, tuple(shape), slot[offset : offset + size])
+        for (name, dtype, shape), offset, size in zip(
+            members["tensors"], offsets, sizes, strict=True
+        )
+    ]
+    model = Structure.from_json(members["model"]) if members["model"] else None
+    lineage = tuple(members["lineage"])
+    return Snapshot(**{**members, "tensors": tensors, "model": model, "lineage": lineage})

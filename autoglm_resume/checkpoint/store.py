@@ -29,14 +29,15 @@ from autoglm_resume.checkpoint.manifest import (
     Part,
     PartRef,
     age,
+    needs_of,
     pack_file,
     parse_id,
     part_file,
 )
+from autoglm_resume.checkpoint.reader import QUARANTINE, Reader, pack_path
 from autoglm_resume.checkpoint.verify import Progress
 from autoglm_resume.errors import CheckpointError, CorruptCheckpoint, WorldSizeMismatch
 
-QUARANTINE = "quarantine"
 REASON = "reason.json"
 PART_FILE = re.compile(r"rank-\d{5,}\.json\Z")
 
@@ -171,6 +172,19 @@ class Store:
             )
         return self._part(path, manifest, manifest.parts[rank])
 
+    def parts_for(self, path: Path, part: Part) -> list[Part]:
+        """The parts that reading `part` takes: all of them where ranks share chunks.
+
+        Raises CheckpointError.
+        """
+        if all(chunk.pack is not None for chunk in part.chunks):
+            return [part]
+        manifest = self.load_manifest(path)
+        return [
+            part if ref.rank == part.rank else self._part(path, manifest, ref)
+            for ref in manifest.parts
+        ]
+
     def _part(self, path: Path, manifest: Manifest, ref: PartRef) -> Part:
         file = path / ref.file
         with verify.reading(file):
@@ -183,6 +197,7 @@ class Store:
         _expect(file, "world size", manifest.world_size, part.world_size)
         _expect(file, "raw bytes", ref.raw, part.raw)
         _expect(file, "stored bytes", ref.stored, part.stored)
+        _expect(file, "shared bytes", ref.shared, part.shared)
         _expect(file, "objects", ref.objects, part.objects)
         return part
 
@@ -203,11 +218,11 @@ class Store:
             for ref in manifest.parts:
                 part = self._part(path, manifest, ref)
                 parts.append(part)
-                pack = path / part.pack
-                with verify.reading(pack):
-                    if deep or verify.fingerprint(pack) != part.fingerprint:
-                        how = "content"
-                        verify.verify_pack(pack, part.chunks, progress=progress)
+                if deep or not _untouched(path, part):
+                    how = "content"
+                    with Reader(path, [part]) as reader:
+                        verify.on_one_part(part, reader.read, progress)
+            _expect(path / MANIFEST, "needs", manifest.needs, needs_of(parts))
         except CheckpointError as error:
             problem, unreadable = error.message, not isinstance(error, CorruptCheckpoint)
         return _facts(path, manifest, parts, Integrity(not problem, how, problem, unreadable))
@@ -304,6 +319,16 @@ def _facts(
     )
 
 
+def _untouched(path: Path, part: Part) -> bool:
+    """Whether all packs of `part` are what they were when they were verified."""
+    for pack in part.packs:
+        file = pack_path(path, part, pack)
+        with verify.reading(file):
+            if verify.fingerprint(file) != pack.fingerprint:
+                return False
+    return True
+
+
 def _entries(directory: Path) -> list[Path]:
     try:
         return list(directory.iterdir())
@@ -339,7 +364,13 @@ def _all_parts(directory: Path) -> list[tuple[Part, bytes]] | None:
         pack = directory / part.pack
         with verify.reading(pack):
             _expect(pack, "bytes", part.stored, pack.stat().st_size)
+        for id in part.needs:
+            _expect(directory.parent / id / MANIFEST, "there", True, _committed(directory, id))
     return found
+
+
+def _committed(directory: Path, id: str) -> bool:
+    return (directory.parent / id / MANIFEST).exists()
 
 
 def _stored_part(file: Path) -> tuple[Part, bytes]:
@@ -358,7 +389,8 @@ def _check_chain(path: Path, manifest: Manifest) -> None:
     except (OSError, CheckpointError):
         # Its own troubles are its own verdict.
         return
-    _expect(path / MANIFEST, f"parent {parent.id}", manifest.parent.digest, parent.digest)
+    if parent.id == manifest.parent.id:  # else it is not in its place, which is its own trouble too
+        _expect(path / MANIFEST, f"parent {parent.id}", manifest.parent.digest, parent.digest)
 
 
 def _expect(file: Path, what: str, expected: object, found: object) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
-from autoglm_resume.checkpoint.document import Json, Node, canonical, digest
+from autoglm_resume.checkpoint.document import Json, Node, canonical, columns, digest
 
 TensorSpec: TypeAlias = "tuple[str, str, tuple[int, ...]]"
 
@@ -50,22 +50,15 @@ class Structure:
     def from_node(cls, node: Node) -> Structure:
         tensors: list[TensorSpec] = []
         for row in node["tensors"].items():
-            name, dtype, shape = _columns(row, 3)
+            name, dtype, shape = columns(row, 3)
             tensors.append((name.text(), dtype.text(), tuple(n.whole() for n in shape.items())))
         config: list[tuple[str, str]] = []
         for row in node["config"].items():
-            path, value = _columns(row, 2)
+            path, value = columns(row, 2)
             config.append((path.text(), value.text()))
         if tensors != sorted(tensors) or config != sorted(config):
             node.fail("sorted tensors and config files")
         return cls(tuple(tensors), tuple(config))
-
-
-def _columns(row: Node, count: int) -> list[Node]:
-    columns = row.items()
-    if len(columns) != count:
-        row.fail(f"{count} values")
-    return columns
 
 
 def differences(checkpoint: Structure, model: Structure, limit: int = 20) -> list[str]:

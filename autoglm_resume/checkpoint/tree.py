@@ -3,12 +3,13 @@
 Lossless and type-exact. Plain JSON values stand for themselves; everything else is an object with
 one member that names its type: `{"$tuple": [...]}`, `{"$tensor": "model/layers.0.weight"}`. A dict
 whose keys are plain strings is a JSON object, any other dict a list of pairs. The leaf of a tensor
-that was not in host memory has a second member, `"device": "cuda"`.
+that was not in host memory has a second member, `"device": "cuda"`. That of a DTensor is called
+`$dtensor`, names the shard that this rank has, and says what it is a shard of (see sharding.py).
 
 Supported: None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict,
 OrderedDict (with the `_metadata` that modules hang on it), Counter, defaultdict of a builtin type,
-torch.Tensor and Parameter (strided, any dtype), torch.Size, dtype, device, NumPy arrays and
-scalars. Subclasses are refused: rebuilding one would need pickle.
+torch.Tensor and Parameter (strided, any dtype), DTensor, torch.Size, dtype, device, NumPy arrays
+and scalars. Subclasses are refused: rebuilding one would need pickle.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from autoglm_resume.checkpoint.document import Json, canonical
 from autoglm_resume.checkpoint.part import DTYPE_BYTES
+from autoglm_resume.checkpoint.sharding import Sharding, sharding_of
 from autoglm_resume.errors import CorruptCheckpoint, UsageError
 
 # Far below what the recursive JSON reader of Python manages.
@@ -68,7 +70,8 @@ def encode(state: object, name: str) -> tuple[Json, list[tuple[str, torch.Tensor
 def decode(tree: Json, tensors: dict[str, torch.Tensor]) -> Any:
     """The state again; takes its tensors out of `tensors`, so no two leaves share one.
 
-    Raises CorruptCheckpoint when the tree is not one that `encode` makes.
+    What is there under the name of a DTensor's shard is taken for the DTensor. Raises
+    CorruptCheckpoint when the tree is not one that `encode` makes.
     """
     try:
         return _Decoder(tensors).decode(tree)
@@ -96,6 +99,9 @@ class _Encoder:
             return self.of_ndarray(value, path)
         if numpy is not None and isinstance(value, numpy.generic):
             return self.of_numpy_scalar(value, path)
+        distributed = sys.modules.get("torch.distributed.tensor")
+        if distributed is not None and kind is distributed.DTensor:
+            return self.of_dtensor(value, path)
         raise self.refusal(kind, path)
 
     def place(self, path: tuple[str, ...]) -> str:
@@ -178,13 +184,20 @@ class _Encoder:
         return {"$default": [_FACTORY_NAMES[factory], self.pairs(value, path, depth)]}
 
     def of_tensor(self, value: torch.Tensor, path: tuple[str, ...], depth: int) -> Json:
+        return self.leaf("$tensor", value, path)
+
+    def of_dtensor(self, value: Any, path: tuple[str, ...]) -> Json:
+        sharding = sharding_of(value, self.place(path))
+        return {**self.leaf("$dtensor", local(value), path), **sharding.to_json()}
+
+    def leaf(self, tag: str, value: torch.Tensor, path: tuple[str, ...]) -> dict[str, Json]:
         if value.layout is not torch.strided or value.is_quantized or value.is_nested:
             raise self.refusal(type(value), path, f" ({value.layout}, {value.dtype})")
         if value.device.type == "meta":
             raise self.refusal(type(value), path, " without data")
         if dtype_name(value.dtype) not in DTYPE_BYTES:
             raise self.refusal(type(value), path, f" of {value.dtype}")
-        leaf = {"$tensor": self.add(value.detach(), path)}
+        leaf = {tag: self.add(value.detach(), path)}
         return leaf if value.device.type == "cpu" else {**leaf, "device": value.device.type}
 
     def add(self, tensor: torch.Tensor, path: tuple[str, ...]) -> Json:
@@ -299,6 +312,7 @@ _DECODERS: Mapping[str, Callable[[_Decoder, Json], Any]] = {
     "$counter": lambda d, v: Counter(dict(d.pairs(v))),
     "$default": lambda d, v: defaultdict(_FACTORIES[v[0]], d.pairs(v[1])),
     "$tensor": _Decoder.of_tensor,
+    "$dtensor": _Decoder.of_tensor,
     "$size": lambda d, v: torch.Size(v),
     "$dtype": lambda d, v: dtype_named(v),
     "$device": lambda d, v: torch.device(v),
@@ -309,18 +323,26 @@ _DECODERS: Mapping[str, Callable[[_Decoder, Json], Any]] = {
 
 def device_leaves(tree: Json) -> dict[str, str]:
     """Name to device type of the tensors in `tree` that were not on the CPU."""
-    found: dict[str, str] = {}
+    return {name: str(leaf["device"]) for name, leaf in _leaves(tree) if "device" in leaf}
+
+
+def sharded_leaves(tree: Json) -> dict[str, Sharding]:
+    """Name to sharding of the DTensors in `tree`. Raises CorruptCheckpoint."""
+    return {name: Sharding.from_json(leaf) for name, leaf in _leaves(tree) if "$dtensor" in leaf}
+
+
+def _leaves(tree: Json) -> Iterator[tuple[str, dict[str, Json]]]:
     stack = [tree]
     while stack:
         node = stack.pop()
         if isinstance(node, list):
             stack += node
-        elif isinstance(node, dict) and isinstance(node.get("$tensor"), str):
-            if "device" in node:
-                found[node["$tensor"]] = str(node["device"])
         elif isinstance(node, dict):
-            stack += node.values()
-    return found
+            name = node.get("$tensor", node.get("$dtensor"))
+            if isinstance(name, str):
+                yield name, node
+            else:
+                stack += node.values()
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
@@ -335,6 +357,11 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     array = (ctypes.c_char * size).from_address(tensor.data_ptr())
     array.owner = tensor  # type: ignore[attr-defined]  # the view must keep the memory alive
     return memoryview(array).cast("B")
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process has: of a DTensor its shard."""
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 def _plain_text(text: str) -> bool:

@@ -1,17 +1,15 @@
-"""A pack's bytes against its chunk table: streaming, in bounded memory, on several cores."""
+"""What reading and proving share: plain reads, stat fingerprints, and work on several cores."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
-from autoglm_resume.checkpoint import codec
-from autoglm_resume.checkpoint.document import digest
-from autoglm_resume.checkpoint.part import Chunk, Fingerprint
+from autoglm_resume.checkpoint.part import Chunk, Fingerprint, Part
 from autoglm_resume.errors import CheckpointError, CorruptCheckpoint
 
 Progress: TypeAlias = "Callable[[int], None]"
@@ -49,64 +47,30 @@ def read_exactly(fd: int, target: memoryview, offset: int) -> int:
     return done
 
 
-def read_chunk(fd: int, chunk: Chunk, target: memoryview, place: str) -> None:
-    """Fill `target` (of `chunk.raw` bytes) with the decoded chunk, and verify its digest.
-
-    Raises CorruptCheckpoint beginning with `place`; `target` then holds garbage.
-    """
-    if chunk.codec == codec.RAW:
-        count = read_exactly(fd, target, chunk.offset) if chunk.stored == chunk.raw else 0
-    else:
-        stored = memoryview(bytearray(chunk.stored))
-        count = read_exactly(fd, stored, chunk.offset)
-        if count == chunk.stored:
-            target[:] = codec.decode(chunk.codec, stored, chunk.raw)
-    if count != chunk.stored:
-        raise CorruptCheckpoint(
-            f"{place}: expected {chunk.stored} bytes at offset {chunk.offset}, found {count}"
-        )
-    found = digest(target)
-    if found != chunk.digest:
-        raise CorruptCheckpoint(
-            f"{place}: expected {chunk.digest}, found {found}"
-            f" ({chunk.stored} bytes at offset {chunk.offset})"
-        )
-
-
-def verify_pack(
-    path: Path,
-    chunks: Sequence[Chunk],
-    *,
-    threads: int = 2,
-    progress: Progress | None = None,
+def on_one_part(
+    part: Part, read: Callable[[Part, Chunk, memoryview, str], None], progress: Progress | None
 ) -> None:
-    """Read the whole pack and check every chunk.
+    """`read` every chunk that `part` has itself, wherever it lies.
 
-    Raises CorruptCheckpoint naming the file, or OSError when it cannot be read.
+    Raises CheckpointError naming the file.
     """
-    size = chunks[-1].offset + chunks[-1].stored if chunks else 0
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if (found := os.fstat(fd).st_size) != size:
-            raise CorruptCheckpoint(f"{path}: expected {size} bytes, found {found}")
+    chunks = [(i, chunk) for i, chunk in enumerate(part.chunks) if chunk.pack is not None]
 
-        def verify(index: int, buffer: memoryview) -> None:
-            chunk = chunks[index]
-            read_chunk(fd, chunk, buffer[: chunk.raw], f"{path}: chunk {index}")
-            if progress:
-                progress(chunk.stored)
+    def verify(index: int, buffer: memoryview) -> None:
+        number, chunk = chunks[index]
+        read(part, chunk, buffer[: chunk.raw], f"chunk {number}")
+        if progress:
+            progress(chunk.stored)
 
-        largest = max((chunk.raw for chunk in chunks), default=0)
-        on_threads(len(chunks), verify, lambda: memoryview(bytearray(largest)), threads)
-    finally:
-        os.close(fd)
+    largest = max((chunk.raw for _, chunk in chunks), default=0)
+    on_threads(len(chunks), verify, lambda: memoryview(bytearray(largest)))
 
 
 def on_threads(
     count: int,
     work: Callable[[int, memoryview], None],
     scratch: Callable[[], memoryview],
-    threads: int,
+    threads: int = 2,
 ) -> None:
     """`work(i, buffer)` for i below `count`; each thread has one buffer of its own.
 

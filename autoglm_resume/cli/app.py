@@ -9,7 +9,19 @@ from typing import Annotated
 import typer
 
 from autoglm_resume import __version__
-from autoglm_resume.cli import inspect, logs, resume, run, schema, status, stop, verify
+from autoglm_resume.cli import (
+    ckpts,
+    inspect,
+    logs,
+    prune,
+    resume,
+    run,
+    save,
+    schema,
+    status,
+    stop,
+    verify,
+)
 from autoglm_resume.cli.guard import guarded
 from autoglm_resume.cli.light import Command, Group
 
@@ -59,7 +71,10 @@ app.command("run", cls=Command, epilog=run.EXAMPLES)(guarded(run.run))
 app.command("resume", cls=Command, epilog=resume.EXAMPLES)(guarded(resume.resume))
 app.command("status", cls=Command, epilog=status.EXAMPLES)(guarded(status.status))
 app.command("logs", cls=Command, epilog=logs.EXAMPLES)(guarded(logs.logs))
+app.command("save", cls=Command, epilog=save.EXAMPLES)(guarded(save.save))
 app.command("stop", cls=Command, epilog=stop.EXAMPLES)(guarded(stop.stop))
+app.command("ckpts", cls=Command, epilog=ckpts.EXAMPLES)(guarded(ckpts.ckpts))
+app.command("prune", cls=Command, epilog=prune.EXAMPLES)(guarded(prune.prune))
 app.add_typer(_inspect, name="inspect")
 app.command("verify", cls=Command, epilog=verify.EXAMPLES)(guarded(verify.verify))
 app.command("schema", cls=Command, epilog=schema.EXAMPLES)(guarded(schema.schema))

@@ -66,5 +66,5 @@ def ckpt(
     else:
         listing = [inspection.verdicts_table(others)] if others else []
         inspection.show([*listing, *inspection.tables(found, tensors=tensors)])
-    good = found.verdict.accepted and all(verdict.accepted for verdict in others)
+    good = all(map(inspection.sound, (found.verdict, *others)))
     return 0 if good else CheckpointError.exit_code

@@ -14,11 +14,21 @@ Examples:
   autoglm resume                  the newest run under ./runs
   autoglm resume runs/quickstart
   autoglm resume job.yaml
+  autoglm resume runs/quickstart --from 120     branches off there; newer checkpoints stay
 """
 
 
 def resume(
     run: Run = None,
+    step: Annotated[
+        int | None,
+        typer.Option(
+            "--from",
+            min=0,
+            metavar="STEP",
+            help="Go on from this step's checkpoint, not the newest; `autoglm ckpts` lists them.",
+        ),
+    ] = None,
     json: Annotated[
         bool, typer.Option("--json", help="End with one JSON document on standard output.")
     ] = False,
@@ -32,4 +42,4 @@ def resume(
     found = target.run(run)
     screen = Screen(found.job().get("logs", {}).get("console", "all"), json=json)
     with report.afterwards(found.path, screen, json=json):
-        return start.resume(found.path, screen)
+        return start.resume(found.path, screen, step)

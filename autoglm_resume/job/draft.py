@@ -68,9 +68,9 @@ class Draft:
             raise UsageError(f"{start}: expected a mapping of keys such as `script: train.py`")
         self.data = _Conversion(self, self.source).mapping(node, ())
 
-    def override(self, text: str) -> None:
-        """Apply `KEY.KEY=VALUE`, the value read as YAML."""
-        label = f"--set {text}"
+    def override(self, text: str, label: str = "") -> None:
+        """Apply `KEY.KEY=VALUE`, the value read as YAML; `label` says whose it is in refusals."""
+        label = label or f"--set {text}"
         self.overrides += 1
         order = (sys.maxsize, self.overrides)
         path, equals, value = text.partition("=")
@@ -134,7 +134,7 @@ def _read(path: Path, source: str) -> str:
 
 def _compose(text: str, source: str) -> yaml.Node | None:
     """The YAML node tree of `text`. Raises UsageError naming the line where it is no YAML."""
-    at_line = not source.startswith("--set ")
+    at_line = not source.startswith("--")
     try:
         node: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
         return node

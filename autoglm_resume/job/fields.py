@@ -5,6 +5,7 @@ Every check comes before pydantic's own, so that each message is a sentence in a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal, TypeVar
@@ -32,6 +33,7 @@ SET_BY_AUTOGLM: Final = frozenset(
 )
 PREFIXES_SET_BY_AUTOGLM: Final = ("TORCHELASTIC_", "AUTOGLM_")
 LONGEST_NAME: Final = 100
+_BUCKET: Final = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/|$)"
 
 
 def found(value: object) -> str:
@@ -60,10 +62,14 @@ def expected(what: str, value: object) -> PydanticCustomError:
     return problem(f"expected {what}, found {found(value)}")
 
 
-def whole_number(minimum: int) -> BeforeValidator:
+def whole_number(minimum: int, maximum: int | None = None) -> BeforeValidator:
+    words = f"≥ {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+
     def check(value: object) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise expected(f"a whole number ≥ {minimum}", value)
+            raise expected(f"a whole number {words}", value)
+        if maximum is not None and value > maximum:
+            raise expected(f"a whole number {words}", value)
         return value
 
     return BeforeValidator(check)
@@ -139,12 +145,32 @@ def _module(value: object) -> str:
     return value
 
 
+def as_word(value: object) -> str:
+    text = _text(value)
+    if not text or text != text.strip() or not text.isprintable():
+        raise expected("a name", value)
+    return text
+
+
 def as_name(value: object) -> str:
     name = _text(value)
     plain = name.isprintable() and "/" not in name and not name.startswith((".", "-"))
     if not name or not plain or name != name.strip() or len(name.encode()) > LONGEST_NAME:
         raise expected("a plain file name, since the run directory is called so", value)
     return name
+
+
+def as_flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise expected("true or false", value)
+    return value
+
+
+def as_replica(value: object) -> str:
+    text = _text(value)
+    if not (text.startswith("/") or re.match(_BUCKET, text)):
+        raise expected("s3://bucket/prefix or a path", value)
+    return text.rstrip("/") or text
 
 
 def as_processes(value: object) -> object:
@@ -179,6 +205,15 @@ _SIZE_SCHEMA: Final = {
 }
 _DURATION_WORDS: Final = "a duration such as 500ms, 90s, 10m or 1h30m"
 
+
+def _duration_or_auto(value: object) -> float | Literal["auto"]:
+    return "auto" if value == "auto" else _positive_duration(value)
+
+
+def _written(period: float | Literal["auto"]) -> str | float:
+    return "auto" if period == "auto" else units.format_duration(period)
+
+
 Count = Annotated[int, Field(ge=1), whole_number(1)]
 CountOrZero = Annotated[int, Field(ge=0), whole_number(0)]
 Duration = Annotated[
@@ -193,12 +228,20 @@ PositiveDuration = Annotated[
     PlainSerializer(units.format_duration, when_used="json"),
     WithJsonSchema(_DURATION_SCHEMA),
 ]
+Period = Annotated[
+    float | Literal["auto"],
+    BeforeValidator(_parsed_by(_duration_or_auto, f"auto, or {_DURATION_WORDS}, longer than 0")),
+    PlainSerializer(_written, when_used="json"),
+    WithJsonSchema({"anyOf": [{"const": "auto"}, _DURATION_SCHEMA]}),
+]
 Size = Annotated[
     int,
     BeforeValidator(_parsed_by(units.parse_size, "a size such as 500MB or 4GiB")),
     PlainSerializer(units.format_size, when_used="json"),
     WithJsonSchema(_SIZE_SCHEMA),
 ]
+Flag = Annotated[bool, BeforeValidator(as_flag)]
+Word = Annotated[str, BeforeValidator(as_word)]
 Text = Annotated[str, BeforeValidator(_text), WithJsonSchema({"type": ["string", "number"]})]
 ModuleName = Annotated[str, BeforeValidator(_module)]
 FilePath = Annotated[Path, BeforeValidator(_path), WithJsonSchema({"type": "string"})]

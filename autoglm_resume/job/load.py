@@ -9,15 +9,19 @@ stood in the file, paths included.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from pydantic import ValidationError
 
+from autoglm_resume.checkpoint import retention
+from autoglm_resume.job import checkpoint
 from autoglm_resume.job.draft import Draft, Keys, Place
 from autoglm_resume.job.paths import Paths
 from autoglm_resume.job.spec import Job, sections
+
+T = TypeVar("T")
 
 _SECTIONS: Final = sections()
 
@@ -48,16 +52,44 @@ def from_snapshot(
     return _validated(Draft(source, dict(data), {(): Place((), source, source)}))
 
 
+def keep_option(text: str) -> retention.Keep:
+    """What `--keep TEXT` asks for, written as `checkpoint.keep` in a job file.
+
+    Raises UsageError.
+    """
+    draft = Draft("--keep")
+    draft.override(f"checkpoint.keep={text}", f"--keep {text}")
+    if draft.problems:
+        raise draft.refusal()
+    return _kept(draft)
+
+
+def keep_of(written: object, source: str) -> retention.Keep:
+    """What `written`, the value of `checkpoint.keep` in `source`, asks for. Raises UsageError."""
+    place = Place((), source, source)
+    return _kept(Draft(source, {"checkpoint": {"keep": written}}, {(): place}))
+
+
+def _kept(draft: Draft) -> retention.Keep:
+    written = draft.data["checkpoint"]["keep"]
+    return _checked(draft, lambda: checkpoint.keep(written), ("checkpoint", "keep"))
+
+
 def _validated(draft: Draft) -> Job:
-    job = None
+    return _checked(draft, lambda: Job.model_validate(draft.data))
+
+
+def _checked(draft: Draft, validate: Callable[[], T], at: Keys = ()) -> T:
+    """What `validate` makes of the draft's data at `at`. Raises UsageError with every problem."""
+    found = None
     try:
-        job = Job.model_validate(draft.data)
+        found = validate()
     except ValidationError as error:
         for each in error.errors(include_url=False, include_input=False):
-            _explain(draft, each["type"], each["loc"], each["msg"])
-    if draft.problems or job is None:
+            _explain(draft, each["type"], (*at, *each["loc"]), each["msg"])
+    if draft.problems or found is None:
         raise draft.refusal()
-    return job
+    return found
 
 
 def _explain(draft: Draft, kind: str, keys: Keys, message: str) -> None:

@@ -36,6 +36,7 @@ class Paths:
         if isinstance(data["checkpoint"], dict):
             default = (run_dir or home) / "checkpoints"
             self._absolute(("checkpoint", "dir"), data["checkpoint"], home, default=default)
+            self._replicas(data["checkpoint"].get("replicas"))
         guards = data.get("guards")
         files = guards.get("config_files") if isinstance(guards, dict) else None
         for n in range(len(files) if isinstance(files, list) else 0):
@@ -54,14 +55,28 @@ class Paths:
             return default
         if not isinstance(text, str) or not text or "\0" in text:
             return None
-        expanded = os.path.expandvars(os.path.expanduser(text))  # noqa: PTH111
+        expanded = self._expanded(keys, text)
+        if expanded is None:
+            return None
+        path = base / expanded
+        holder[keys[-1]] = str(path)
+        return path
+
+    def _expanded(self, keys: Keys, text: str) -> str | None:
         for variable in re.findall(r"\$\{?(\w+)", text):
             if variable not in os.environ:
                 self.draft.refuse(keys, f"the variable {variable} in {text!r} is not set")
                 return None
-        path = base / expanded
-        holder[keys[-1]] = str(path)
-        return path
+        return os.path.expandvars(os.path.expanduser(text))  # noqa: PTH111
+
+    def _replicas(self, entries: Any) -> None:
+        for n, entry in enumerate(entries if isinstance(entries, list) else ()):
+            if isinstance(entry, str) and entry:
+                expanded = self._expanded(("checkpoint", "replicas", n), entry)
+                if expanded is None:
+                    entries[n] = "/"  # it is refused already: once will do
+                else:
+                    entries[n] = expanded if "://" in entry else str(self.home / expanded)
 
     def _file(self, keys: Keys, holder: Any, base: Path) -> Path | None:
         path = self._absolute(keys, holder, base)

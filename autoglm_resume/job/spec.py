@@ -7,22 +7,19 @@ absolute, its durations are seconds, its sizes are bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 from autoglm_resume.job import units
+from autoglm_resume.job.checkpoint import Checkpoint
 from autoglm_resume.job.fields import (
     Count,
     CountOrZero,
@@ -38,51 +35,10 @@ from autoglm_resume.job.fields import (
     as_name,
     as_processes,
     as_variable,
-    expected,
     one_of,
     problem,
 )
-
-
-class Section(BaseModel):
-    """A mapping of the job file. A key without a value is as if it were not there."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty_means_default(cls, data: object) -> object:
-        if not isinstance(data, Mapping):
-            raise expected("a mapping", data)
-        return {k: v for k, v in data.items() if v is not None or k not in cls.model_fields}
-
-
-class Every(Section):
-    """When to save: whenever one of the two has passed since the last save."""
-
-    steps: Count | None = Field(
-        default=None, description="Save after this many steps. Default: only `seconds` counts."
-    )
-    seconds: PositiveDuration | None = Field(
-        default=None,
-        validate_default=True,
-        description="Save after this much time. Default: 5m if `steps` is not given.",
-    )
-
-    @field_validator("seconds")
-    @classmethod
-    def _some_policy(cls, seconds: float | None, info: ValidationInfo) -> float | None:
-        return 300.0 if seconds is None and info.data.get("steps") is None else seconds
-
-
-class Checkpoint(Section):
-    """Where checkpoints are, when they are made, how many are kept."""
-
-    dir: FilePath = Field(
-        description="Directory of the checkpoints. Default: `checkpoints` in the run directory."
-    )
-    every: Every = Field(default_factory=Every, description="When to save.")
-    keep: Count = Field(default=3, description="How many of the newest good checkpoints to keep.")
+from autoglm_resume.job.section import Section
 
 
 class Heartbeat(Section):
@@ -140,8 +96,12 @@ class Preemption(Section):
 class Guards(Section):
     """What must hold before a checkpoint is used or a run is started."""
 
-    world_size: Switch = Field(
-        default="strict", description="Refuse checkpoints made by another number of ranks."
+    world_size: Annotated[
+        Literal["strict", "elastic", "off"], one_of("strict", "elastic", "off")
+    ] = Field(
+        default="strict",
+        description="`strict` refuses checkpoints made by another number of ranks; `elastic` "
+        "deals them anew to the ranks there are; `off` does not look.",
     )
     model: Switch = Field(default="strict", description="Refuse checkpoints made by another model.")
     config_files: Annotated[tuple[FilePath, ...], BeforeValidator(as_list)] = Field(
@@ -254,7 +214,7 @@ class Job(Section):
 
 def dump(job: Job) -> dict[str, Any]:
     """`job` as JSON values, durations and sizes readable; `load` and `from_snapshot` take it."""
-    return job.model_dump(mode="json")
+    return job.model_dump(mode="json", by_alias=True)
 
 
 def sections() -> dict[tuple[str, ...], tuple[str, ...]]:
@@ -262,10 +222,10 @@ def sections() -> dict[tuple[str, ...], tuple[str, ...]]:
     found: dict[tuple[str, ...], tuple[str, ...]] = {}
 
     def visit(section: type[Section], path: tuple[str, ...]) -> None:
-        found[path] = tuple(section.model_fields)
-        for name, field in section.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-                visit(field.annotation, (*path, name))
+        found[path] = tuple(section.keys())
+        for name, inner in section.keys().items():
+            if inner is not None:
+                visit(inner, (*path, name))
 
     visit(Job, ())
     return found

@@ -70,6 +70,8 @@ class Summary:
     """The newest one that was committed."""
     checkpoint_step: int | None
     save_failures: int
+    interval: str
+    """How often it saves and why, where that is left to autoglm."""
     elapsed: float
     """From the first start to the end (or to now), pauses between supervisors included."""
     down: float
@@ -109,6 +111,7 @@ def summarize(events: Iterable[Event], *, alive: bool = False, now: float | None
     started = next((e for e in everything if e["event"] == "run_started"), {})
     end = next((e for e in reversed(last_life) if e["event"] in _ENDS), {})
     newest = _newest_checkpoint(everything)
+    interval: Event = next((e for e in reversed(everything) if e["event"] == "interval"), {})
     steps = (
         [s for s in (segments[-1].last_step, segments[-1].start_step) if s is not None]
         if (segments)
@@ -128,6 +131,7 @@ def summarize(events: Iterable[Event], *, alive: bool = False, now: float | None
         checkpoint=newest.get("id"),
         checkpoint_step=step_of(newest),
         save_failures=sum(e["event"] == "save_failed" for e in everything),
+        interval=str(interval.get("reason", "")),
         elapsed=elapsed,
         down=down,
         kept=kept,
@@ -166,9 +170,14 @@ def _elapsed(supervisors: Sequence[Life], now: float | None) -> tuple[float, flo
 def _between(before: Life, after: Life) -> float:
     if before.boot and before.boot == after.boot:
         return max(0.0, after.begin - before.end)
-    last = max((t for e in before.events if (t := number(e, "time")) is not None), default=0.0)
-    first = min((t for e in after.events if (t := number(e, "time")) is not None), default=last)
-    return max(0.0, first - last)
+    last = max(_wall(before), default=0.0)
+    return max(0.0, min(_wall(after), default=last) - last)
+
+
+def _wall(life: Life) -> list[float]:
+    """Unix seconds of its events; what `autoglm prune` adds has no monotonic time and is none."""
+    own = (event for event in life.events if number(event, "mono") is not None)
+    return [at for event in own if (at := number(event, "time")) is not None]
 
 
 def _kept(

@@ -11,7 +11,8 @@ from typing import Any
 
 from autoglm_resume.checkpoint.gate import Check, Expectation, Facts, Verdict, judge
 from autoglm_resume.checkpoint.manifest import MANIFEST, Part, Tensor, parse_id
-from autoglm_resume.checkpoint.store import QUARANTINE, Store
+from autoglm_resume.checkpoint.reader import QUARANTINE
+from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.errors import CheckpointError, UsageError
 from autoglm_resume.observe.progress import Progress
 from autoglm_resume.observe.say import check as failed_check
@@ -85,6 +86,12 @@ def find(given: Path) -> Target:
     return Target(store, tuple(store.committed()), run if run.exists else _run_of(path), False)
 
 
+def find_all(given: Path) -> Target:
+    """As `find`, but one checkpoint means all those beside it."""
+    found = find(given)
+    return find(found.store.root) if found.single else found
+
+
 def expectation(run: RunDirectory | None) -> Expectation | None:
     """What the run expects of its checkpoints, None without a run."""
     if run is None:
@@ -94,13 +101,15 @@ def expectation(run: RunDirectory | None) -> Expectation | None:
     events = run.events()
     world = next((e.get("world_size") for e in events if e["event"] == "run_started"), None)
     guards = run.job().get("guards") or {}
-    model = history.model_of(history.recall(events).models, world or 0)
+    past = history.recall(events)
+    model = history.model_of(past.models, world or 0)
     return Expectation(
         world_size=world or 0,
         model_hash=model.hash if model else None,
         model=model.structure if model else None,
-        check_world_size=bool(world) and guards.get("world_size") != "off",
-        check_model=guards.get("model") != "off",
+        check_world_size=bool(world) and guards.get("world_size", "strict") == "strict",
+        check_model=guards.get("model", "strict") == "strict",
+        branches=past.branches,
     )
 
 
@@ -110,7 +119,7 @@ def inspect(
     """One checkpoint; with `progress`, every byte of it is read and checked."""
     facts = target.store.examine(path, deep=progress is not None, progress=progress)
     parts = facts.parts if facts.integrity.ok else _parts(target.store, facts)
-    return Inspection(facts, _judge(facts, expected), parts, _chain(target.store, facts))
+    return Inspection(facts, judged(facts, expected), parts, _chain(target.store, facts))
 
 
 def verdicts(
@@ -121,7 +130,7 @@ def verdicts(
     for path in target.paths:
         facts = target.store.examine(path, deep=progress is not None, progress=progress)
         if facts.integrity.ok or path.exists():  # else the run has retired it in the meantime
-            found.append(_judge(facts, expected))
+            found.append(judged(facts, expected))
     return found
 
 
@@ -136,13 +145,24 @@ def stored_bytes(target: Target, paths: Iterable[Path]) -> int:
     return total
 
 
-def _judge(facts: Facts, expected: Expectation | None) -> Verdict:
+def judged(facts: Facts, expected: Expectation | None) -> Verdict:
+    """What the gate would say; without a run only of what the checkpoint is in itself."""
     if expected is not None:
         return judge(facts, expected)
     verdict = judge(facts, Expectation(0, check_world_size=False, check_model=False))
     alone = "no run beside it to compare with"
     checks = (replace(c, detail=alone) if c.expected == "any" else c for c in verdict.checks)
     return replace(verdict, checks=tuple(checks))
+
+
+def sound(verdict: Verdict) -> bool:
+    """Whether nothing is wrong with it, though the run may have left it behind on a branch."""
+    return all(check.ok or check.name == "branch" for check in verdict.checks)
+
+
+def word(verdict: Verdict) -> str:
+    """`ok`, `given up`, or `FAILED`."""
+    return "ok" if verdict.accepted else "given up" if sound(verdict) else "FAILED"
 
 
 def _run_of(root: Path) -> RunDirectory | None:
@@ -218,9 +238,9 @@ def verdicts_table(verdicts: Iterable[Verdict]) -> Table:
         table.add(
             verdict.id,
             verdict.step,
-            "ok" if verdict.accepted else "FAILED",
+            word(verdict),
             "; ".join(failed) or passed,
-            style="" if verdict.accepted else "red",
+            style="" if sound(verdict) else "red",
         )
     return table
 
@@ -319,7 +339,7 @@ def show(tables: Sequence[Table]) -> None:
 
 def exit_code(verdicts: Sequence[Verdict]) -> int:
     """0 if all are good, 1 if some are, 90 if none is."""
-    good = sum(verdict.accepted for verdict in verdicts)
+    good = sum(map(sound, verdicts))
     if good == len(verdicts):
         return 0
     return 1 if good else CheckpointError.exit_code

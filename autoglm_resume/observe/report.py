@@ -121,6 +121,8 @@ def facts(summary: Summary, step: int | None = None) -> Table:
         table.add("steps", f"{step} complete" + (f", {lost} run again" if lost else ""))
     if summary.checkpoint_step is not None:
         table.add("last checkpoint", f"step {summary.checkpoint_step} ({summary.checkpoint})")
+    if summary.interval:
+        table.add("saves", summary.interval)
     if summary.save_failures:
         table.add("failed saves", summary.save_failures)
     down = f", {seconds(summary.down)} of it without a supervisor" if summary.down >= 0.5 else ""

@@ -146,6 +146,12 @@ def _refused(e: Event) -> str:
     )
 
 
+def _save_requested(e: Event) -> str:
+    if e.get("step") is None:
+        return f"not saving, though asked: {e.get('reason', 'the ranks cannot save now')}"
+    return f"saving after step {e['step']}, as asked"
+
+
 def _stopped(e: Event) -> str:
     return f"stopped after step {e.get('step', '?')}" if e.get("rank", 0) == 0 else ""
 
@@ -189,6 +195,15 @@ def _completed(e: Event) -> str:
     return f"run completed at step {e.get('step', '?')} in {seconds(e.get('seconds'))}"
 
 
+def _flushed(e: Event) -> str:
+    behind = e.get("behind") or {}
+    return f"not everything is copied to {_list(behind)}" if behind else ""
+
+
+def _list(items: Any) -> str:
+    return ", ".join(map(str, items or ()))
+
+
 def _interrupted(e: Event) -> str:
     return f"interrupted: {e.get('reason', 'asked to stop')}; continue with: autoglm resume"
 
@@ -205,7 +220,22 @@ _SAY: dict[str, Callable[[Event], str]] = {
     "restored": _restored,
     "first_step": _first_step,
     "committed": lambda e: f"checkpoint step {e.get('step', '?')} committed",
+    "save_requested": _save_requested,
     "save_failed": _save_failed,
+    "save_skipped": lambda e: f"no save after step {e.get('step', '?')}: {e.get('reason', '?')}",
+    "saver_lost": lambda e: f"rank {e.get('rank', '?')}'s saver died and was replaced",
+    "branched": lambda e: f"going back to step {e.get('step', '?')}, as asked",
+    "brought_back": lambda e: f"{e.get('id', '?')} brought back from a replica",
+    "replica_behind": lambda e: (
+        f"replica {e.get('replica', '?')} is behind: {short(str(e.get('reason', '?')))}"
+    ),
+    "replica_caught_up": lambda e: f"replica {e.get('replica', '?')} has caught up",
+    "replicas_flushed": _flushed,
+    "repaired": lambda e: f"{e.get('id', '?')} repaired from a replica: {_list(e.get('files'))}",
+    "repair_failed": lambda e: (
+        f"{e.get('id', '?')} not repaired: {short(str(e.get('reason', '?')))}"
+    ),
+    "interval": lambda e: f"saving {e.get('reason', '?')}",
     "refused": _refused,
     "stopped": _stopped,
     "drill": _drill,

@@ -7,6 +7,7 @@ not be folded into a column.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
@@ -29,10 +30,25 @@ class Table:
 
     def lines(self) -> list[str]:
         """As plain text."""
-        shown = [tuple(self.headers)] if self.headers else []
-        shown += [cells for cells, _ in self.rows]
-        widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-        return [self._line(cells, widths) for cells in shown]
+        return [self._line(cells, self._widths()) for cells in self._shown()]
+
+    def fits(self, width: int) -> bool:
+        """Whether a terminal of `width` columns shows it without folding."""
+        widths = self._widths()
+        return sum(widths) + 3 * (len(widths) - 1) <= width
+
+    def only(self, *columns: int) -> Table:
+        """The same rows with only these columns."""
+        rows = [(tuple(cells[n] for n in columns), style) for cells, style in self.rows]
+        right = frozenset(place for place, n in enumerate(columns) if n in self.right)
+        return Table([self.headers[n] for n in columns], right, rows)
+
+    def _shown(self) -> list[tuple[str, ...]]:
+        headers = [tuple(self.headers)] if self.headers else []
+        return headers + [cells for cells, _ in self.rows]
+
+    def _widths(self) -> list[int]:
+        return [max(map(len, column)) for column in zip(*self._shown(), strict=True)]
 
     def _line(self, cells: Sequence[str], widths: Sequence[int]) -> str:
         padded = [
@@ -62,7 +78,8 @@ class Table:
         )
         for index, header in enumerate(self.headers):
             justify: Any = "right" if index in self.right else "left"
-            table.add_column(Text(header), justify=justify, overflow="fold")
+            # The first column is what people copy from it: a name.
+            table.add_column(Text(header), justify=justify, overflow="fold", no_wrap=index == 0)
         for cells, style in self.rows:
             table.add_row(*(Text(cell) for cell in cells), style=style)
         Console(file=stream, highlight=False).print(table)
@@ -74,3 +91,8 @@ def terminal(stream: TextIO) -> bool:
         return stream.isatty() and os.environ.get("TERM") != "dumb"
     except ValueError:  # it is closed
         return False
+
+
+def width(stream: TextIO) -> int | None:
+    """Columns of the terminal that `stream` is, None if it is none."""
+    return shutil.get_terminal_size().columns if terminal(stream) else None

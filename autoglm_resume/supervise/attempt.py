@@ -9,9 +9,11 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoglm_resume import files
+from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.errors import Interrupted
 from autoglm_resume.job.spec import Job
 from autoglm_resume.journal import Event
@@ -28,6 +30,7 @@ from autoglm_resume.supervise.group import Exit, Group, end_orphans
 from autoglm_resume.supervise.launcher import AGENT, Launcher, torchrun_exits, torchrun_log
 from autoglm_resume.supervise.pump import Pump
 from autoglm_resume.supervise.rehearse import Rehearsal
+from autoglm_resume.supervise.savers import Savers
 from autoglm_resume.worker.board import Beat, Board, Control, Phase
 from autoglm_resume.worker.contract import Assignment
 
@@ -96,8 +99,14 @@ class Attempt:
         screen: Screen,
         rehearsal: Rehearsal,
         stops: Sequence[signal.Signals],
+        savers: Savers | None,
+        helpers: Callable[[], frozenset[int]],
+        between_saves: Callable[[], float | None],
     ) -> None:
         self._pump = pump
+        self._savers = savers
+        self._helpers = helpers
+        self._between_saves = between_saves
         self._job = job
         self._world_size = world_size
         self._tell = tell
@@ -168,6 +177,13 @@ class Attempt:
             self._group.signal(rank, signal.SIGTERM)
         return self._job.preemption.grace
 
+    def save_now(self) -> int | None:
+        """Ask the ranks to save; returns after which step, None if they do not train yet."""
+        if not all(beat.first_step_time for beat in self._board.beats()):
+            return None
+        self._announce("save_at")
+        return self._control.save_at
+
     def _announce(self, what: str) -> None:
         step = liveness.agreed_step(self._board.beats(), self._pace.seconds)
         self._change(lambda control: replace(control, **{what: step}))
@@ -186,8 +202,9 @@ class Attempt:
         # A rank that was faster than the announcement has passed the step: name a later one.
         if self._control.stop_at >= 0 and furthest > self._control.stop_at:
             self._announce("stop_at")
-        every = self._job.checkpoint.every.seconds
-        if every is not None and now - self._seen.last_saved >= every:
+        every = self._between_saves()
+        busy = any(beat.saving for beat in beats)
+        if every is not None and not busy and now - self._seen.last_saved >= every:
             stepping = all(beat.first_step_time for beat in beats)
             if stepping and not 0 <= furthest <= self._control.save_at:
                 self._announce("save_at")
@@ -280,8 +297,12 @@ class Attempt:
         began = time.monotonic()
         grace = 0.0 if hurried(self._stops) else self._job.restart.grace
         self._group.stop(grace, linger=frozenset([AGENT]))
-        end_orphans(launcher.own())
+        end_orphans(launcher.own() | self._helpers())
         stopped = time.monotonic()
+        if self._savers is not None:
+            checkpoint = self._job.checkpoint
+            store = Store(Path(checkpoint.dir))
+            self._savers.settle(store, checkpoint.timeout, lambda: hurried(self._stops))
         self._follower.drain()
         beats = self._board.beats()
         step = max(beat.step for beat in beats)
@@ -347,6 +368,8 @@ class Attempt:
         for rank in range(self._world_size):
             how = self._group.exits.get(rank)
             code, number = (how.code, how.signal) if how else (None, None)
+            if rank in self._seen.stuck:
+                code, number = self._seen.codes[rank], None
             if how is not None and code is None and number is None:
                 code = self._seen.codes.get(rank, torchrun.get(self._group.pids[rank]))
                 if code is not None and code < 0:

@@ -15,7 +15,7 @@ from autoglm_resume import files
 from autoglm_resume.checkpoint.gate import Choice, Expectation, Facts, Verdict, choose
 from autoglm_resume.checkpoint.manifest import Manifest, age
 from autoglm_resume.checkpoint.store import Store
-from autoglm_resume.errors import NoAcceptableCheckpoint
+from autoglm_resume.errors import CheckpointError, NoAcceptableCheckpoint
 from autoglm_resume.job.spec import Job
 from autoglm_resume.supervise.history import Model
 from autoglm_resume.worker.contract import ResumePoint
@@ -35,6 +35,10 @@ class Gatekeeper:
     """Step of the newest checkpoint this run ever committed, 0 without one."""
     refused: dict[str, str] = field(default_factory=dict)
     """What ranks would not load, by id."""
+    repair: Callable[[str, str | None], list[str]] | None = None
+    """Replaces bad files of a checkpoint, given the digest of its manifest; returns which."""
+    branches: tuple[tuple[int, int], ...] = ()
+    """Where the run left newer checkpoints behind on purpose; see `history.History`."""
 
     def __post_init__(self) -> None:
         self._abandoned: list[Path] = []
@@ -50,7 +54,7 @@ class Gatekeeper:
         began = time.monotonic()
         self._complete()
         self._abandoned = self.store.abandoned()
-        choice = self.judge()
+        choice = self._repaired(self.judge())
         accepted = choice.accepted
         self.tell(
             "gate",
@@ -66,9 +70,21 @@ class Gatekeeper:
             # Whoever committed it died before saying so.
             self._announce(accepted.manifest)
         for verdict in choice.verdicts:
-            if verdict.corrupt:
+            if verdict.corrupt and not self._needed(verdict.id):
                 self._quarantine(verdict)
         return ResumePoint(accepted.id, accepted.step, accepted.manifest.digest)
+
+    def _repaired(self, choice: Choice) -> Choice:
+        """The same, after replicas have mended what they can: better than to fall back."""
+        mended = False
+        for verdict in choice.verdicts:
+            if verdict.corrupt and self.repair is not None:
+                facts = self._proven.pop(Path(verdict.path), None)
+                manifest = facts[1].manifest if facts else None
+                if self.repair(verdict.id, manifest.digest if manifest else None):
+                    self.refused.pop(verdict.id, None)
+                    mended = True
+        return self.judge() if mended else choice
 
     def clean(self) -> None:
         """Remove what was abandoned when the gate was passed; ranks may run by now."""
@@ -99,16 +115,20 @@ class Gatekeeper:
             self._examine(self.store.directory(id))
 
     def _examine(self, path: Path) -> Facts:
-        """Facts about a checkpoint, kept for as long as none of its files changes."""
-        stats = _stats(path)
+        """Facts about a checkpoint, kept for as long as no file changes that it needs."""
         known = self._proven.get(path)
-        if known is not None and known[0] == stats:
+        if known is not None and known[0] == self._stats(path, known[1]):
             return known[1]
         facts = replace(self.store.examine(path), parts=())
         if facts.integrity.ok:
             here = {p: v for p, v in self._proven.items() if p.exists()}
-            self._proven = {**here, path: (stats, facts)}
+            self._proven = {**here, path: (self._stats(path, facts), facts)}
         return facts
+
+    def _stats(self, path: Path, facts: Facts) -> Stats:
+        needs = facts.manifest.needs if facts.manifest else ()
+        places = [path, *(self.store.directory(id) for id in needs)]
+        return tuple(stat for place in places for stat in _stats(place))
 
     def _complete(self) -> None:
         try:
@@ -135,9 +155,17 @@ class Gatekeeper:
         if manifest is None:
             return False
         guards, model = self.job.guards, self.model
-        world_fits = manifest.world_size == self.world_size or guards.world_size == "off"
+        world_fits = manifest.world_size == self.world_size or guards.world_size != "strict"
         model_fits = model is None or manifest.model_hash == model.hash or guards.model == "off"
         return world_fits and model_fits
+
+    def _needed(self, id: str) -> bool:
+        """Whether another checkpoint, which may be good, has chunks in the packs of this one."""
+        for path in self.store.committed():
+            with contextlib.suppress(CheckpointError):
+                if id in self.store.load_manifest(path).needs and path.name not in self.refused:
+                    return True
+        return False
 
     def _quarantine(self, verdict: Verdict) -> None:
         try:
@@ -154,9 +182,11 @@ class Gatekeeper:
             world_size=self.world_size,
             model_hash=self.model.hash if self.model else None,
             model=self.model.structure if self.model else None,
-            check_world_size=guards.world_size == "strict",
+            check_world_size=guards.world_size != "off",
+            elastic=guards.world_size == "elastic",
             check_model=guards.model == "strict",
             refused=refused,
+            branches=self.branches,
         )
 
     def require_a_fresh_start(self, choice: Choice) -> None:
@@ -185,6 +215,8 @@ def _stats(path: Path) -> Stats:
     A manifest's ctime changes once more when its writer removes the temporary name, while others
     may have reported it already; a pack keeps its ctime from before its part was written.
     """
+    if not path.is_dir():
+        return ()
     with os.scandir(path) as entries:
         found = [(e.name, e.stat()) for e in entries if not e.name.startswith(files.TEMPORARY)]
     return tuple(
@@ -206,7 +238,7 @@ def _ways_out(choice: Choice) -> list[str]:
     ways = {
         "integrity": "restore the damaged files from a copy",
         "world size": "run with the number of ranks that made the checkpoints "
-        "(nproc_per_node), or set guards.world_size: off",
+        "(nproc_per_node), or set guards.world_size: elastic",
         "model hash": "go back to the model that made the checkpoints, or point checkpoint.dir "
         "elsewhere",
     }

@@ -36,6 +36,15 @@ class History:
     imports: tuple[str, ...] = ()
     objects: dict[str, str] | None = None
     """Digests of the newest checkpoint's objects."""
+    branches: tuple[tuple[int, int], ...] = ()
+    """(step, attempt) where it went back to an older checkpoint on purpose: what earlier attempts
+    saved after that step is of a branch that was given up."""
+    failures: int = 0
+    """Failed attempts ever."""
+    trained: float = 0.0
+    """Seconds that all attempts took."""
+    replicated: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Ids of the checkpoints that each replica has."""
 
 
 def recall(events: Iterable[Event]) -> History:
@@ -47,6 +56,9 @@ def recall(events: Iterable[Event]) -> History:
     reported: dict[int, Model] = {}
     imports: list[str] = []
     objects: dict[str, str] | None = None
+    branches: list[tuple[int, int]] = []
+    failures, trained, began = 0, 0.0, 0.0
+    replicated: dict[str, tuple[str, ...]] = {}
     for event in events:
         # A line of another version, or one that was damaged, must not lose the rest.
         with contextlib.suppress(KeyError, TypeError, ValueError, CheckpointError):
@@ -55,22 +67,31 @@ def recall(events: Iterable[Event]) -> History:
                     run_id = event["run_id"]
                 case "attempt_started":
                     attempts = max(attempts, int(event["attempt"]) + 1)
-                    started_from = int(event["step"])
+                    started_from, began = int(event["step"]), float(event["time"])
+                case "attempt_ended":
+                    trained += max(0.0, float(event["time"]) - began)
                 case "model":
                     structure = event["model"] and Structure.from_json(event["model"])
                     reported[int(event["rank"])] = Model(event["hash"], structure or None)
                 case "imports":
                     imports += [name for name in event["modules"] if name not in imports]
+                case "branched":
+                    branches.append((int(event["step"]), int(event["attempt"])))
+                    checkpointed, finished = int(event["step"]), False
                 case "committed":
                     if int(event["step"]) >= checkpointed:
                         checkpointed, objects = int(event["step"]), event["objects"]
                 case "failure":
+                    failures += 1
                     step, lived, refused = (
                         int(event["step"]),
                         event.get("lived"),
                         event.get("refused"),
                     )
                     ended.append(Ended(started_from, step, checkpointed, lived, refused))
+                case "replicated":
+                    target = str(event["replica"])
+                    replicated[target] = (*replicated.get(target, ()), str(event["id"]))
                 case "run_failed":
                     ended.clear()
                 case "run_completed":
@@ -84,6 +105,10 @@ def recall(events: Iterable[Event]) -> History:
         reported,
         tuple(imports),
         objects,
+        tuple(branches),
+        failures,
+        trained,
+        replicated,
     )
 
 

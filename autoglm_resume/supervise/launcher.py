@@ -76,8 +76,11 @@ class Warm:
         modules: Sequence[str],
         log: Path,
         tell: Callable[..., object],
+        others: Callable[[], frozenset[int]],
     ) -> None:
+        """`others` are children of this process that are no ranks either."""
         self._pump = pump
+        self._others = others
         self._environment = environment
         self._modules = list(modules)
         self._log = log
@@ -123,7 +126,9 @@ class Warm:
         pids = self._zygote.fork(assignment.path, ranks) if self._zygote else None
         if pids is None:
             self._tell("cold_start", reason="there is no zygote to fork from")
-            end_orphans(self.own())  # ranks that a zygote forked but did not live to report
+            end_orphans(
+                self.own() | self._others()
+            )  # ranks that a zygote forked but did not live to report
             pids = {rank: self._exec(assignment, rank) for rank in ranks}
         else:
             self._losses = 0

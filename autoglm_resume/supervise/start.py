@@ -6,22 +6,25 @@ import itertools
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoglm_resume.checkpoint.gate import Choice, Verdict
+from autoglm_resume.checkpoint.gate import Choice, Verdict, superseded
+from autoglm_resume.checkpoint.manifest import age
+from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.errors import AutoglmError, NoAcceptableCheckpoint, UsageError
 from autoglm_resume.job.load import from_snapshot
 from autoglm_resume.job.spec import Job, dump
 from autoglm_resume.supervise import drill, history
+from autoglm_resume.supervise.assign import assignment, world_size
 from autoglm_resume.supervise.gatekeeper import Gatekeeper
 from autoglm_resume.supervise.launcher import Endpoint, torchrun_command
 from autoglm_resume.supervise.node import check_directory
 from autoglm_resume.supervise.rundir import RunDirectory, locked_checkpoints
-from autoglm_resume.supervise.supervisor import Supervisor, assignment, world_size
+from autoglm_resume.supervise.supervisor import Supervisor
 from autoglm_resume.worker.contract import ASSIGNMENT, shared_environment
 
 if TYPE_CHECKING:  # a presenter is handed in; this layer does not depend on it
@@ -46,10 +49,18 @@ class Plan:
     """The exit code of a start that would end at once; 0 also if it would train."""
 
 
-def start(job: Job, screen: Screen, fresh: bool = False, drills: Sequence[str] = ()) -> int:
+def start(
+    job: Job,
+    screen: Screen,
+    fresh: bool = False,
+    drills: Sequence[str] = (),
+    branch_from: int | None = None,
+) -> int:
     """Begin the run of `job`, or continue it if it was begun; returns the exit code.
 
-    `fresh` sets an earlier run of the same name aside first. Raises AutoglmError.
+    `fresh` sets an earlier run of the same name aside first. `branch_from` goes on from the
+    checkpoint of that step, even of a finished run; newer ones stay where they are. Raises
+    AutoglmError.
     """
     ordered = drill.parse(drills, world_size(job))
     run = RunDirectory(Path(job.run_dir))
@@ -59,7 +70,9 @@ def start(job: Job, screen: Screen, fresh: bool = False, drills: Sequence[str] =
         lock = held.enter_context(run.locked())
         checkpoints = Path(job.checkpoint.dir)
         past = history.recall(run.events())
-        if past.finished:
+        if branch_from is not None:
+            _require_step(Store(checkpoints), branch_from, past.branches)
+        elif past.finished:
             screen.note(
                 f"{run.path}: this run is finished at step {past.checkpointed}; "
                 "`autoglm run --fresh` begins a new one and keeps this one's files"
@@ -71,18 +84,21 @@ def start(job: Job, screen: Screen, fresh: bool = False, drills: Sequence[str] =
         if not checkpoints.is_relative_to(run.path):
             held.enter_context(locked_checkpoints(checkpoints))
         run.save_job(dump(job))
-        return Supervisor(run, lock, job, ordered, screen).run()
+        return Supervisor(run, lock, job, ordered, screen, branch_from, fresh=fresh).run()
 
 
-def resume(directory: Path, screen: Screen) -> int:
-    """Continue a run from its directory alone, or say that it is finished. Idempotent."""
+def resume(directory: Path, screen: Screen, branch_from: int | None = None) -> int:
+    """Continue a run from its directory alone, or say that it is finished. Idempotent.
+
+    `branch_from`: see `start`.
+    """
     job = from_snapshot(RunDirectory(directory).job())
     if Path(job.run_dir).resolve() != directory.resolve():
         raise UsageError(
             f"{directory}: this run was set aside or moved; its job names {job.run_dir}",
             hint="move it back there, or start it from its job file",
         )
-    return start(job, screen)
+    return start(job, screen, branch_from=branch_from)
 
 
 def plan(job: Job, *, fresh: bool = False, drills: Sequence[str] = ()) -> Plan:
@@ -131,6 +147,25 @@ def _ignore(event: str, /, **fields: Any) -> None:
 def _command(job: Job) -> list[str]:
     what = ["-m", str(job.module)] if job.module else [str(job.script)]
     return [sys.executable, *what, *job.args]
+
+
+def _require_step(store: Store, step: int, branches: Iterable[tuple[int, int]]) -> None:
+    """Raise UsageError, naming the steps there are, unless a checkpoint of `step` is there.
+
+    Those of `branches` that were given up do not count, as the gate does not take them.
+    """
+    names = [path.name for path in store.committed()] + [facts.id for facts in store.whole()]
+    there = {age(name)[0] for name in names if superseded(name, branches) is None}
+    if step in there:
+        return
+    nearest = sorted(sorted(there, key=lambda other: abs(other - step))[:10])
+    which = "the nearest are of" if len(there) > len(nearest) else "there are those of"
+    steps = ", ".join(map(str, nearest))
+    raise UsageError(
+        f"{store.root}: no checkpoint of step {step}; "
+        + (f"{which} steps {steps}" if there else "there is none at all"),
+        hint="`autoglm ckpts` says more about each" if there else "",
+    )
 
 
 def _start_over(run: RunDirectory, checkpoints: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 import uuid
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,79 +16,61 @@ from typing import TYPE_CHECKING, Any
 import autoglm_resume
 from autoglm_resume import linux
 from autoglm_resume.checkpoint.structure import Structure
-from autoglm_resume.errors import AutoglmError, CorruptCheckpoint, Interrupted, died_by_signal
+from autoglm_resume.errors import (
+    AutoglmError,
+    CorruptCheckpoint,
+    Interrupted,
+    NoAcceptableCheckpoint,
+    died_by_signal,
+)
 from autoglm_resume.job.spec import Job, dump
 from autoglm_resume.journal import Event, Journal, stamped
-from autoglm_resume.supervise import history, policy
+from autoglm_resume.supervise import history, interval, policy
+from autoglm_resume.supervise.assign import assignment, environment, world_size
 from autoglm_resume.supervise.attempt import Attempt, Outcome, hurried
 from autoglm_resume.supervise.drill import Drill
 from autoglm_resume.supervise.gatekeeper import Gatekeeper
 from autoglm_resume.supervise.group import end_orphans
-from autoglm_resume.supervise.launcher import Endpoint, Launcher, Torchrun, Warm
-from autoglm_resume.supervise.node import visible_gpus
+from autoglm_resume.supervise.launcher import Launcher, Torchrun, Warm
 from autoglm_resume.supervise.pump import Pump, Signals
 from autoglm_resume.supervise.rehearse import Rehearsal
+from autoglm_resume.supervise.replicas import FLUSH_SECONDS, Replicas, restore
 from autoglm_resume.supervise.rundir import Lock, RunDirectory
-from autoglm_resume.worker.contract import Assignment, ResumePoint, Source, shared_environment
+from autoglm_resume.supervise.savers import Savers
+from autoglm_resume.worker.contract import (
+    ResumePoint,
+)
 
 if TYPE_CHECKING:  # a presenter is handed in; this layer does not depend on it
     from autoglm_resume.observe.live import Screen
 
+SAVE = signal.SIGRTMIN
+"""Asks for a checkpoint, and to go on."""
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-
-
-def world_size(job: Job) -> int:
-    """Ranks of a job on this machine."""
-    asked = job.nproc_per_node
-    return max(1, visible_gpus()) if asked == "auto" else asked
-
-
-def environment(job: Job) -> dict[str, str]:
-    """What every process of the job inherits."""
-    return {**os.environ, **shared_environment(world_size(job)), **job.env}
-
-
-def assignment(
-    job: Job,
-    run: RunDirectory,
-    run_id: str,
-    number: int,
-    endpoint: Endpoint,
-    resume: ResumePoint | None,
-    board: str,
-) -> Assignment:
-    """What the ranks of attempt `number` are told."""
-    every = job.checkpoint.every
-    return Assignment(
-        run_id=run_id,
-        attempt=number,
-        world_size=world_size(job),
-        master_addr="127.0.0.1",
-        master_port=endpoint.port,
-        agent_store=endpoint.served,
-        max_restarts=job.restart.max_restarts,
-        supervisor=os.getpid(),
-        directory=str(run.attempt(number)),
-        board=board,
-        source=Source(
-            str(job.script) if job.script else None, job.module, tuple(job.args), str(job.workdir)
-        ),
-        checkpoint_dir=str(job.checkpoint.dir),
-        resume=resume,
-        every_steps=every.steps,
-        keep=job.checkpoint.keep,
-        check_model=job.guards.model == "strict",
-        config_files=tuple(str(path) for path in job.guards.config_files),
-        environment=dict(job.env),
-    )
+RECENT = 20
+"""Saves that tell what the next will cost."""
+NOTABLE = 1.2
+"""Factor by which the interval between saves must change to be changed."""
 
 
 class Supervisor:
     """One life of a run's supervisor."""
 
     def __init__(
-        self, run: RunDirectory, lock: Lock, job: Job, drills: Sequence[Drill], screen: Screen
+        self,
+        run: RunDirectory,
+        lock: Lock,
+        job: Job,
+        drills: Sequence[Drill],
+        screen: Screen,
+        branch_from: int | None = None,
+        *,
+        fresh: bool = False,
     ) -> None:
+        """`branch_from` is the step to go back to, leaving newer checkpoints behind; a `fresh` run
+        takes nothing from replicas.
+        """
+        self._fresh = fresh
         self._run = run
         self._lock = lock
         self._job = job
@@ -99,6 +82,11 @@ class Supervisor:
         self._objects = self._past.objects or {}
         self._objects_step = self._past.checkpointed
         self._stops: list[signal.Signals] = []
+        self._costs: deque[float] = deque(maxlen=RECENT)
+        self._writing: deque[float] = deque(maxlen=RECENT)
+        self._interval: float | None = None
+        self._began = time.monotonic()
+        self._now: Attempt | None = None
         self._journal = Journal(run.journal)
         self._pump = Pump()
         self._world_size = world_size(job)
@@ -112,6 +100,8 @@ class Supervisor:
         # A power cut may have lost the journal's last lines, but two attempts must never share a
         # number: it tells their checkpoints of the same step apart.
         self._number = max(self._past.attempts, self._gate.store.next_attempt(), run.next_attempt())
+        self._branch_from = branch_from
+        self._gate.branches = self._past.branches
         self._rehearsal = Rehearsal(self._pump, drills, self._gate.store, self._tell)
         self._drills = drills
 
@@ -121,9 +111,13 @@ class Supervisor:
         Raises NoAcceptableCheckpoint, and UsageError for what the start of an attempt needs.
         """
         linux.adopt_orphans()
-        signals = Signals(self._pump, STOPS, self._stop_asked)
+        signals = Signals(self._pump, (*STOPS, SAVE), self._signalled)
         began = time.monotonic()
+        self._bring_back()
         self._introduce()
+        self._choose_interval()
+        self._savers = self._start_savers()
+        self._replicas = self._start_replicas()
         launcher = self._launcher()
         try:
             return self._bring_to_end(launcher, began)
@@ -138,6 +132,9 @@ class Supervisor:
             ) from error
         finally:
             launcher.close()
+            if self._savers is not None:
+                self._savers.close()
+            self._replicas.close()
             end_orphans(frozenset())
             signals.close()
             self._journal.close()
@@ -152,6 +149,7 @@ class Supervisor:
             outcome = self._attempt(launcher, resume)
             self._gate.checkpointed = max(self._gate.checkpointed, outcome.checkpointed)
             if outcome.completed:
+                self._replicas.flush()
                 self._tell(
                     "run_completed",
                     step=outcome.step,
@@ -191,12 +189,27 @@ class Supervisor:
             screen=self._screen,
             rehearsal=self._rehearsal,
             stops=self._stops,
+            savers=self._savers,
+            helpers=self._helpers,
+            between_saves=lambda: self._interval,
         )
         self._lock.describe(attempt.board_path)
+        self._now = attempt
         task = assignment(
-            self._job, self._run, self._run_id, number, endpoint, resume, attempt.board_path
+            self._job,
+            self._run,
+            self._run_id,
+            number,
+            endpoint,
+            resume,
+            attempt.board_path,
+            self._savers.names if self._savers else (),
+            self._gate.branches,
         )
-        return attempt.run(task, launcher, lambda event: self._heard(launcher, event))
+        try:
+            return attempt.run(task, launcher, lambda event: self._heard(launcher, event))
+        finally:
+            self._now = None
 
     def _heard(self, launcher: Launcher, event: Event) -> Event | None:
         """Keep what a rank said that outlives its attempt; returns what the journal should keep."""
@@ -216,16 +229,37 @@ class Supervisor:
                 self._journal.sync()
             case "imports":
                 launcher.learn(event["modules"])
+            case "saved":
+                self._costs.append(event["blocked"])
+                self._writing.append(event["seconds"])
+                self._choose_interval()
             case "committed":
                 # Ranks' files are read in any order, and an older one may come last.
                 if event["step"] >= self._objects_step:
                     self._objects, self._objects_step = event["objects"], event["step"]
                 self._gate.notice(event["id"])
+                self._replicas.notice()
+            case "pruned":
+                self._replicas.notice()
             case "refused" if event["kind"] == CorruptCheckpoint.__name__:
                 # Only damage is the checkpoint's own fault. A model that differs is judged by the
                 # gate itself, for every checkpoint.
                 self._gate.refused[event["id"]] = event["reason"]
         return event
+
+    def _choose_interval(self) -> None:
+        """Seconds between two saves: the job's, or what this run was measured to need."""
+        asked = self._job.checkpoint.every.seconds
+        if asked != "auto":
+            self._interval = asked
+            return
+        failures = self._past.failures + len(self._ended) - len(self._past.ended)
+        elapsed = self._past.trained + time.monotonic() - self._began
+        chosen = interval.choose(self._costs, failures, elapsed, writing=self._writing)
+        before = self._interval
+        if before is None or not 1 / NOTABLE < chosen.seconds / before < NOTABLE:
+            self._interval = chosen.seconds
+            self._tell("interval", seconds=chosen.seconds, reason=chosen.reason)
 
     def _introduce(self) -> None:
         if self._past.run_id is None:
@@ -248,6 +282,69 @@ class Supervisor:
             boot_id=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
             resumed=self._past.run_id is not None,
         )
+        if self._branch_from is not None:
+            step, self._branch_from = self._branch_from, None
+            self._tell_next("branched", step=step)
+            self._gate.branches = (*self._gate.branches, (step, self._number))
+            self._gate.checkpointed = self._objects_step = step
+
+    def _start_savers(self) -> Savers | None:
+        if not self._job.checkpoint.memory:
+            return None
+        return Savers(
+            self._pump,
+            environment(self._job),
+            self._run_id,
+            self._world_size,
+            self._run.path / "savers.log",
+            self._tell,
+        )
+
+    def _bring_back(self) -> None:
+        """Where no checkpoint is left, the newest that a replica has."""
+        replicas, store = self._job.checkpoint.replicas, self._gate.store
+        if not replicas or self._fresh or store.committed():
+            return
+        try:
+            restored = restore(environment(self._job), store.root, replicas, self._past.run_id)
+        except NoAcceptableCheckpoint as error:
+            if self._past.checkpointed:
+                raise
+            self._tell("warning", text=f"{error.message}; this is taken to be a new run")
+            return
+        if restored is not None:
+            self._run_id = restored.run
+            self._tell_next("brought_back", id=restored.id, files=restored.files)
+
+    def _start_replicas(self) -> Replicas:
+        checkpoint = self._job.checkpoint
+        replicas = Replicas(
+            self._pump,
+            environment(self._job),
+            self._gate.store.root,
+            self._run_id,
+            checkpoint.replicas,
+            checkpoint.commit,
+            self._run.path / "replicator.log",
+            self._replica_said,
+            self._past.replicated,
+        )
+        replicas.start()
+        if checkpoint.replicas:
+            self._gate.repair = lambda id, digest: replicas.repair(
+                id, digest, lambda: bool(self._stops)
+            )
+        return replicas
+
+    def _replica_said(self, event: str, /, **fields: Any) -> None:
+        self._tell(event, **fields)
+        if event == "replicated" and self._savers is not None:
+            ids = [path.name for path in self._gate.store.committed()]
+            self._savers.protect(self._replicas.protected(ids))
+
+    def _helpers(self) -> frozenset[int]:
+        """Children of this process that are no ranks."""
+        return self._replicas.pids | (self._savers.pids if self._savers else frozenset())
 
     def _launcher(self) -> Launcher:
         if self._job.launcher == "torchrun":
@@ -258,9 +355,11 @@ class Supervisor:
             [*self._job.preload, *self._past.imports],
             self._run.path / "zygote.log",
             self._tell,
+            others=self._helpers,
         )
 
     def _interrupted(self, newest: ResumePoint | None) -> int:
+        self._replicas.flush(0.0 if hurried(self._stops) else FLUSH_SECONDS)
         number = self._stops[0] if self._stops else signal.SIGTERM
         if hurried(self._stops):
             code, reason = died_by_signal(signal.SIGINT), "stopped at once, as asked twice"
@@ -271,6 +370,14 @@ class Supervisor:
         step = newest.step if newest else 0
         self._tell("run_interrupted", code=code, reason=reason, step=step)
         return code
+
+    def _signalled(self, number: signal.Signals) -> None:
+        if number != SAVE:
+            self._stop_asked(number)
+        elif self._now is None or (step := self._now.save_now()) is None:
+            self._tell("save_requested", step=None, reason="the ranks are not training yet")
+        else:
+            self._tell("save_requested", step=step)
 
     def _stop_asked(self, number: signal.Signals) -> None:
         self._stops.append(number)

@@ -15,6 +15,7 @@ each step boundary), then one record per rank. A record is two copies of 64 byte
 from __future__ import annotations
 
 import enum
+import fcntl
 import mmap
 import os
 import struct
@@ -31,10 +32,12 @@ _RECORD = 2 * _COPY
 _FIRST = 64
 
 _CRC = struct.Struct("<I")
-# sequence, pid, phase, step, time, first step time, loss, grad norm; then the CRC
-_BEAT = struct.Struct("<QIIqqqdd")
+# sequence, pid, phase, saving, step, time, first step time, loss, grad norm; then the CRC
+_BEAT = struct.Struct("<QIHHqqqdd")
 # sequence, save_at, stop_at, exit_rank, exit_at, exit_code; then the CRC
 _CONTROL = struct.Struct("<Qqqqqi")
+# sequence, step, whether all ranks save after it
+_DECISION = struct.Struct("<Qqi")
 
 
 class Phase(enum.IntEnum):
@@ -81,6 +84,8 @@ class Beat:
     first_step_time: int = 0
     loss: float = float("nan")
     grad_norm: float = float("nan")
+    saving: bool = False
+    """Whether its last snapshot is still being persisted."""
 
 
 NEVER = Beat()
@@ -136,42 +141,53 @@ class _Record:
 class Board:
     """The supervisor's side: reads beats, writes requests."""
 
-    def __init__(self, memory: mmap.mmap, world_size: int) -> None:
+    def __init__(self, memory: mmap.mmap, world_size: int, fd: int) -> None:
         self._memory = memory
+        self._fd = fd
         self.world_size = world_size
         self._control = _Record(memory, _FIRST, _CONTROL)
+        self._decision_at = _FIRST + _RECORD
         self._beats = [
-            _Record(memory, _FIRST + _RECORD * (1 + rank), _BEAT) for rank in range(world_size)
+            _Record(memory, _FIRST + _RECORD * (2 + rank), _BEAT) for rank in range(world_size)
         ]
 
     @classmethod
     def create(cls, world_size: int) -> tuple[Board, int]:
         """A new board and the descriptor that keeps it alive."""
         fd = os.memfd_create("autoglm-board", os.MFD_CLOEXEC)
-        size = _FIRST + _RECORD * (1 + world_size)
+        size = _FIRST + _RECORD * (2 + world_size)
         os.ftruncate(fd, size)
         memory = mmap.mmap(fd, size)
         memory[: _HEADER.size] = _HEADER.pack(_MAGIC, world_size)
-        return cls(memory, world_size), fd
+        return cls(memory, world_size, fd), fd
 
     @classmethod
     def open(cls, path: Path) -> Board:
         """The board that another process made; OSError or ValueError if it is not there."""
-        with path.open("r+b") as file:
-            memory = mmap.mmap(file.fileno(), 0)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        memory = mmap.mmap(fd, 0)
         header = memory[: _HEADER.size].ljust(_HEADER.size, b"\0")
         magic, world_size = _HEADER.unpack(header)
-        if magic != _MAGIC or len(memory) < _FIRST + _RECORD * (1 + world_size):
+        if magic != _MAGIC or len(memory) < _FIRST + _RECORD * (2 + world_size):
             raise ValueError(f"{path} is not a heartbeat board")
-        return cls(memory, world_size)
+        return cls(memory, world_size, fd)
 
     def beat(self, rank: int) -> Beat:
         """The last beat of `rank`, also after its death."""
         values = self._beats[rank].read()
         if values is None:
             return NEVER
-        pid, phase, step, at, first, loss, grad_norm = values
-        return Beat(int(pid), Phase(int(phase)), int(step), int(at), int(first), loss, grad_norm)
+        pid, phase, saving, step, at, first, loss, grad_norm = values
+        return Beat(
+            int(pid),
+            Phase(int(phase)),
+            int(step),
+            int(at),
+            int(first),
+            loss,
+            grad_norm,
+            bool(saving),
+        )
 
     def beats(self) -> tuple[Beat, ...]:
         """The last beat of every rank."""
@@ -192,6 +208,24 @@ class Board:
         values = self._control.read()
         return Control(*(int(v) for v in values)) if values else Control()
 
+    def agree(self, step: int) -> bool:
+        """Whether all ranks save after `step`: as the first one that asks finds them.
+
+        It does unless one of them is still saving. No rank waits for another, only for the lock
+        that is held for the microseconds of this call and that its holder's death gives back.
+        """
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        try:
+            record = _Record(self._memory, self._decision_at, _DECISION)
+            decided = record.read()
+            if decided is None or int(decided[0]) != step:
+                save = not any(beat.saving for beat in self.beats())
+                record.write(step, int(save))
+                return save
+            return bool(decided[1])
+        finally:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+
     def pulse(self, rank: int) -> Pulse:
         """The rank's own side."""
         return Pulse(self, self._beats[rank])
@@ -211,6 +245,7 @@ class Pulse:
         self._phase = int(Phase.START)
         self._step = -1
         self._first = 0
+        self._saving = 0
         self._loss = float("nan")
         self._grad_norm = float("nan")
 
@@ -245,9 +280,25 @@ class Pulse:
         if grad_norm is not None:
             self._grad_norm = grad_norm
 
+    def saving(self, under_way: bool) -> None:
+        """Say, with the next beat, whether the last snapshot is still being persisted."""
+        self._saving = int(under_way)
+
+    def agree(self, step: int) -> bool:
+        """Whether all ranks save after `step`; see `Board.agree`."""
+        self._beat(time.monotonic_ns())
+        return self._board.agree(step)
+
     def _beat(self, now: int) -> None:
         self._write(
-            self._pid, self._phase, self._step, now, self._first, self._loss, self._grad_norm
+            self._pid,
+            self._phase,
+            self._saving,
+            self._step,
+            now,
+            self._first,
+            self._loss,
+            self._grad_norm,
         )
 
     def control(self) -> Control:

@@ -10,6 +10,10 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Literal
+
+from autoglm_resume.checkpoint.options import Options
+from autoglm_resume.checkpoint.retention import Keep
 
 ASSIGNMENT = "AUTOGLM_ASSIGNMENT"
 
@@ -34,6 +38,30 @@ class ResumePoint:
 
 
 @dataclass(frozen=True)
+class Checkpointing:
+    """How to save and what to keep; see the job file's `checkpoint`."""
+
+    dir: str
+    every_steps: int | None = None
+    keep: Keep = field(default_factory=Keep)
+    memory: int = 2
+    on_busy: Literal["skip", "wait"] = "skip"
+    on_error: Literal["continue", "stop"] = "continue"
+    options: Options = field(default_factory=Options)
+    rename: dict[str, str] = field(default_factory=dict)
+    strict: bool = True
+    branches: tuple[tuple[int, int], ...] = ()
+    """(step, attempt) where the run left newer checkpoints behind on purpose."""
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Checkpointing:
+        """What `dataclasses.asdict` made of it."""
+        keep, options = Keep.from_json(data["keep"]), Options(**data["options"])
+        branches = tuple((step, attempt) for step, attempt in data["branches"])
+        return cls(**{**data, "keep": keep, "options": options, "branches": branches})
+
+
+@dataclass(frozen=True)
 class Assignment:
     """One attempt, as its ranks need to know it. All paths are absolute."""
 
@@ -51,11 +79,11 @@ class Assignment:
     """Of this attempt: logs, events and errors of every rank."""
     board: str
     source: Source
-    checkpoint_dir: str
+    checkpoint: Checkpointing
     resume: ResumePoint | None
-    every_steps: int | None
-    keep: int
     check_model: bool
+    savers: tuple[str, ...] = ()
+    """Name of each rank's saver."""
     config_files: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     """The job's `env`."""
@@ -87,11 +115,12 @@ class Assignment:
         data = json.loads(path.read_bytes())
         source = data.pop("source")
         resume = data.pop("resume")
-        config_files = tuple(data.pop("config_files"))
         return cls(
             source=Source(**{**source, "args": tuple(source["args"])}),
             resume=ResumePoint(**resume) if resume else None,
-            config_files=config_files,
+            checkpoint=Checkpointing.from_json(data.pop("checkpoint")),
+            config_files=tuple(data.pop("config_files")),
+            savers=tuple(data.pop("savers")),
             **data,
         )
 

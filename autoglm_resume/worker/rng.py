@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import torch
+from blake3 import blake3
 
 
 def capture() -> dict[str, Any]:
@@ -18,6 +19,17 @@ def capture() -> dict[str, Any]:
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = [generator.get_state() for generator in torch.cuda.default_generators]
     return state
+
+
+def derive(text: str) -> None:
+    """Seed every generator of this process from `text`, the same for the same text."""
+    seed = int.from_bytes(blake3(text.encode()).digest(8), "big") >> 1
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if "numpy" in sys.modules:
+        import numpy
+
+        numpy.random.seed(seed % 2**32)
 
 
 def restore(state: dict[str, Any]) -> None:

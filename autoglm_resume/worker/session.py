@@ -10,7 +10,7 @@ It works unchanged under autoglm, under plain torchrun, and alone with python.
 
 from __future__ import annotations
 
-import contextlib
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -20,9 +20,9 @@ from typing import Any, NoReturn
 import torch
 
 import autoglm_resume
-from autoglm_resume.checkpoint import restore, retention, saver, snapshot, structure
+from autoglm_resume.checkpoint import capture, restore, saver, structure
 from autoglm_resume.checkpoint.document import digest
-from autoglm_resume.checkpoint.part import age, checkpoint_id
+from autoglm_resume.checkpoint.part import checkpoint_id
 from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.errors import (
     CheckpointError,
@@ -31,15 +31,16 @@ from autoglm_resume.errors import (
     ModelMismatch,
     UsageError,
 )
-from autoglm_resume.worker import hooks, rng, settings, tracked
+from autoglm_resume.worker import copying, hooks, restoring, rng, settings, tracked
 from autoglm_resume.worker.board import Board, Phase, Pulse
 from autoglm_resume.worker.contract import Assignment, ResumePoint
 from autoglm_resume.worker.data import ResumableSampler
 from autoglm_resume.worker.events import Events
 from autoglm_resume.worker.imports import imported_since_start
 from autoglm_resume.worker.requests import FromClock, FromRankZero, FromSupervisor, Requests
+from autoglm_resume.worker.saves import Saves
 
-RNG = "rng"
+RNG = restoring.RNG
 
 
 def init(
@@ -66,10 +67,11 @@ class Session:
 
     def __init__(self, chosen: settings.Settings, assignment: Assignment | None) -> None:
         self._settings = chosen
-        self._supervised = assignment is not None
-        self._store = Store(chosen.checkpoint_dir)
+        self._assignment = assignment
+        self._store = Store(Path(chosen.checkpoint.dir))
         self._tracked: dict[str, Any] = {}
         self._models: dict[str, torch.nn.Module] = {}
+        self._led: set[str] = set()
         self._structure: structure.Structure | None = None
         self._completed = 0
         self._resumed = False
@@ -78,8 +80,8 @@ class Session:
         self._reported = 0.0
         self._lineage: tuple[str, ...] = ()
         self._requests: Requests | None = None
-        events = assignment.events(chosen.rank) if assignment else None
-        self._events = Events(events, chosen.rank)
+        self._metrics: dict[str, float] = {}
+        self._events = Events(assignment.events(chosen.rank) if assignment else None, chosen.rank)
         self._pulse = self._find_pulse(assignment)
         self._pulse.phase(Phase.START)
 
@@ -118,6 +120,8 @@ class Session:
             hooks.watch(obj, self._pulse)
             if isinstance(obj, torch.nn.parallel.DistributedDataParallel):
                 tracked.never_free(obj)
+            if tracked.led_by_rank_zero(obj):
+                self._led.add(name)
             self._tracked[name] = obj = tracked.unwrapped(obj)
             if isinstance(obj, torch.nn.Module):
                 self._models[name] = obj
@@ -136,8 +140,9 @@ class Session:
         self._structure = self._model_structure()
         if self._structure is not None:
             self._events.emit("model", hash=self._structure.hash, model=self._structure.to_json())
-        if not self._supervised:
+        if self._assignment is None:
             self._settings = settings.agreed(self._settings, self._structure)
+        self._saves = Saves(self._settings, self._assignment, self._events, self._pulse)
         self._requests = self._find_requests()
         point = self._settings.resume
         if point is not None:
@@ -156,7 +161,7 @@ class Session:
             yield step
             self.step_done(step)
         # Without its last checkpoint the run would count as finished and its result be lost.
-        if (failure := self._save()) is not None:
+        if (failure := self._save_for_certain()) is not None:
             raise failure
         self._pulse.phase(Phase.DONE)
         self._events.emit("finished", step=self._completed)
@@ -179,13 +184,18 @@ class Session:
             self._events.emit("first_step", step=completed)
             if self.rank == 0:
                 self._events.emit("imports", modules=imported_since_start())
+            self._saves.prepare(self._state, self._identity())
+        self._saves.look()
         assert self._requests is not None
         due = self._requests.at(completed)
-        every = self._settings.every_steps
-        if due.save or due.stop or (every is not None and completed % every == 0):
-            self.save()
+        every = self._settings.checkpoint.every_steps
         if due.stop:
+            self._save_for_certain()
             self._stop()
+        elif due.save or (
+            every is not None and completed % every == 0 and self._saves.due(completed)
+        ):
+            self._save()
 
     def report(self, *, loss: Any | None = None, grad_norm: Any | None = None) -> None:
         """Show figures of this step in the heartbeat; numbers or one-element tensors.
@@ -197,100 +207,67 @@ class Session:
             if now - self._reported < 1:
                 return
             self._reported = now
-        self._pulse.report(_number(loss), _number(grad_norm))
+        figures = {"loss": _number(loss), "grad_norm": _number(grad_norm)}
+        self._pulse.report(figures["loss"], figures["grad_norm"])
+        known = {key: value for key, value in figures.items() if value is not None}
+        self._metrics.update({k: v for k, v in known.items() if math.isfinite(v)})
 
     def save(self) -> bool:
         """Save now, after the last completed step; every rank must call it at the same step.
 
-        Returns whether this rank's part is safely on storage. A failed save is reported and
-        training goes on: the older checkpoint stays the latest.
+        Waits for the save before, and returns when this one's snapshot can be taken beside the
+        next forward and backward pass: whether it is under way. A save that fails later is
+        reported, and training goes on with the older checkpoint as the latest.
         """
         if not self._resumed:
             raise UsageError("call session.resume() before session.save()")
-        return self._save() is None
+        self._save()
+        return self._saves.failure(self._id()) is None
 
-    def _save(self) -> saver.SaveFailed | None:
+    def _id(self) -> str:
+        return checkpoint_id(self._completed, self._settings.token)
+
+    def _save(self) -> None:
         if self._saved_step == self._completed:
-            return None
+            return
         began = time.monotonic()
         self._pulse.phase(Phase.SAVE)
-        id = checkpoint_id(self._completed, self._settings.token)
-        self._forsake_failed()
         try:
-            part = saver.persist(self._snapshot(id), self._store)
-        except saver.SaveFailed as error:
-            self._events.emit("save_failed", id=id, step=self._completed, reason=str(error))
-            with contextlib.suppress(OSError):  # the log may be on the same full disk
-                print(f"autoglm: {error}; training goes on", file=sys.stderr)
-            return error
+            self._saves.begin(self._state(), self._identity(), self._safe(), began)
+            self._saved_step = self._completed
         finally:
-            self._lineage = (id, *self._lineage)[:8]
+            self._lineage = (self._id(), *self._lineage)[:8]
             self._pulse.phase(Phase.DATA)
-        self._saved_step = self._completed
-        self._events.emit(
-            "saved",
-            id=id,
-            step=self._completed,
-            seconds=time.monotonic() - began,
-            began=began,
-            raw=sum(chunk.raw for chunk in part.chunks),
-            stored=sum(chunk.stored for chunk in part.chunks),
-        )
-        # The part is safe; what follows can be done by anybody later, and must not end training.
-        with contextlib.suppress(OSError, CheckpointError):
-            self._settle(id, began)
-        return None
 
-    def _forsake_failed(self) -> None:
-        """Give back the room of parts whose checkpoint failed in another rank.
+    def _save_for_certain(self) -> saver.SaveFailed | None:
+        """Save, and return when it is certain what became of it."""
+        self._save()
+        self._pulse.phase(Phase.SAVE)
+        if (failure := self._saves.failure(self._id(), wait=True)) is not None:
+            self._saves.begin(self._state(), self._identity(), frozenset(), time.monotonic())
+            failure = self._saves.failure(self._id(), wait=True)
+        return failure
 
-        The newest may only be late; by now every rank is through with the one before it.
-        """
-        for id in self._lineage[1:]:
-            with contextlib.suppress(OSError):
-                self._store.forsake(id, self.rank)
-
-    def _settle(self, id: str, began: float) -> None:
-        manifest = self._store.commit(id)
-        if manifest is not None:
-            self._events.emit(
-                "committed",
-                id=id,
-                step=manifest.step,
-                digest=manifest.digest,
-                began=began,
-                objects=manifest.objects,
-            )
-        if self.rank == 0:
-            self._retire(id)
-
-    def _retire(self, saved: str) -> None:
-        # Newer ones than this are of another branch, rejected but not corrupt: they must not make
-        # this run's checkpoints look old.
-        committed = [
-            (path.name, age(path.name)[0])
-            for path in self._store.committed()
-            if age(path.name) <= age(saved)
-        ]
-        resumed = self._settings.resume
-        protected = frozenset([resumed.id]) if resumed else frozenset[str]()
-        for id in retention.doomed(committed, self._settings.keep, protected):
-            self._store.delete(id)
-            self._events.emit("pruned", id=id)
-
-    def _snapshot(self, id: str) -> snapshot.Snapshot:
+    def _state(self) -> capture.State:
         states = {name: obj.state_dict() for name, obj in self._tracked.items()}
-        states[RNG] = rng.capture()
-        return snapshot.take(
-            states,
-            id=id,
+        return capture.gather({**states, RNG: rng.capture()})
+
+    def _safe(self) -> frozenset[int]:
+        """What only an optimizer step changes, so that it may be copied until then."""
+        tracked = self._tracked.values()
+        return copying.safe_until_step([o for o in tracked if isinstance(o, torch.optim.Optimizer)])
+
+    def _identity(self) -> capture.Identity:
+        return capture.Identity(
+            id=self._id(),
             rank=self.rank,
             world_size=self.world_size,
             lineage=self._lineage,
             model=self._structure,
             rng=True,
             data=any(tracked.deals_data(obj) for obj in self._tracked.values()),
-            versions={"autoglm": autoglm_resume.__version__, **snapshot.torch_versions()},
+            metrics=dict(self._metrics),
+            versions={"autoglm": autoglm_resume.__version__, **capture.torch_versions()},
         )
 
     def _restore(self, point: ResumePoint) -> None:
@@ -302,7 +279,10 @@ class Session:
                 raise CorruptCheckpoint(
                     f"{path}: expected manifest {point.digest} (as the gate saw it), found {found}"
                 )
-            restored = restore.read(self._store, path, self.rank)
+            held = self._saves.held(point.id)
+            restored = restoring.read(
+                self._store, path, self.rank, self.world_size, self._tracked, self._led, held
+            )
             self._compare(point, restored)
         except CheckpointError as error:
             self._events.emit(
@@ -315,7 +295,11 @@ class Session:
             raise
         for name, obj in self._tracked.items():
             obj.load_state_dict(restored.states[name])
-        rng.restore(restored.states[RNG])
+        restoring.generators(restored, self.rank)
+        if restored.part.world_size != self.world_size and self.rank == 0:
+            count = restored.part.world_size
+            said = restoring.resharded(count, self.world_size, self._tracked)
+            self._events.emit("resharded", id=point.id, step=point.step, **said)
         self._completed = self._saved_step = point.step
         self._lineage = (point.id,)
         self._events.emit(
@@ -348,7 +332,7 @@ class Session:
             for key, value in model.state_dict().items()
         }
         config = {path: digest(Path(path).read_bytes()) for path in self._settings.config_files}
-        return snapshot.structure_of(tensors, config)
+        return capture.structure_of(tensors, config)
 
     def _stop(self) -> NoReturn:
         self._events.emit("stopped", step=self._completed)
@@ -363,7 +347,7 @@ class Session:
         return board.pulse(self.rank)
 
     def _find_requests(self) -> Requests:
-        if self._supervised:
+        if self._assignment is not None:
             return FromSupervisor(self._pulse, self.rank)
         if self.world_size > 1 and torch.distributed.is_initialized():
             return FromRankZero(self.rank, self._settings.every_seconds)

@@ -12,10 +12,12 @@ from typing import Any
 import torch.distributed as dist
 
 from autoglm_resume.checkpoint.gate import Expectation, choose
+from autoglm_resume.checkpoint.retention import Keep
 from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.checkpoint.structure import Structure
 from autoglm_resume.errors import NoAcceptableCheckpoint
-from autoglm_resume.worker.contract import Assignment, ResumePoint
+from autoglm_resume.worker import turns
+from autoglm_resume.worker.contract import Assignment, Checkpointing, ResumePoint
 
 DEFAULT_SECONDS = 300.0
 DEFAULT_KEEP = 3
@@ -27,10 +29,8 @@ class Settings:
 
     rank: int
     world_size: int
-    checkpoint_dir: Path
-    every_steps: int | None
+    checkpoint: Checkpointing
     every_seconds: float | None
-    keep: int
     check_model: bool
     config_files: tuple[str, ...]
     token: str
@@ -43,10 +43,8 @@ def supervised(assignment: Assignment) -> Settings:
     return Settings(
         rank=int(os.environ["RANK"]),
         world_size=assignment.world_size,
-        checkpoint_dir=Path(assignment.checkpoint_dir),
-        every_steps=assignment.every_steps,
+        checkpoint=assignment.checkpoint,
         every_seconds=None,  # the supervisor asks when it is time, through the board
-        keep=assignment.keep,
         check_model=assignment.check_model,
         config_files=assignment.config_files,
         token=f"a{assignment.attempt}",
@@ -62,10 +60,12 @@ def alone(
     return Settings(
         rank=int(os.environ.get("RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        checkpoint_dir=Path(checkpoint_dir or f"checkpoints/{stem}").absolute(),
-        every_steps=every_steps,
+        checkpoint=Checkpointing(
+            dir=str(Path(checkpoint_dir or f"checkpoints/{stem}").absolute()),
+            every_steps=every_steps,
+            keep=Keep(last=keep),
+        ),
         every_seconds=every_seconds if every_seconds or every_steps else DEFAULT_SECONDS,
-        keep=keep,
         check_model=True,
         config_files=(),
         token="",
@@ -93,10 +93,11 @@ def agreed(settings: Settings, model: Structure | None) -> Settings:
 def _choose(
     settings: Settings, model: Structure | None
 ) -> ResumePoint | NoAcceptableCheckpoint | None:
-    store = Store(settings.checkpoint_dir)
-    store.complete()
-    if settings.world_size == 1 or dist.is_initialized():
-        store.sweep()  # the other ranks wait for this answer, so nothing is being written
+    store = Store(Path(settings.checkpoint.dir))
+    with turns.settled(store.root):
+        store.complete()
+        if settings.world_size == 1 or dist.is_initialized():
+            store.sweep()  # the other ranks wait for this answer, so nothing is being written
     expectation = Expectation(settings.world_size, model.hash if model else None, model)
     choice = choose(store.candidates(), expectation)
     if choice.accepted is not None and choice.accepted.manifest is not None:
@@ -105,7 +106,7 @@ def _choose(
     if choice.verdicts:
         return NoAcceptableCheckpoint(
             "no acceptable checkpoint:\n" + "\n".join(v.reason for v in choice.verdicts),
-            hint=f"move {settings.checkpoint_dir} away to start from step 0",
+            hint=f"move {settings.checkpoint.dir} away to start from step 0",
         )
     return None
 

@@ -25,6 +25,12 @@ def never_free(obj: object) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(obj))
 
 
+def led_by_rank_zero(obj: Any) -> bool:
+    """Whether every forward pass begins with the buffers (as of a BatchNorm) of rank 0."""
+    obj = getattr(obj, "_orig_mod", obj)
+    return isinstance(obj, torch.nn.parallel.DistributedDataParallel) and obj.broadcast_buffers
+
+
 def unwrapped(obj: Any) -> Any:
     """The module inside DistributedDataParallel and torch.compile: its names do not change."""
     while True:

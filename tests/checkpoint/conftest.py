@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from autoglm_resume.checkpoint import saver, snapshot
+from autoglm_resume.checkpoint import capture
 from autoglm_resume.checkpoint.manifest import checkpoint_id
+from autoglm_resume.checkpoint.saver import Saver
 from autoglm_resume.checkpoint.snapshot import Snapshot
 from autoglm_resume.checkpoint.store import Store
 
@@ -35,13 +36,13 @@ def snapshots(
 ) -> list[Snapshot]:
     def one(rank: int) -> Snapshot:
         state = state_of(step, rank, width)
-        return snapshot.take(
+        return capture.take(
             state,
             id=checkpoint_id(step, token),
             rank=rank,
             world_size=ranks,
-            lineage=lineage,
-            model=snapshot.structure_of(state["model"]),
+            lineage=tuple(lineage),
+            model=capture.structure_of(state["model"]),
             rng=True,
             created=1_700_000_000.0 + step,
         )
@@ -66,7 +67,7 @@ def save() -> Save:
     def save(store: Store, step: int, **options: Any) -> str:
         taken = snapshots(step, **options)
         for each in taken:
-            saver.persist(each, store)
+            Saver(store, share=False).persist(each)
         return taken[0].id
 
     return save

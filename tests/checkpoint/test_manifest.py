@@ -18,6 +18,8 @@ from autoglm_resume.checkpoint.structure import Structure
 from autoglm_resume.errors import CheckpointError, CorruptCheckpoint, NewerFormat
 
 CONTENT = digest(b"12345678")
+BASE = digest(b"87654321")
+OLDER = "step-0000000020.a1"
 
 
 def part(rank: int = 0, **changes: Any) -> Part:
@@ -38,13 +40,21 @@ def part(rank: int = 0, **changes: Any) -> Part:
         },
         state=state,
         tensors=(tensor,),
-        chunks=(m.Chunk(CONTENT, 8, 8, 0, "raw"),),
-        pack=m.pack_file(rank),
-        fingerprint=m.Fingerprint(8, 1, 2, 3),
+        chunks=(m.Chunk(CONTENT, 8, 0, 8, 0, "raw"),),
+        packs=(m.Pack("step-0000000030.a1", m.Fingerprint(8, 1, 2, 3)),),
+        metrics={"loss": 0.5},
         rng=True,
         data=False,
     )
     return replace(made, **changes)
+
+
+def sharing(**changes: Any) -> Part:
+    """A part whose only tensor is a delta against a chunk in an older pack."""
+    packs = (*part().packs, m.Pack(OLDER, m.Fingerprint(100, 4, 5, 6)))
+    chunks = (m.Chunk(BASE, 8, 1, 6, 94, "raw"), m.Chunk(CONTENT, 8, 0, 8, 0, "delta", 0))
+    tensors = (replace(part().tensors[0], chunks=(1,)),)
+    return part(packs=packs, chunks=chunks, tensors=tensors, **changes)
 
 
 def manifest(parent: m.Parent | None = None) -> Manifest:
@@ -53,7 +63,8 @@ def manifest(parent: m.Parent | None = None) -> Manifest:
 
 
 def test_documents_bring_back_what_was_written() -> None:
-    assert Part.decode(part().encode(), "f") == part()
+    for made in (part(), sharing()):
+        assert Part.decode(made.encode(), "f") == made
     for parent in (None, m.Parent("step-0000000020.a1", CONTENT)):
         assert Manifest.decode(manifest(parent).encode(), "f") == manifest(parent)
 
@@ -83,6 +94,28 @@ def test_every_flipped_bit_of_a_manifest_is_noticed(bit: int) -> None:
             Manifest.decode(bytes(flipped), "some/manifest.json")
 
 
+def test_a_part_knows_what_it_needs_of_older_packs() -> None:
+    made = sharing()
+    assert (made.raw, made.stored, made.shared, made.needs) == (8, 8, 6, (OLDER,))
+    assert (part().shared, part().needs) == (0, ())
+    parts = [made, part(1)]
+    whole = Manifest.of(parts, [p.encode() for p in parts], None)
+    assert (whole.stored, whole.shared, whole.needs) == (16, 6, (OLDER,))
+
+
+def test_what_a_part_leaves_to_its_peers_must_be_with_one_of_them() -> None:
+    left = part(
+        chunks=(m.Chunk(CONTENT, 8, None),),
+        packs=(m.Pack("step-0000000030.a1", m.Fingerprint(0, 1, 2, 3)),),
+    )
+    assert Part.decode(left.encode(), "f") == left
+    parts = [left, part(1)]
+    assert Manifest.of(parts, [p.encode() for p in parts], None).stored == 8
+    parts = [left, replace(left, rank=1)]
+    with pytest.raises(CorruptCheckpoint, match=r"rank-00000\.json: expected chunk blake3:\S+ in"):
+        Manifest.of(parts, [p.encode() for p in parts], None)
+
+
 def test_every_truncation_of_a_document_is_noticed() -> None:
     for decode, data in ((Manifest.decode, manifest().encode()), (Part.decode, part().encode())):
         for size in range(len(data)):
@@ -106,7 +139,7 @@ def set_at(document: Any, path: str, value: Any) -> Any:
     ("path", "value", "says"),
     [
         ("format", 0, "format"),
-        ("format", "1", "format"),
+        ("format", "2", "format"),
         ("id", "step-1.a", "id"),
         ("id", "../../etc", "id"),
         ("step", 31, "step 30"),
@@ -127,11 +160,12 @@ def set_at(document: Any, path: str, value: Any) -> Any:
         ("objects.extra", CONTENT, "objects in the state"),
         ("state", [], "state"),
         ("state.model", None, "digest of model"),
-        ("pack", "../rank-00000.pack", "plain file name"),
-        ("pack", "a/b", "plain file name"),
-        ("pack", "..", "plain file name"),
-        ("fingerprint.size", 9, "size of the pack"),
-        ("fingerprint.inode", -1, "inode"),
+        ("metrics", {"loss": "low"}, "metrics.loss"),
+        ("packs", [], "its own pack"),
+        ("packs.0.id", "../elsewhere", "packs[0].id"),
+        ("packs.0.id", OLDER, "its own pack: expected step-0000000030.a1"),
+        ("packs.0.fingerprint.size", 9, "size of the pack"),
+        ("packs.0.fingerprint.inode", -1, "inode"),
         ("tensors.0.name", "other/w", "object"),
         ("tensors.0.dtype", "object", "dtype"),
         ("tensors.0.shape", [3], "model/w: bytes: expected 12, found 8"),
@@ -139,10 +173,17 @@ def set_at(document: Any, path: str, value: Any) -> Any:
         ("tensors.0.chunks", [1], "model/w: chunks"),
         ("tensors.0.chunks", [], "model/w: bytes"),
         ("tensors.0.digest", CONTENT, "model/w: digest"),
-        ("chunks.0.offset", 1, "chunk 0: offset"),
-        ("chunks.0.raw", 0, "raw"),
-        ("chunks.0.stored", 7, "size of the pack"),
-        ("chunks.0.codec", 1, "codec"),
+        ("chunks.0", [CONTENT, 8], "chunks[0]: expected 7 values"),
+        ("chunks.0.0", "blake3:0", "chunks[0][0]"),
+        ("chunks.0.1", 0, "chunks[0][1]"),
+        ("chunks.0.1", m.CHUNK_BYTES + 1, "chunk 0: raw size"),
+        ("chunks.0.2", 1, "chunk 0: pack: expected below 1, found 1"),
+        ("chunks.0.2", -1, "chunks[0][2]"),
+        ("chunks.0.3", 7, "size of the pack"),
+        ("chunks.0.4", 1, "chunk 0: offset"),
+        ("chunks.0.5", 1, "chunks[0][5]"),
+        ("chunks.0.6", 0, "chunk 0: base: expected one in an older pack, found one in pack 0"),
+        ("chunks.0.6", 5, "chunk 0: base: expected one in an older pack, found chunk 5 of 1"),
     ],
 )
 def test_a_part_with_a_wrong_field_is_refused_by_name(path: str, value: Any, says: str) -> None:
@@ -156,6 +197,26 @@ def test_a_part_with_a_wrong_field_is_refused_by_name(path: str, value: Any, say
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
+        ("packs.1.id", "step-0000000030.a1", "packs, newest first"),
+        ("packs.1.id", "step-0000000031.a1", "packs, newest first"),
+        ("packs.1.fingerprint.size", 99, "chunk 0: end: expected at most 99, found 100"),
+        ("chunks.0.1", 9, "found one of 9 bytes"),
+        ("chunks.0.2", None, "found one in pack None"),
+        ("chunks.0.2", 0, "chunk 0: offset"),
+        ("chunks.0.6", 0, "found one in pack 1"),
+        ("chunks.1.6", 1, "chunk 1: base: expected one in an older pack, found one in pack 0"),
+        ("chunks.1.6", None, "chunks in use: expected 2, found 1"),
+    ],
+)
+def test_a_reference_into_an_older_pack_is_checked(path: str, value: Any, says: str) -> None:
+    with pytest.raises(CorruptCheckpoint) as caught:
+        Part.decode(compact(set_at(json.loads(sharing().encode()), path, value)), "f")
+    assert says in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
         ("parts.0.file", "rank-00001.json", "rank 0 in rank-00000.json"),
         ("parts.0.file", "/etc/passwd", "plain file name"),
         ("parts.1", KeyError, "2 parts"),
@@ -164,6 +225,9 @@ def test_a_part_with_a_wrong_field_is_refused_by_name(path: str, value: Any, say
         ("model_hash", "x", "model_hash"),
         ("layout", 3, "layout"),
         ("rng", 1, "rng"),
+        ("metrics", {"loss": None}, "metrics.loss"),
+        ("needs", ["step-0000000030.a1"], "needs: expected ids of older checkpoints"),
+        ("needs", ["../x"], "needs: expected ids of older checkpoints"),
     ],
 )
 def test_a_sealed_manifest_is_still_checked_field_by_field(
@@ -194,8 +258,18 @@ def test_a_newer_format_names_both_numbers() -> None:
         (Manifest.decode, manifest().to_json()),
         (Part.decode, json.loads(part().encode())),
     ):
-        with pytest.raises(NewerFormat, match=r"format 7, this version reads up to format 1"):
+        with pytest.raises(NewerFormat, match=r"format 7, this version reads up to format 2"):
             decode(indented({**document, "format": 7}), "f")
+
+
+def test_an_older_format_is_refused_but_not_called_corrupt() -> None:
+    for decode, document in (
+        (Manifest.decode, manifest().to_json()),
+        (Part.decode, json.loads(part().encode())),
+    ):
+        with pytest.raises(CheckpointError, match="expected format 2, found format 1") as caught:
+            decode(indented({**document, "format": 1}), "f")
+        assert not isinstance(caught.value, CorruptCheckpoint)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +285,7 @@ def test_a_newer_format_names_both_numbers() -> None:
         b"9" * 10_000,
         b'{"format": 1e999}',
         b'{"format": NaN}',
-        b'{"format": 1, "digest": "%s", "x": %s}' % (CONTENT.encode(), b"[" * 900 + b"]" * 900),
+        b'{"format": 2, "digest": "%s", "x": %s}' % (CONTENT.encode(), b"[" * 900 + b"]" * 900),
     ],
     ids=lambda d: repr(d[:12]),
 )  # fmt: skip
@@ -235,12 +309,13 @@ json_values = st.recursive(
 @given(st.data())
 @settings(max_examples=150, deadline=None)
 def test_any_value_in_any_place_is_read_or_refused(data: st.DataObject) -> None:
-    document = json.loads(part().encode())
+    document = json.loads(data.draw(st.sampled_from([part(), sharing()])).encode())
     paths = [
         *document,
         *(f"tensors.0.{k}" for k in document["tensors"][0]),
-        *(f"chunks.0.{k}" for k in document["chunks"][0]),
-        *(f"fingerprint.{k}" for k in document["fingerprint"]),
+        *(f"chunks.0.{k}" for k in range(len(document["chunks"][0]))),
+        *(f"packs.0.{k}" for k in document["packs"][0]),
+        *(f"packs.0.fingerprint.{k}" for k in document["packs"][0]["fingerprint"]),
     ]
     set_at(document, data.draw(st.sampled_from(paths)), data.draw(json_values))
     with suppress(CheckpointError):

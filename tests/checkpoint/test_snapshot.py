@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from autoglm_resume.checkpoint import snapshot
+from autoglm_resume.checkpoint import capture
 from autoglm_resume.errors import UsageError
 
 ID = "step-0000000003.a0"
@@ -11,7 +11,7 @@ ID = "step-0000000003.a0"
 
 def test_a_snapshot_holds_the_bytes_of_every_tensor_under_its_path() -> None:
     state = {"w": torch.arange(4, dtype=torch.int16).reshape(2, 2).T, "n": 3}
-    taken = snapshot.take({"model": state}, id=ID, rank=1, world_size=2, lineage=["x"])
+    taken = capture.take({"model": state}, id=ID, rank=1, world_size=2, lineage=("x",))
     (tensor,) = taken.tensors
     assert (tensor.name, tensor.dtype, tensor.shape) == ("model/w", "int16", (2, 2))
     assert bytes(tensor.data) == b"\0\0\2\0\1\0\3\0"
@@ -22,7 +22,7 @@ def test_a_snapshot_holds_the_bytes_of_every_tensor_under_its_path() -> None:
 
 def test_tensors_in_host_memory_are_not_copied() -> None:
     weight = torch.zeros(4)
-    taken = snapshot.take({"m": {"w": weight}}, id=ID, rank=0, world_size=1)
+    taken = capture.take({"m": {"w": weight}}, id=ID, rank=0, world_size=1)
     weight.fill_(1)
     assert bytes(taken.tensors[0].data) == b"\0\0\x80\x3f" * 4
 
@@ -30,11 +30,11 @@ def test_tensors_in_host_memory_are_not_copied() -> None:
 def test_what_cannot_be_saved_is_named_before_anything_is_written() -> None:
     state = {"order": [(x for x in ())]}
     with pytest.raises(UsageError, match=r"sampler/order\.0: a builtins\.generator"):
-        snapshot.take({"sampler": state}, id=ID, rank=0, world_size=1)
+        capture.take({"sampler": state}, id=ID, rank=0, world_size=1)
 
 
 def test_the_structure_of_a_module_is_its_parameters_and_buffers() -> None:
-    found = snapshot.structure_of(torch.nn.BatchNorm1d(3).state_dict(), {"a.yaml": "blake3:0"})
+    found = capture.structure_of(torch.nn.BatchNorm1d(3).state_dict(), {"a.yaml": "blake3:0"})
     assert found.tensors == (
         ("bias", "float32", (3,)),
         ("num_batches_tracked", "int64", ()),

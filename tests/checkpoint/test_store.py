@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from autoglm_resume import files
-from autoglm_resume.checkpoint import saver
 from autoglm_resume.checkpoint.gate import Expectation, choose
 from autoglm_resume.checkpoint.manifest import MANIFEST, Parent
+from autoglm_resume.checkpoint.saver import Saver
 from autoglm_resume.checkpoint.snapshot import Snapshot
 from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.errors import CorruptCheckpoint
@@ -42,7 +42,7 @@ def test_a_store_that_is_not_there_is_empty(store: Store) -> None:
 
 def test_only_a_manifest_makes_a_checkpoint(store: Store, snaps: Snaps, save: Any) -> None:
     save(store, 1)
-    saver.persist(snaps(2)[1], store)
+    Saver(store, share=False).persist(snaps(2)[1])
     (store.root / "notes").mkdir()
     assert [p.name for p in store.committed()] == [STEP_1]
     assert [p.name for p in store.uncommitted()] == [STEP_2]
@@ -69,7 +69,7 @@ def test_a_parent_that_was_never_finished_or_is_gone_is_skipped(
     store: Store, snaps: Snaps, save: Any
 ) -> None:
     save(store, 1)
-    saver.persist(snaps(2, lineage=[STEP_1])[0], store)
+    Saver(store, share=False).persist(snaps(2, lineage=[STEP_1])[0])
     save(store, 3, lineage=[STEP_2, STEP_1])
     manifest = store.load_manifest(store.directory(STEP_3))
     assert manifest.parent is not None
@@ -95,7 +95,7 @@ def test_any_order_of_the_ranks_gives_the_same_manifest(tmp_path: Path, snaps: S
         taken = snaps(1, ranks=3, width=4)
         for rank in order:
             assert store.commit(STEP_1) is None
-            saver.persist(taken[rank], store)
+            Saver(store, share=False).persist(taken[rank])
         manifest = store.commit(STEP_1)
         assert manifest is not None
         assert manifest == store.load_manifest(store.directory(STEP_1))
@@ -119,7 +119,7 @@ def test_parts_that_cannot_belong_together_are_not_committed(
     def parts(root: str, **options: Any) -> Path:
         other = Store(tmp_path / root)
         for taken in snaps(1, width=4, **options):
-            saver.persist(taken, other)
+            Saver(other, share=False).persist(taken)
         return other.directory(STEP_1)
 
     two, three = parts("two"), parts("three", ranks=3)
@@ -192,7 +192,7 @@ def test_a_torn_manifest_is_latest_but_never_accepted(store: Store, save: Any) -
 def test_a_newer_format_is_refused_but_not_called_corrupt(store: Store, save: Any) -> None:
     save(store, 1)
     file = store.directory(STEP_1) / MANIFEST
-    file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
+    file.write_text(file.read_text().replace('"format": 2', '"format": 3'))
     choice = choose(store.candidates(), Expectation(2))
     assert choice.accepted is None
     assert not choice.verdicts[0].corrupt
@@ -241,7 +241,7 @@ def test_a_sweep_removes_what_was_never_finished_and_nothing_else(
     store: Store, snaps: Snaps, save: Any
 ) -> None:
     save(store, 1)
-    saver.persist(snaps(2)[0], store)
+    Saver(store, share=False).persist(snaps(2)[0])
     (store.directory(STEP_1) / f"{files.TEMPORARY}9-manifest.json").write_text("half")
     (store.root / "README").write_text("mine")
     assert len(store.sweep()) == 2

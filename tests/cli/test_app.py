@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from autoglm_resume.supervise.rundir import RunDirectory
 from tests.observe.runs import Script, checkpoint, directory, flip, killed_once
 
 HEAVY = ("torch", "numpy", "pydantic", "yaml", "rich", "psutil", "pickle", "asyncio")
@@ -61,7 +62,11 @@ def test_starting_is_cheap(arguments: list[str], run: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "resume", "status", "logs", "stop", "verify", "schema", "inspect ckpt"]
+    "command",
+    [
+        *("run", "resume", "status", "logs", "save", "stop", "ckpts", "prune", "verify", "schema"),
+        "inspect ckpt",
+    ],
 )
 def test_every_command_explains_itself_with_examples(command: str) -> None:
     for flag in ("--help", "-h"):
@@ -100,7 +105,12 @@ def test_the_help_lists_the_exit_codes() -> None:
         ["status", "missing"],
         ["resume", "missing"],
         ["stop"],
+        ["save"],
         ["verify", "missing"],
+        ["ckpts", "missing"],
+        ["prune"],
+        ["prune", "missing"],
+        ["resume", "--from", "x"],
     ],
 )
 def test_bad_usage_exits_2_and_says_why_without_a_traceback(
@@ -180,6 +190,59 @@ def test_damage_exits_90_and_names_the_file(run: Path, tmp_path: Path) -> None:
     assert some.returncode == 1
     assert [each["accepted"] for each in json.loads(some.stdout)] == [True, False]
     assert autoglm("verify", run).returncode == 0
+
+
+def test_checkpoints_are_listed(run: Path) -> None:
+    listed = autoglm("ckpts", run)
+    assert listed.returncode == 0
+    assert listed.stdout.splitlines()[1].startswith("step-0000000020.a0")
+    document = json.loads(autoglm("ckpts", run / "checkpoints", "--json").stdout)
+    assert [each["kept"] for each in document["checkpoints"]] == [["one of the last 3"]]
+
+
+def test_pruning_says_first_what_it_would_do(run: Path, tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    for step in (10, 20, 30):
+        checkpoint(root, step)
+    would = autoglm("prune", root, "--keep", "{last: 1, every_steps: 20}", "--dry-run")
+    assert would.returncode == 0
+    assert "1 checkpoint would be deleted" in would.stdout
+    assert len(list(root.glob("step-*"))) == 3
+    assert autoglm("prune", root).returncode == 2
+    wrong = autoglm("prune", root, "--keep", "some")
+    assert wrong.returncode == 2
+    assert "checkpoint.keep: expected a whole number" in wrong.stderr
+    assert autoglm("prune", root, "--keep", "2").returncode == 0
+    assert sorted(path.name[:15] for path in root.glob("step-*")) == [
+        "step-0000000020",
+        "step-0000000030",
+    ]
+    assert autoglm("prune", run).stdout.endswith("0 checkpoints deleted, 0 B freed\n")
+
+
+def test_pruning_leaves_a_running_run_alone(run: Path) -> None:
+    with RunDirectory(run).locked():
+        refused = autoglm("prune", run, "--keep", "1")
+        assert refused.returncode == 76
+        assert "another supervisor has it" in refused.stderr
+        assert autoglm("prune", run, "--keep", "1", "--dry-run").returncode == 0
+
+
+def test_a_run_that_is_not_running_cannot_be_saved(run: Path) -> None:
+    ended = autoglm("save", run)
+    assert ended.returncode == 1
+    assert "not running" in ended.stderr
+
+
+def test_a_step_to_resume_from_must_be_there(run: Path) -> None:
+    job = {"name": "demo", "script": "/train.py", "workdir": "/", "run_dir": str(run)}
+    before = (run / "job.json").read_text()
+    checkpoints = {"dir": str(run / "checkpoints")}
+    (run / "job.json").write_text(json.dumps({**job, "checkpoint": checkpoints}))
+    ended = autoglm("resume", run, "--from", "7")
+    (run / "job.json").write_text(before)
+    assert ended.returncode == 2
+    assert "no checkpoint of step 7; there are those of steps 20" in ended.stderr
 
 
 def test_a_run_that_is_not_running_need_not_be_stopped(run: Path) -> None:

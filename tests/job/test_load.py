@@ -62,9 +62,9 @@ def test_a_key_of_another_section_is_pointed_to() -> None:
 
 
 def test_a_wrong_type_says_what_was_expected_and_found() -> None:
-    text = "script: train.py\ncheckpoint:\n\n  keep:   three\n"
+    text = "script: train.py\ncheckpoint:\n\n  keyframe_every:   three\n"
     assert problems(text) == [
-        "job.yaml:4:11: checkpoint.keep: expected a whole number ≥ 1, found 'three'"
+        "job.yaml:4:21: checkpoint.keyframe_every: expected a whole number ≥ 1, found 'three'"
     ]
 
 
@@ -73,7 +73,7 @@ def test_all_problems_are_told_at_once_in_the_order_of_the_file(home: Path) -> N
 script: trian.py
 nproc_per_node: two
 nnodes: 2
-checkpoint: {keep: 0, every: {steps: 0}}
+checkpoint: {keep: {last: 0}, every: {steps: 0}}
 restart: 5
 nonsense: 1
 """
@@ -82,8 +82,8 @@ nonsense: 1
         "job.yaml:2:17: nproc_per_node: expected auto or a whole number ≥ 1, found 'two'",
         "job.yaml:3:9: nnodes: expected 1, found 2: this version runs on one machine, "
         "several nodes come with a later one",
-        "job.yaml:4:20: checkpoint.keep: expected a whole number ≥ 1, found 0",
-        "job.yaml:4:38: checkpoint.every.steps: expected a whole number ≥ 1, found 0",
+        "job.yaml:4:27: checkpoint.keep.last: expected a whole number ≥ 1, found 0",
+        "job.yaml:4:46: checkpoint.every.steps: expected a whole number ≥ 1, found 0",
         "job.yaml:6:1: nonsense: unknown key",
         "--set evry=1: evry: unknown key",
         "--set restart=6: restart: expected a mapping, found 6",
@@ -129,6 +129,7 @@ nonsense: 1
         ("script: train.py\nguards: {model: on}", "expected strict or off, found true"),
         ("script: train.py\nguards: {config_files: [a]}", "guards.config_files.0: no such file: /"),
         ("script: train.py\nscript: train.py", ":2:1: script: given twice, first at job.yaml:1:1"),
+        ("script: train.py\nguards: {world_size: any}", "expected strict, elastic or off, found"),
         ("script: !!python/name:os.system train.py", "script: the YAML tag"),
         ("? [a]\n: b\nscript: train.py", "expected every key to be a word"),
     ],
@@ -188,8 +189,11 @@ def test_numbers_in_texts_stay_as_they_were_written() -> None:
 
 
 def test_off_need_not_be_quoted() -> None:
-    loaded = job("script: train.py\nguards: {model: off, world_size: 'off'}")
+    loaded = job(
+        "script: train.py\nguards: {model: off, world_size: 'off'}\ncheckpoint: {compress: off}"
+    )
     assert (loaded.guards.model, loaded.guards.world_size) == ("off", "off")
+    assert loaded.checkpoint.compress == "off"
 
 
 def test_a_section_without_content_is_as_if_absent() -> None:
@@ -248,7 +252,7 @@ def test_overrides_replace_and_add(home: Path) -> None:
         "heartbeat.timeout=90s",
     )
     assert loaded.checkpoint.every.steps == 50
-    assert loaded.checkpoint.keep == 5
+    assert loaded.checkpoint.keep.last == 5
     assert loaded.script == home / "train.py"
     assert loaded.args == ("--lr", "010")
     assert loaded.env == {"MODE": "fast"}
@@ -261,8 +265,9 @@ def test_overrides_replace_and_add(home: Path) -> None:
         ("foo", "expected KEY=VALUE, such as checkpoint.keep=5"),
         ("a..b=1", "expected KEY=VALUE, such as checkpoint.keep=5"),
         ("checkpoint.evry=5", "checkpoint.evry: unknown key, did you mean 'every'?"),
-        ("checkpoint.keep=no", "checkpoint.keep: expected a whole number ≥ 1, found false"),
-        ("checkpoint.keep.x=1", "checkpoint.keep: expected a whole number ≥ 1, found a mapping"),
+        ("checkpoint.keep=no", "checkpoint.keep: expected a whole number ≥ 1 or a mapping such as "
+         "{last: 3, for: 2d}, found false"),
+        ("checkpoint.keep.x=1", "checkpoint.keep.x: unknown key"),
         ("checkpoint={evry: 5}", "checkpoint.evry: unknown key, did you mean 'every'?"),
         ("name=[", "not valid YAML: while parsing a flow node expected the node content, "
          "but found '<stream end>'"),
@@ -277,13 +282,29 @@ def test_what_is_dumped_loads_as_the_same_job() -> None:
     loaded = job(
         "module: json.tool\nargs: ['1', x]\nenv: {A: 'yes', MASTER_PORT: 29500}\n"
         "guards: {model: off, config_files: [a.json], free_disk: 500MB}\n"
-        "restart: {backoff: 250ms, grace: 0.0001}\ncheckpoint: {every: {steps: 5, seconds: 1h}}\n"
+        "restart: {backoff: 250ms, grace: 0.0001}\n"
+        "checkpoint: {every: {steps: 5, seconds: 1h}, keep: {for: 2d, best: {n: 2}}, timeout: 5m,\n"
+        "  rename: {a.b: c.d}, strict: false, replicas: [s3://bucket/here, there], commit: all}\n"
     )
     assert loaded.env["MASTER_PORT"] == "29500"
     values = json.loads(json.dumps(dump(loaded)))
     assert values["checkpoint"]["every"] == {"steps": 5, "seconds": "1h"}
+    assert values["checkpoint"]["keep"]["for"] == "2d"
     assert from_snapshot(values) == loaded
     assert job(yaml.safe_dump(values)) == loaded
+
+
+@pytest.mark.parametrize("every", ["auto", "{seconds: auto}", "{steps: 7, seconds: auto}"])
+def test_what_is_decided_automatically_is_dumped_as_such(every: str) -> None:
+    loaded = job(f"script: train.py\ncheckpoint: {{every: {every}}}")
+    assert loaded.checkpoint.every.seconds == "auto"
+    assert from_snapshot(json.loads(json.dumps(dump(loaded)))) == loaded
+
+
+def test_a_job_of_the_first_version_still_loads() -> None:
+    values = dump(job("script: train.py"))
+    first = {"dir": "/ckpt", "every": {"steps": None, "seconds": "5m"}, "keep": 4}
+    assert from_snapshot({**values, "checkpoint": first}).checkpoint.keep.last == 4
 
 
 def test_a_snapshot_outlives_its_script_and_is_not_expanded(home: Path) -> None:

@@ -43,6 +43,18 @@ def test_every_section_is_known_by_its_path() -> None:
     assert sections()[()] == tuple(Job.model_fields)
 
 
+def test_sections_that_are_optional_or_named_by_a_keyword_are_known_too() -> None:
+    assert sections()["checkpoint", "keep"] == ("last", "every_steps", "best", "for")
+    assert sections()["checkpoint", "keep", "best"] == ("metric", "n", "mode")
+
+
+def test_what_may_be_written_shorter_is_so_in_the_schema() -> None:
+    fields = json_schema()["$defs"]["Checkpoint"]["properties"]
+    assert fields["every"]["anyOf"] == [{"const": "auto"}, {"$ref": "#/$defs/Every"}]
+    short, section = fields["keep"]["anyOf"]
+    assert (short["type"], section) == ("integer", {"$ref": "#/$defs/Keep"})
+
+
 def test_a_job_cannot_be_changed() -> None:
     job = Job.model_validate(
         {"name": "a", "script": "/a", "workdir": "/", "run_dir": "/r", "checkpoint": {"dir": "/c"}}

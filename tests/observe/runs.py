@@ -115,12 +115,23 @@ def directory(path: Path, events: list[Event], **job: Any) -> Path:
     return path
 
 
-def checkpoint(root: Path, step: int, *, token: str = "a0", lineage: tuple[str, ...] = ()) -> Path:
-    """A real checkpoint of two ranks; its directory."""
+def checkpoint(
+    root: Path,
+    step: int,
+    *,
+    token: str = "a0",
+    lineage: tuple[str, ...] = (),
+    refer: bool = False,
+    ranks: int = 2,
+    **identity: Any,
+) -> Path:
+    """A real checkpoint; its directory. `refer`: it takes what is the same from its parent."""
     import torch
 
-    from autoglm_resume.checkpoint import saver, snapshot
+    from autoglm_resume.checkpoint import capture
     from autoglm_resume.checkpoint.manifest import checkpoint_id
+    from autoglm_resume.checkpoint.previous import Previous
+    from autoglm_resume.checkpoint.saver import Saver
     from autoglm_resume.checkpoint.store import Store
 
     store = Store(root)
@@ -128,17 +139,21 @@ def checkpoint(root: Path, step: int, *, token: str = "a0", lineage: tuple[str, 
     weight = torch.full((8, 8), float(step))
     model = {"weight": weight, "bias": torch.zeros(8)}
     state = {"model": model, "optimizer": {"lr": 0.1}}
-    for rank in (0, 1):
-        taken = snapshot.take(
+    for rank in range(ranks):
+        taken = capture.take(
             state,
             id=id,
             rank=rank,
-            world_size=2,
+            world_size=ranks,
             lineage=lineage,
-            model=snapshot.structure_of(model),
+            model=capture.structure_of(model),
             rng=False,
+            **identity,
         )
-        saver.persist(taken, store)
+        saver = Saver(store, share=False)
+        if refer:
+            saver.follow(Previous(store.load_part(root / lineage[0], rank)))
+        saver.persist(taken)
     return root / id
 
 

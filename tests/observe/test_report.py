@@ -54,6 +54,14 @@ def test_a_run_without_failures_has_only_facts() -> None:
     assert "state" in text
 
 
+def test_how_often_it_saves_is_told_with_the_latest_reason() -> None:
+    run = Script().life().attempt(0)
+    for reason in ("every 1m until a save has shown what it costs", "every 4m10s: a save costs"):
+        run.say("interval", attempt=0, seconds=60.0, reason=reason)
+    assert "saves       every 4m10s: a save costs" in shown(run)
+    assert "\nsaves" not in shown(killed_once())
+
+
 def test_the_json_form_has_every_figure() -> None:
     stream = io.StringIO()
     report.show(summarize(killed_once().events), stream, json=True)

@@ -51,6 +51,18 @@ def test_a_failure_tells_how_long_its_detection_took() -> None:
     assert sentence(event) == "rank 1 died, detected after 38 ms"
 
 
+def test_a_save_that_was_asked_for_names_its_step_or_why_there_is_none() -> None:
+    event = {"event": "save_requested", "step": 33}
+    assert sentence(event) == "saving after step 33, as asked"
+    refused = sentence({**event, "step": None, "reason": "the ranks are starting"})
+    assert refused == "not saving, though asked: the ranks are starting"
+
+
+def test_the_interval_comes_with_its_reason() -> None:
+    event = {"event": "interval", "seconds": 250.0, "reason": "every 4m10s: a save costs 50ms"}
+    assert sentence(event) == "saving every 4m10s: a save costs 50ms"
+
+
 def test_only_rank_zero_speaks_for_all() -> None:
     event = {"event": "first_step", "step": 41}
     assert sentence({**event, "rank": 0}) == "step 41 is complete: training"

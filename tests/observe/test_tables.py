@@ -34,6 +34,12 @@ def test_terminals_get_the_same_content(monkeypatch: pytest.MonkeyPatch) -> None
     assert "\x1b[2J" not in stream.getvalue()
 
 
+def test_columns_can_be_picked_and_keep_their_alignment() -> None:
+    assert table().only(1).lines() == ["step", "   7", "", " 100"]
+    assert table().fits(13)
+    assert not table().fits(12)
+
+
 def test_digests_are_never_folded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "40")

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from autoglm_resume.checkpoint import saver, snapshot
+from autoglm_resume.checkpoint import capture
 from autoglm_resume.checkpoint.manifest import checkpoint_id
+from autoglm_resume.checkpoint.saver import Saver
 from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.checkpoint.structure import combined
 from autoglm_resume.errors import NoAcceptableCheckpoint
@@ -19,7 +20,7 @@ from autoglm_resume.supervise.history import Model
 from autoglm_resume.supervise.rehearse import flip_a_bit
 
 WIDTH = 32
-STRUCTURE = snapshot.structure_of({"model.w": torch.zeros(WIDTH, WIDTH)})
+STRUCTURE = capture.structure_of({"model.w": torch.zeros(WIDTH, WIDTH)})
 
 
 class Run:
@@ -49,15 +50,15 @@ class Run:
             weight = torch.randn(
                 WIDTH, WIDTH, generator=torch.Generator().manual_seed(step * 100 + rank)
             )
-            taken = snapshot.take(
+            taken = capture.take(
                 {"model": {"w": weight}},
                 id=checkpoint_id(step, "a0"),
                 rank=rank,
                 world_size=ranks,
-                lineage=[checkpoint_id(step - 10, "a0")],
+                lineage=(checkpoint_id(step - 10, "a0"),),
                 model=STRUCTURE,
             )
-            saver.persist(taken, self.store)
+            Saver(self.store, share=False).persist(taken)
         return taken.id
 
     def damage(self, id: str) -> None:
@@ -200,7 +201,7 @@ def test_a_whole_checkpoint_that_lacks_only_its_manifest_is_never_deleted(run: R
 def test_another_model_is_refused_naming_the_parameter(run: Run) -> None:
     run.save(10)
     keeper = run.keeper()
-    mine = snapshot.structure_of({"model.w": torch.zeros(WIDTH, 8)})
+    mine = capture.structure_of({"model.w": torch.zeros(WIDTH, 8)})
     keeper.model = Model(combined([mine.hash, mine.hash]), mine)
     with pytest.raises(NoAcceptableCheckpoint, match=r"model\.w") as caught:
         keeper.pass_gate()

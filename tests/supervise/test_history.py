@@ -15,7 +15,7 @@ OTHER = Structure.of([("w", "float32", (2, 4))])
 
 
 def event(name: str, **fields: Any) -> journal.Event:
-    return {"event": name, **fields}
+    return {"event": name, "time": 1000.0, **fields}
 
 
 def test_an_empty_journal_is_a_run_that_was_never_started() -> None:
@@ -27,27 +27,37 @@ def test_a_run_is_recalled() -> None:
     past = recall(
         [
             event("run_started", run_id="abc"),
-            event("attempt_started", attempt=0, step=0),
+            event("attempt_started", attempt=0, step=0, time=10.0),
             event("model", rank=0, hash=MODEL.hash, model=MODEL.to_json()),
             event("imports", rank=0, modules=["x", "y"]),
             event("committed", step=10, objects={"model": "d10"}),
             event("failure", step=14),
-            event("attempt_started", attempt=1, step=10),
+            event("attempt_ended", time=30.0),
+            event("attempt_started", attempt=1, step=10, time=40.0),
             event("imports", rank=0, modules=["y", "z"]),
             event("committed", step=20, objects={"model": "d20"}),
             event("committed", step=15, objects={"model": "d15"}),
             event("failure", step=25),
+            event("attempt_ended", time=45.5),
         ]
     )
     assert past.run_id == "abc"
     assert past.attempts == 2
     assert past.ended == (Ended(0, 14, 10), Ended(10, 25, 20))
     assert (past.checkpointed, past.objects) == (20, {"model": "d20"})
+    assert (past.failures, past.trained) == (2, 25.5)
     assert past.imports == ("x", "y", "z")
     model = model_of(past.models, 2)
     assert model is not None
     assert model.structure == MODEL
     assert not past.finished
+
+
+def test_a_finished_run_that_went_on_from_an_older_checkpoint_is_not_finished() -> None:
+    finished = [event("run_completed", step=20)]
+    assert recall(finished).finished
+    past = recall([*finished, event("branched", step=10, attempt=3)])
+    assert (past.finished, past.branches, past.checkpointed) == (False, ((10, 3),), 10)
 
 
 def test_a_run_that_was_given_up_gets_a_new_budget() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from autoglm_resume.worker.board import Board
-from autoglm_resume.worker.contract import Assignment, Source
+from autoglm_resume.worker.contract import Assignment, Checkpointing, Source
 
 Make = Callable[..., Assignment]
 
@@ -47,10 +47,8 @@ def assign(tmp_path: Path) -> Iterator[Make]:
             "directory": str(directory),
             "board": f"/proc/{os.getpid()}/fd/{fd}",
             "source": Source(None if module else str(script), module, args, str(workdir)),
-            "checkpoint_dir": str(tmp_path / "checkpoints"),
+            "checkpoint": Checkpointing(str(tmp_path / "checkpoints")),
             "resume": None,
-            "every_steps": None,
-            "keep": 3,
             "check_model": True,
             **changes,
         }

@@ -64,8 +64,8 @@ def raw(fd: int) -> mmap.mmap:
 
 
 def record(rank: int) -> int:
-    """Where the record of `rank` begins; the control record is before rank 0."""
-    return HEADER + RECORD * (1 + rank)
+    """Where the record of `rank` begins; those of control and decision are before rank 0."""
+    return HEADER + RECORD * (2 + rank)
 
 
 def test_nobody_has_beaten_and_nothing_is_asked_at_first(board: tuple[Board, int]) -> None:
@@ -223,7 +223,7 @@ def test_damage_to_the_newest_copy_falls_back_to_the_other(
     )
     assert sequences == (2, 1)
     memory[start + damage] ^= 0xFF
-    used = struct.calcsize("<QIIqqqdd") + 4
+    used = struct.calcsize("<QIHHqqqdd") + 4
     assert board[0].beat(0).step == (1 if damage < used else 2)
     memory.close()
     pulse.completed(3)

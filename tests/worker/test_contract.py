@@ -14,10 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autoglm_resume.checkpoint.options import Options
+from autoglm_resume.checkpoint.retention import Best, Keep
 from autoglm_resume.supervise.launcher import torchrun_exits, torchrun_log
 from autoglm_resume.worker.contract import (
     ASSIGNMENT,
     Assignment,
+    Checkpointing,
     ResumePoint,
     Source,
     shared_environment,
@@ -43,10 +46,24 @@ assignments = st.builds(
         args=st.lists(texts).map(tuple),
         workdir=texts,
     ),
-    checkpoint_dir=texts,
+    checkpoint=st.builds(
+        Checkpointing,
+        dir=texts,
+        every_steps=st.none() | st.integers(1),
+        keep=st.builds(
+            Keep,
+            last=st.integers(1),
+            every_steps=st.none() | st.integers(1),
+            best=st.none() | st.builds(Best, metric=texts),
+            for_seconds=st.none() | st.floats(1, 1e9),
+        ),
+        memory=st.integers(0, 2),
+        options=st.builds(Options, compress=st.sampled_from(["auto", "off"])),
+        rename=st.dictionaries(texts, texts),
+        strict=st.booleans(),
+    ),
     resume=st.none() | st.builds(ResumePoint, id=texts, step=st.integers(0), digest=texts),
-    every_steps=st.none() | st.integers(1),
-    keep=st.integers(1),
+    savers=st.lists(texts).map(tuple),
     check_model=st.booleans(),
     config_files=st.lists(texts).map(tuple),
     environment=st.dictionaries(texts, texts),
@@ -110,10 +127,8 @@ def assignment(**changes: Any) -> Assignment:
         "directory": "/d",
         "board": "",
         "source": Source("x", None, (), "/"),
-        "checkpoint_dir": "",
+        "checkpoint": Checkpointing(""),
         "resume": None,
-        "every_steps": None,
-        "keep": 1,
         "check_model": True,
     }
     return Assignment(**{**values, **changes})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ from autoglm_resume.errors import (
     UsageError,
 )
 from autoglm_resume.worker import rng
+from autoglm_resume.worker.turns import settled
+
+exits: list[Callable[[], object]] = []
+"""What the sessions of a test want to be called when their process ends."""
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +36,18 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("RANK", "WORLD_SIZE", "AUTOGLM_ASSIGNMENT", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(atexit, "register", exits.append)
     state = rng.capture()
     yield
+    end_process()
+    exits.clear()
     rng.restore(state)
+
+
+def end_process() -> None:
+    """As far as the sessions so far are concerned."""
+    for leave in exits:
+        leave()
 
 
 class Training:
@@ -84,11 +98,27 @@ class Training:
 
 
 def checkpoints() -> list[str]:
-    return [path.name for path in reversed(Store(Path("ckpt")).committed())]
+    """Ids, oldest first, once the sessions so far and their savers have ended."""
+    end_process()
+    with settled(Path("ckpt")):
+        return [path.name for path in reversed(Store(Path("ckpt")).committed())]
 
 
 def steps_saved() -> list[int]:
-    return [int(name.split(".")[0].removeprefix("step-")) for name in checkpoints()]
+    return [step_of(name) for name in checkpoints()]
+
+
+def step_of(name: str) -> int:
+    return int(name.split(".")[0].removeprefix("step-"))
+
+
+def steps_kept(last: int) -> list[int]:
+    """The newest `last`, after a look that the others are those that these need."""
+    store, names = Store(Path("ckpt")), checkpoints()
+    kept = names[-last:]
+    needed = {id for name in kept for id in store.load_manifest(store.directory(name)).needs}
+    assert set(names) == needed | set(kept)
+    return [step_of(name) for name in kept]
 
 
 def test_a_run_that_dies_and_resumes_ends_exactly_like_one_that_did_not() -> None:
@@ -99,6 +129,7 @@ def test_a_run_that_dies_and_resumes_ends_exactly_like_one_that_did_not() -> Non
         training = Training()
         with pytest.raises(RuntimeError, match="died"):
             training.run(14, die_at)
+        end_process()
     last = Training()
     last.run(14)
     assert last.session.step == 14
@@ -106,15 +137,21 @@ def test_a_run_that_dies_and_resumes_ends_exactly_like_one_that_did_not() -> Non
     assert last.seen == undisturbed.seen[12:]
 
 
-def test_it_saves_as_often_as_asked_at_the_end_and_keeps_the_newest() -> None:
+def test_it_saves_as_often_as_asked_and_at_the_end() -> None:
+    Training(keep=20, every_steps=1).run(7)
+    assert steps_saved() == [1, 2, 3, 4, 5, 6, 7], "no save is left out without a supervisor"
+
+
+def test_it_keeps_the_newest_and_what_they_need() -> None:
     Training(keep=2).run(10)
-    assert steps_saved() == [8, 10]
+    assert steps_kept(2) == [8, 10]
+    before = checkpoints()
     finished = Training(keep=2)
     finished.run(10)
     assert finished.seen == [], "a finished run has nothing left to do"
-    assert steps_saved() == [8, 10]
+    assert checkpoints() == before
     Training(keep=2).run(11)
-    assert steps_saved() == [10, 11]
+    assert steps_kept(2) == [10, 11]
 
 
 def test_save_twice_at_one_step_is_one_checkpoint() -> None:
@@ -254,7 +291,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_older_one() -> None:
     assert Training().session.resume() == 4
 
 
-def test_a_save_that_fails_is_reported_and_training_goes_on(
+def test_a_save_that_fails_is_reported_at_a_later_one_and_training_goes_on(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     training = Training(every_steps=2)
@@ -267,9 +304,10 @@ def test_a_save_that_fails_is_reported_and_training_goes_on(
     token = checkpoints()[0].split(".")[1]
     blocked.with_name(f"{blocked.name}.{token}").write_text("a file is in the way")
     session.step_done(3)
-    assert "training goes on" in capfd.readouterr().err
     session.step_done(4)
     session.step_done(5)
+    assert session.save()
+    assert "training goes on" in capfd.readouterr().err
     assert steps_saved() == [2, 6]
 
 
@@ -289,6 +327,7 @@ def test_by_default_checkpoints_lie_beside_the_work_under_the_scripts_name(
     session = autoglm.init()
     session.resume()
     assert session.save()
+    end_process()
     assert (Path.cwd() / "checkpoints" / "train_me").is_dir()
 
 
@@ -370,4 +409,4 @@ def test_a_script_killed_by_sigkill_continues_exactly(tmp_path: Path) -> None:
         for _ in range(10):
             model.weight += torch.randn(3, 3)
     assert json.loads(resumed.stdout) == model.weight.tolist()
-    assert steps_saved() == [6, 9, 10]
+    assert steps_kept(3) == [6, 9, 10]

@@ -1,0 +1,272 @@
+"""The files that other tools read: safetensors, torch.save, and plain DCP. Imports torch.
+
+safetensors   one file: all tensors by key, the document in its metadata
+torch         one file for `torch.load`: the states by object, as scripts know them
+dcp           a directory for `dcp.load` with a FileSystemReader: the same states
+
+NumPy's arrays and scalars, frozen sets and default dicts would keep `torch.load` from loading a
+file as it does by default (weights_only). There they are tensors, numbers, sets and dicts;
+importing the file again brings back what they were.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import warnings
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoglm_resume import files
+from autoglm_resume.checkpoint import tree
+from autoglm_resume.checkpoint.document import Json, compact
+from autoglm_resume.checkpoint.exchange import Exchange, nested
+from autoglm_resume.errors import CorruptCheckpoint, UsageError
+
+OURS = "autoglm"
+"""Key, in metadata and states, of what only an import needs."""
+
+
+def write(kind: str, out: Path, exchange: Exchange) -> None:
+    """Make `out`, which must not be there. Raises UsageError and OSError."""
+    if kind not in _WRITERS:
+        raise UsageError(f"--to {kind}: expected one of {', '.join(_WRITERS)}")
+    if out.exists():
+        raise UsageError(f"{out}: there already, and never overwritten")
+    _WRITERS[kind](out, exchange)
+
+
+def read(source: Path) -> Exchange:
+    """What `write` has made. A plain DCP directory is unpickled by DCP: only from who you trust.
+
+    Raises UsageError when it is something else, and CorruptCheckpoint.
+    """
+    if source.is_dir():
+        return _read_dcp(source)
+    if not source.exists():
+        raise UsageError(f"{source}: no such file or directory")
+    with source.open("rb") as file:
+        zipped = file.read(2) == b"PK"
+    return _read_torch(source) if zipped else _read_safetensors(source)
+
+
+def _write_safetensors(out: Path, exchange: Exchange) -> None:
+    library = _safetensors()
+    known = set(library._TYPES.values())
+    tensors = {
+        key: tensor if tensor.dtype in known else _flat(tensor)
+        for key, tensor in exchange.tensors.items()
+    }
+    # "format" is what transformers asks for.
+    metadata = {"format": "pt", OURS: _text(exchange.document)}
+    with files.writing(out, replace=False) as file:
+        library.save_file(tensors, file.name, metadata)
+
+
+def _read_safetensors(source: Path) -> Exchange:
+    library = _safetensors()
+    try:
+        with library.safe_open(source, framework="pt") as found:
+            document = _parsed((found.metadata() or {}).get(OURS), source)
+            tensors = {
+                key: _shaped(found.get_tensor(key), dtype, shape)
+                for key, (dtype, shape) in document["tensors"].items()
+            }
+    except library.SafetensorError as error:
+        raise CorruptCheckpoint(f"{source}: not what autoglm exports: {error}") from error
+    return Exchange(document, tensors)
+
+
+def _write_torch(out: Path, exchange: Exchange) -> None:
+    # Tensors that are in the state twice are in the file once.
+    ours = {"document": _text(exchange.document), "tensors": dict(exchange.tensors)}
+    with files.writing(out, replace=False) as file:
+        torch.save({**_plain(nested(exchange)), OURS: ours}, file)
+
+
+def _read_torch(source: Path) -> Exchange:
+    from pickle import UnpicklingError
+
+    try:
+        found = torch.load(source, map_location="cpu", weights_only=True)
+    except (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError) as error:
+        raise CorruptCheckpoint(f"{source}: not what autoglm exports: {error}") from error
+    ours = found.get(OURS) if isinstance(found, dict) else None
+    document = _parsed(ours.get("document") if isinstance(ours, dict) else None, source)
+    return Exchange(document, ours["tensors"])
+
+
+def _write_dcp(out: Path, exchange: Exchange) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+
+    state = nested(exchange)
+    try:
+        flat, _ = flatten_state_dict(state)
+    except ValueError as error:
+        raise UsageError(f"{out}: DCP cannot hold it: {error}") from error
+    places = {id(value): fqn for fqn, value in flat.items() if isinstance(value, torch.Tensor)}
+    # What DCP would pickle, because it is in a tuple or was an array of NumPy.
+    hidden = [key for key, tensor in exchange.tensors.items() if id(tensor) not in places]
+    keys = {key: places.get(id(tensor), "") for key, tensor in exchange.tensors.items()}
+    keys |= {key: f"{OURS}.tensors.{place}" for place, key in enumerate(hidden)}
+    document = _text({**exchange.document, "keys": keys})
+    state[OURS] = {
+        "document": torch.frombuffer(bytearray(document.encode()), dtype=torch.uint8),
+        "tensors": {str(place): exchange.tensors[key] for place, key in enumerate(hidden)},
+    }
+    with _alone():
+        dcp.save(
+            state,
+            storage_writer=dcp.FileSystemWriter(out),
+            planner=_planner(exchange.document),
+            no_dist=True,
+        )
+
+
+def _read_dcp(source: Path) -> Exchange:
+    import torch.distributed.checkpoint as dcp
+
+    if not (source / ".metadata").exists():
+        raise UsageError(
+            f"{source}: expected a file, or a directory that DCP has written; found no .metadata"
+        )
+    reader = dcp.FileSystemReader(source)
+    entries = reader.read_metadata().state_dict_metadata
+    size = getattr(entries.get(f"{OURS}.document"), "size", None)
+    if size is None:
+        raise _foreign(source)
+    text = {f"{OURS}.document": torch.empty(size, dtype=torch.uint8)}
+    with _alone():
+        dcp.load(text, storage_reader=reader, no_dist=True)
+        content = bytes(tree.as_bytes(text[f"{OURS}.document"]))
+        document = _parsed(content.decode(errors="replace"), source)
+        empty = {
+            document["keys"][key]: torch.empty(shape, dtype=tree.dtype_named(dtype))
+            for key, (dtype, shape) in document["tensors"].items()
+        }
+        dcp.load(empty, storage_reader=reader, no_dist=True)
+    return Exchange(document, {key: empty[document["keys"][key]] for key in document["tensors"]})
+
+
+def _planner(document: Mapping[str, Json]) -> Any:
+    """DCP's own, but for what it has pickled before: that is written as it is."""
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.metadata import Metadata
+    from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+
+    if not document["dcp"]:
+        return DefaultSavePlanner()
+    encoded = next(r["state"]["dcp"] for r in document["ranks"] if "dcp" in r["state"])
+    nesting = tree.decode(encoded["planner_data"], {})
+
+    class AsItIs(DefaultSavePlanner):
+        def transform_object(self, write_item: WriteItem, object: Any) -> Any:
+            if isinstance(object, bytes):
+                return io.BytesIO(object)
+            return super().transform_object(write_item, object)
+
+        def create_global_plan(
+            self, all_plans: list[SavePlan]
+        ) -> tuple[list[SavePlan], Metadata]:
+            plans, metadata = super().create_global_plan(all_plans)
+            return plans, replace(
+                metadata, planner_data={**metadata.planner_data, **(nesting or {})}
+            )
+
+    return AsItIs()
+
+
+_WRITERS: Mapping[str, Callable[[Path, Exchange], None]] = {
+    "safetensors": _write_safetensors,
+    "torch": _write_torch,
+    "dcp": _write_dcp,
+}
+
+
+def _plain(value: Any) -> Any:
+    """Of types that torch.load takes by default."""
+    kind = type(value)
+    if kind is dict or kind is defaultdict:
+        return {key: _plain(child) for key, child in value.items()}
+    if kind is OrderedDict:
+        copy = OrderedDict((key, _plain(child)) for key, child in value.items())
+        if hasattr(value, "_metadata"):
+            copy._metadata = _plain(value._metadata)  # type: ignore[attr-defined]
+        return copy
+    if kind in (list, tuple):
+        return kind(_plain(child) for child in value)
+    if kind in (set, frozenset):
+        return {_plain(child) for child in value}
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and kind is numpy.ndarray:
+        try:
+            return torch.from_numpy(value)
+        except TypeError:  # of text, of times
+            return value.tolist()
+    if numpy is not None and isinstance(value, numpy.generic):
+        return value.item()
+    return value
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+        import safetensors.torch as library
+    except ImportError as error:
+        raise UsageError(
+            f"safetensors is not installed ({error})",
+            hint="pip install 'autoglm-resume[safetensors]'",
+        ) from error
+    library.SafetensorError = safetensors.SafetensorError
+    return library
+
+
+def _text(document: Json) -> str:
+    return compact(document).decode()
+
+
+def _parsed(text: object, source: Path) -> dict[str, Json]:
+    if not isinstance(text, str):
+        raise _foreign(source)
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict) or not isinstance(document.get("tensors"), dict):
+        raise CorruptCheckpoint(f"{source}: its document is not as written")
+    return document
+
+
+def _foreign(source: Path) -> UsageError:
+    return UsageError(
+        f"{source}: not made by autoglm export",
+        hint="load it in your script, track() what it holds, and save",
+    )
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor whose dtype is unknown there."""
+    return torch.frombuffer(tree.as_bytes(tensor), dtype=torch.uint8) if len(tensor.shape) else (
+        torch.frombuffer(tree.as_bytes(tensor), dtype=torch.uint8)
+    )
+
+
+def _shaped(found: torch.Tensor, dtype: str, shape: list[int]) -> torch.Tensor:
+    expected = tree.dtype_named(dtype)
+    return found if found.dtype == expected else found.view(expected).reshape(shape)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """DCP warns of a process that works alone, as this one does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,111 @@
+"""Chunks of a checkpoint, wherever they lie: found, decoded, and verified."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from autoglm_resume.checkpoint import codec
+from autoglm_resume.checkpoint.document import digest
+from autoglm_resume.checkpoint.part import Chunk, Pack, Part
+from autoglm_resume.checkpoint.verify import fingerprint, read_exactly, reading
+from autoglm_resume.errors import CorruptCheckpoint
+
+QUARANTINE = "quarantine"
+
+
+def pack_path(path: Path, part: Part, pack: Pack) -> Path:
+    """Where `pack` of `part` lies, for the checkpoint in the directory `path`."""
+    if pack.id == part.id:
+        return path / part.pack
+    root = path.parent.parent if path.parent.name == QUARANTINE else path.parent
+    return root / pack.id / part.pack
+
+
+class Reader:
+    """Chunks of the parts of the checkpoint in `path`, from any thread.
+
+    `parts` are those of all ranks where ranks share chunks; of one rank where it has them all.
+    """
+
+    def __init__(self, path: Path, parts: Sequence[Part]) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._files: dict[tuple[int, int], int] = {}
+        self._shared: dict[str, tuple[Part, Chunk]] = {}
+        if any(chunk.pack is None for part in parts for chunk in part.chunks):
+            for part in parts:
+                located = ((c.digest, (part, c)) for c in part.chunks if c.pack is not None)
+                self._shared.update(located)
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for fd in self._files.values():
+            os.close(fd)
+        self._files.clear()
+
+    def read(self, part: Part, chunk: Chunk, target: memoryview, what: str) -> None:
+        """Fill `target` (of `chunk.raw` bytes), and verify its digest.
+
+        Raises CheckpointError naming the file and `what`; `target` then holds garbage.
+        """
+        if chunk.pack is None:
+            part, chunk = self._shared[chunk.digest]
+        self._decode(part, chunk, target, what)
+        if digest(target) == chunk.digest:
+            return
+        if chunk.base is not None:
+            # The one to blame may be further back.
+            base = part.chunks[chunk.base]
+            self.read(part, base, memoryview(bytearray(base.raw)), what)
+        raise CorruptCheckpoint(
+            f"{self._place(part, chunk)}: {what}: expected {chunk.digest}, found {digest(target)}"
+            f" ({chunk.stored} bytes at offset {chunk.offset})"
+        )
+
+    def _decode(self, part: Part, chunk: Chunk, target: memoryview, what: str) -> None:
+        assert chunk.pack is not None
+        place = f"{self._place(part, chunk)}: {what}"
+        base = None
+        if chunk.base is not None:
+            base = memoryview(bytearray(chunk.raw))
+            self._decode(part, part.chunks[chunk.base], base, what)
+        with reading(self._place(part, chunk)):
+            fd = self._file(part, chunk.pack)
+            direct = chunk.codec == codec.RAW and chunk.stored == chunk.raw
+            stored = target if direct else memoryview(bytearray(chunk.stored))
+            count = read_exactly(fd, stored, chunk.offset)
+        if count != chunk.stored:
+            raise CorruptCheckpoint(
+                f"{place}: expected {chunk.stored} bytes at offset {chunk.offset}, found {count}"
+            )
+        if not direct:
+            try:
+                codec.decode(chunk.codec, stored, target, base)
+            except CorruptCheckpoint as error:
+                raise CorruptCheckpoint(f"{place}: {error.message}") from None
+
+    def _place(self, part: Part, chunk: Chunk) -> Path:
+        assert chunk.pack is not None
+        return pack_path(self._path, part, part.packs[chunk.pack])
+
+    def _file(self, part: Part, pack: int) -> int:
+        key = (part.rank, pack)
+        with self._lock:
+            if key not in self._files:
+                path = pack_path(self._path, part, part.packs[pack])
+                fd = self._files[key] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                expected, found = part.packs[pack].fingerprint.size, fingerprint(fd).size
+                if expected != found:
+                    raise CorruptCheckpoint(f"{path}: expected {expected} bytes, found {found}")
+            return self._files[key]

@@ -1,0 +1,58 @@
+"""`autoglm prune`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+EXAMPLES = """
+\b
+Examples:
+  autoglm prune runs/quickstart --dry-run
+  autoglm prune runs/quickstart --keep 1
+  autoglm prune /backup/checkpoints --keep '{last: 1, every_steps: 1000, for: 2d}'
+"""
+
+
+def prune(
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RUN|DIR",
+            show_default=False,
+            help="A run directory, a job file, or a directory of checkpoints.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would go and why, delete nothing.")
+    ] = False,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            "--keep",
+            metavar="RULES",
+            help="As checkpoint.keep of a job file. Default: what the job of the run says.",
+        ),
+    ] = None,
+) -> int:
+    """Delete the checkpoints that no rule keeps.
+
+    The newest good one, the one that was accepted last, whatever a kept one refers to, and whatever
+    the gate would reject now always stay. Refuses (76) while a supervisor has the run.
+    """
+    import time
+
+    from autoglm_resume.cli import target
+    from autoglm_resume.observe import inspection, listing, pruning
+
+    found = inspection.find_all(target.checkpoints(what))
+    if keep is None:
+        rules = pruning.rules(found)
+    else:
+        from autoglm_resume.job.load import keep_option
+
+        rules = keep_option(keep)
+    listed = listing.of(found, rules, time.time()) if dry_run else pruning.prune(found, rules)
+    pruning.show(listed, dry=dry_run)
+    return 0

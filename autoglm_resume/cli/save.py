@@ -1,0 +1,32 @@
+"""`autoglm save`."""
+
+from __future__ import annotations
+
+from autoglm_resume.cli.arguments import Run
+from autoglm_resume.errors import AutoglmError
+
+EXAMPLES = """
+\b
+Examples:
+  autoglm save                    the newest run under ./runs
+  autoglm save runs/quickstart && autoglm ckpts runs/quickstart
+"""
+
+
+def save(
+    run: Run = None,
+) -> int:
+    """Ask a run to save now and go on, and wait until the checkpoint is committed."""
+    from autoglm_resume.cli import target
+    from autoglm_resume.observe import saving
+
+    found = target.run(run)
+    holder = found.holder()
+    if holder is None:
+        raise AutoglmError(
+            f"{found.path}: not running, so there is nothing to save",
+            hint=f"autoglm ckpts {found.path} lists what is saved",
+        )
+    saved = saving.save(found, holder)
+    print(f"{found.path}: saved at step {saved.get('step')} ({saved.get('id')})")
+    return 0

@@ -1,0 +1,250 @@
+"""All checkpoints of a directory at a glance, and why each is kept. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from autoglm_resume.checkpoint import document, retention
+from autoglm_resume.checkpoint.gate import Facts, Verdict
+from autoglm_resume.checkpoint.manifest import Manifest, age, parse_id
+from autoglm_resume.checkpoint.retention import Candidate, Keep
+from autoglm_resume.checkpoint.store import REASON
+from autoglm_resume.errors import CheckpointError
+from autoglm_resume.observe import inspection
+from autoglm_resume.observe.inspection import Target
+from autoglm_resume.observe.progress import Progress
+from autoglm_resume.observe.say import check as failed_check
+from autoglm_resume.observe.say import seconds, short, size
+from autoglm_resume.observe.tables import Table
+from autoglm_resume.supervise.rundir import RunDirectory
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One checkpoint among the others."""
+
+    facts: Facts
+    verdict: Verdict
+    parent_here: bool
+    branch: bool
+    """Whether the newest good one is known not to descend from it."""
+    kept: tuple[str, ...] | None
+    """Why it stays, empty if it may go; None if no rule speaks of it: it is not good, or no rules
+    are known."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The checkpoints of a directory, newest first."""
+
+    root: Path
+    keep: Keep | None
+    checkpoints: tuple[Listed, ...]
+    quarantined: tuple[tuple[str, str], ...]
+    """(name, reason)."""
+    now: float
+    """Unix seconds for which all this is said."""
+
+    @property
+    def doomed(self) -> list[Listed]:
+        """What may go, in the order in which it should."""
+        return [each for each in self.checkpoints if each.kept == ()]
+
+
+def keep_of(run: RunDirectory | None) -> Keep | None:
+    """What the job of `run` keeps, None without a run. Raises UsageError if it is no job."""
+    if run is None:
+        return None
+    from autoglm_resume.job.load import keep_of
+
+    written = (run.job().get("checkpoint") or {}).get("keep")
+    return Keep() if written is None else keep_of(written, f"{run.path}/job.json")
+
+
+def of(target: Target, keep: Keep | None, now: float) -> Listing:
+    """Look at all checkpoints beside each other; `now` is Unix seconds.
+
+    Packs whose stat fingerprint is not the recorded one are read, as the gate would.
+    """
+    expected = inspection.expectation(target.run)
+    found: list[tuple[Facts, Verdict]] = []
+    with Progress("reading", inspection.stored_bytes(target, target.paths)) as progress:
+        for path in target.paths:
+            facts = target.store.examine(path, progress=progress)
+            if facts.integrity.ok or path.exists():  # else the run has retired it by now
+                found.append((facts, inspection.judged(facts, expected)))
+    kept = _kept(target, found, keep, now) if keep else {}
+    here = {facts.id for facts, _ in found}
+    branches = _branches(found)
+    rows = tuple(
+        Listed(facts, verdict, _parent(facts) in here, facts.id in branches, kept.get(facts.id))
+        for facts, verdict in found
+    )
+    return Listing(target.store.root, keep, rows, _quarantined(target), now)
+
+
+def _kept(
+    target: Target, found: Sequence[tuple[Facts, Verdict]], keep: Keep, now: float
+) -> dict[str, tuple[str, ...]]:
+    """Why each checkpoint stays, of those that are good in themselves."""
+    good = [(facts, verdict) for facts, verdict in found if inspection.sound(verdict)]
+    # Whatever was saved on a branch that was given up must not count as the newest.
+    good.sort(key=lambda each: not each[1].accepted)
+    candidates = [Candidate.of(facts.manifest) for facts, _ in good if facts.manifest]
+    # What the gate would not take now is not ours to delete, nor is what it needs.
+    others = [facts for facts, verdict in found if not inspection.sound(verdict)]
+    needed: dict[str, str] = {}
+    for facts in (*others, *target.store.whole()):
+        needed.update((id, f"needed by {facts.id}") for id in _needs(facts, candidates))
+    accepted = _accepted_last(target.run)
+    why = retention.explain(candidates, keep, frozenset([*needed, *accepted]), now)
+    return {
+        id: tuple(
+            needed[id] if reason == retention.PROTECTED and id not in accepted else reason
+            for reason in reasons
+        )
+        for id, reasons in why.items()
+    }
+
+
+def _needs(facts: Facts, candidates: Iterable[Candidate]) -> list[str]:
+    """Ids that a checkpoint which is no candidate needs, or may need if that cannot be read."""
+    if facts.manifest is not None:
+        return list(facts.manifest.needs)
+    older = (each.id for each in candidates if age(each.id) < age(facts.id))
+    return list(older) if facts.integrity.unreadable else []
+
+
+def _accepted_last(run: RunDirectory | None) -> frozenset[str]:
+    """What the gate of `run` let the ranks start from most recently."""
+    gates = [e for e in run.events() if e["event"] == "gate"] if run else []
+    return frozenset(str(gate["accepted"]) for gate in gates[-1:] if gate.get("accepted"))
+
+
+def _parent(facts: Facts) -> str | None:
+    parent = facts.manifest.parent if facts.manifest else None
+    return parent.id if parent else None
+
+
+def _branches(found: Sequence[tuple[Facts, Verdict]]) -> set[str]:
+    """Ids of those that the newest good one does not descend from, as far as that is known.
+
+    A chain reaches back as far as parents are here, and parts name a few more ancestors; what is
+    older than all of these may or may not be one.
+    """
+    chain: set[str] = set()
+    for facts, verdict in found:
+        if facts.id in chain or (not chain and verdict.accepted):
+            lineage = facts.parts[0].lineage if facts.parts else ()
+            parent = _parent(facts)
+            chain.update((facts.id, *lineage, *([parent] if parent else [])))
+    oldest = min(map(age, chain), default=None)
+    ids = (facts.id for facts, _ in found)
+    return {id for id in ids if oldest is not None and id not in chain and age(id) > oldest}
+
+
+def _quarantined(target: Target) -> tuple[tuple[str, str], ...]:
+    found = []
+    for path in target.store.quarantined():
+        reason = "no reason was recorded"
+        with suppress(OSError, CheckpointError):
+            file = path / REASON
+            reason = document.parse(file.read_bytes(), str(file))["reason"].text()
+        found.append((path.name, reason))
+    return tuple(found)
+
+
+# Shown
+
+
+def tables(listing: Listing, width: int | None = None) -> list[Table]:
+    """One line per checkpoint, in two tables if `width` is too narrow; and the quarantine."""
+    table = Table(
+        (
+            *("checkpoint", "step", "age", "ranks", "raw", "stored", "shared"),
+            *("parent", "metrics", "why kept", "verdict"),
+        ),
+        right=frozenset((1, 2, 3, 4, 5, 6)),
+    )
+    for each in listing.checkpoints:
+        manifest, good = each.facts.manifest, inspection.sound(each.verdict)
+        table.add(
+            each.facts.id,
+            each.facts.step,
+            *(_figures(manifest, listing.now) if manifest else [None] * 5),
+            _parent_words(each),
+            _metrics(manifest) if manifest else None,
+            kept_words(each) if listing.keep else None,
+            inspection.word(each.verdict) + ("" if good else f": {failure(each.verdict)}"),
+            style="" if good else "red",
+        )
+    shelter = Table(("in quarantine", "why"))
+    for name, reason in listing.quarantined:
+        shelter.add(name, short(reason))
+    narrow = width is not None and not table.fits(width)
+    shown = [table.only(0, 1, 3, 4, 5, 6, 10), table.only(0, 2, 7, 8, 9)] if narrow else [table]
+    return [*shown, shelter] if listing.quarantined else shown
+
+
+def _figures(manifest: Manifest, now: float) -> list[object]:
+    sizes = map(size, (manifest.raw, manifest.stored, manifest.shared))
+    return [seconds(max(0.0, now - manifest.created)), manifest.world_size, *sizes]
+
+
+def _metrics(manifest: Manifest) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in manifest.metrics.items())
+
+
+def kept_words(each: Listed) -> str:
+    """Why it stays, or that it may go."""
+    if each.kept is None:
+        return "left alone: not acceptable"
+    return ", ".join(each.kept) or "may go"
+
+
+def failure(verdict: Verdict) -> str:
+    """What the gate has against it."""
+    return "; ".join(failed_check(asdict(c)) for c in verdict.checks if not c.ok)
+
+
+def _parent_words(each: Listed) -> str:
+    """“20.a0” for step-0000000020.a0, and what is special about the chain there."""
+    parsed = parse_id(_parent(each.facts) or "")
+    words = [f"{parsed[0]}.{parsed[1]}" + ("" if each.parent_here else " (gone)")] if parsed else []
+    return ", ".join([*words, *(["branch"] if each.branch else [])])
+
+
+def to_json(listing: Listing) -> dict[str, Any]:
+    """Everything that the tables show; sizes in bytes, times in seconds."""
+    return {
+        "directory": str(listing.root),
+        "keep": asdict(listing.keep) if listing.keep else None,
+        "checkpoints": [_to_json(each, listing.now) for each in listing.checkpoints],
+        "quarantine": [{"name": name, "reason": why} for name, why in listing.quarantined],
+    }
+
+
+def _to_json(each: Listed, now: float) -> dict[str, Any]:
+    manifest = each.facts.manifest
+    return {
+        "id": each.facts.id,
+        "step": each.facts.step,
+        "created": manifest.created if manifest else None,
+        "age": now - manifest.created if manifest else None,
+        "world_size": manifest.world_size if manifest else None,
+        "raw": manifest.raw if manifest else None,
+        "stored": manifest.stored if manifest else None,
+        "shared": manifest.shared if manifest else None,
+        "needs": list(manifest.needs) if manifest else [],
+        "parent": _parent(each.facts),
+        "parent_here": each.parent_here,
+        "branch": each.branch,
+        "metrics": dict(manifest.metrics) if manifest else {},
+        "kept": None if each.kept is None else list(each.kept),
+        "accepted": each.verdict.accepted,
+        "verdict": each.verdict.reason,
+    }

@@ -1,0 +1,81 @@
+"""From a job to what its processes are told."""
+
+from __future__ import annotations
+
+import os
+
+from autoglm_resume.checkpoint.options import Options
+from autoglm_resume.job.spec import Job
+from autoglm_resume.supervise.launcher import Endpoint
+from autoglm_resume.supervise.node import visible_gpus
+from autoglm_resume.supervise.rundir import RunDirectory
+from autoglm_resume.worker.contract import (
+    Assignment,
+    Checkpointing,
+    ResumePoint,
+    Source,
+    shared_environment,
+)
+
+
+def world_size(job: Job) -> int:
+    """Ranks of a job on this machine."""
+    asked = job.nproc_per_node
+    return max(1, visible_gpus()) if asked == "auto" else asked
+
+
+def environment(job: Job) -> dict[str, str]:
+    """What every process of the job inherits."""
+    return {**os.environ, **shared_environment(world_size(job)), **job.env}
+
+
+def checkpointing(job: Job, branches: tuple[tuple[int, int], ...] = ()) -> Checkpointing:
+    """What a rank and its saver need to know of the job's `checkpoint`."""
+    asked = job.checkpoint
+    return Checkpointing(
+        dir=str(asked.dir),
+        every_steps=asked.every.steps,
+        keep=asked.keep.rules,
+        memory=asked.memory,
+        on_busy=asked.on_busy,
+        on_error=asked.on_error,
+        options=Options(asked.compress, asked.keyframe_every, asked.timeout),
+        rename=dict(asked.rename),
+        strict=asked.strict,
+        branches=branches,
+    )
+
+
+def assignment(
+    job: Job,
+    run: RunDirectory,
+    run_id: str,
+    number: int,
+    endpoint: Endpoint,
+    resume: ResumePoint | None,
+    board: str,
+    savers: tuple[str, ...] = (),
+    branches: tuple[tuple[int, int], ...] = (),
+) -> Assignment:
+    """What the ranks of attempt `number` are told."""
+    return Assignment(
+        run_id=run_id,
+        attempt=number,
+        world_size=world_size(job),
+        master_addr="127.0.0.1",
+        master_port=endpoint.port,
+        agent_store=endpoint.served,
+        max_restarts=job.restart.max_restarts,
+        supervisor=os.getpid(),
+        directory=str(run.attempt(number)),
+        board=board,
+        source=Source(
+            str(job.script) if job.script else None, job.module, tuple(job.args), str(job.workdir)
+        ),
+        checkpoint=checkpointing(job, branches),
+        resume=resume,
+        savers=savers,
+        check_model=job.guards.model == "strict",
+        config_files=tuple(str(path) for path in job.guards.config_files),
+        environment=dict(job.env),
+    )

@@ -1,0 +1,141 @@
+"""The supervisor's savers: one process per rank, which outlives every attempt."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from autoglm_resume.checkpoint.part import part_file
+from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.supervise.pump import Pump
+from autoglm_resume.supervise.zygote import HOME
+from autoglm_resume.worker import saver_link
+from autoglm_resume.worker.saver_link import Closed, Message
+
+PATIENCE = 5.0
+"""Seconds for a saver to answer what takes it no time."""
+
+
+class Savers:
+    """Savers of ranks 0 to `count` - 1; one that dies is replaced, and what it held is lost."""
+
+    def __init__(
+        self,
+        pump: Pump,
+        environment: Mapping[str, str],
+        name: str,
+        count: int,
+        log: Path,
+        tell: Callable[..., object],
+    ) -> None:
+        self._pump = pump
+        self._environment = environment
+        self._log = log
+        self._tell = tell
+        self.names = tuple(f"autoglm-{name}-{os.getpid()}-{rank}" for rank in range(count))
+        """Where ranks find theirs."""
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._links: list[socket.socket] = []
+        self._replies: dict[int, Message] = {}
+        for rank in range(count):
+            process, link = self._spawn(rank)
+            self._processes.append(process)
+            self._links.append(link)
+
+    @property
+    def pids(self) -> frozenset[int]:
+        """Of the processes."""
+        return frozenset(process.pid for process in self._processes)
+
+    def settle(self, store: Store, timeout: float, hurried: Callable[[], bool]) -> None:
+        """The ranks are dead: return when what they left in memory is on storage.
+
+        Snapshots that one of the ranks has not completed are given up. Returns at once when
+        `hurried` turns true.
+        """
+        began = time.monotonic()
+        holding = self._ask({"op": "holding"}, began + PATIENCE, hurried)
+        under_way = {id for reply in holding.values() for id in reply["ids"]}
+        whole = [id for id in under_way if self._can_complete(store, id, holding)]
+        self._ask({"op": "finish", "ids": whole}, began + timeout, hurried)
+
+    def _can_complete(self, store: Store, id: str, holding: Mapping[int, Message]) -> bool:
+        return all(
+            (rank in holding and id in holding[rank]["ids"])
+            or (store.directory(id) / part_file(rank)).exists()
+            for rank in range(len(self.names))
+        )
+
+    def protect(self, ids: frozenset[str]) -> None:
+        """Retention must keep these from now on."""
+        for link in self._links:
+            with contextlib.suppress(Closed, BlockingIOError):
+                saver_link.send(link, {"op": "protect", "ids": sorted(ids)})
+
+    def close(self) -> None:
+        """End them."""
+        for process, link in zip(self._processes, self._links, strict=True):
+            self._pump.forget(link)
+            link.close()
+            process.kill()
+            process.wait()
+
+    def _ask(
+        self, message: Message, until: float, hurried: Callable[[], bool]
+    ) -> dict[int, Message]:
+        """Their answers, as far as they come in time."""
+        self._replies = {}
+        asked = set()
+        for rank, link in enumerate(self._links):
+            with contextlib.suppress(Closed):
+                saver_link.send(link, message)
+                asked.add(self._processes[rank].pid)
+
+        def answered() -> bool:
+            # One that dies meanwhile has a successor that was not asked.
+            waiting = [
+                rank
+                for rank, process in enumerate(self._processes)
+                if process.pid in asked and rank not in self._replies
+            ]
+            return not waiting or hurried()
+
+        self._pump.wait(answered, until)
+        return self._replies
+
+    def _readable(self, rank: int, link: socket.socket) -> None:
+        try:
+            while found := saver_link.receive(link, wait=False):
+                self._replies[rank] = found[0]
+        except Closed:
+            self._pump.forget(link)
+            link.close()
+            process = self._processes[rank]
+            process.wait()
+            self._tell("saver_lost", rank=rank, pid=process.pid, code=process.returncode)
+            self._processes[rank], self._links[rank] = self._spawn(rank)
+
+    def _spawn(self, rank: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs, self._log.open("ab") as output:
+            process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "autoglm_resume.worker.saver_process"),
+                    *(str(theirs.fileno()), str(os.getpid()), self.names[rank]),
+                ],
+                cwd=HOME,
+                env=dict(self._environment),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        self._pump.watch(ours, lambda: self._readable(rank, ours))
+        return process, ours

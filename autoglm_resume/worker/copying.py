@@ -1,0 +1,120 @@
+"""Tensors into a slot: what may change soon at once, the rest by a thread beside the training."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from autoglm_resume.checkpoint import tree
+from autoglm_resume.checkpoint.snapshot import layout
+
+
+class Changed(Exception):
+    """A tensor was changed while it was copied; the message names it."""
+
+
+def targets(tensors: Sequence[tuple[str, torch.Tensor]], slot: memoryview) -> list[torch.Tensor]:
+    """Where each of `tensors` goes in `slot`: tensors of the same shapes and types."""
+    offsets, _ = layout(tensor.numel() * tensor.element_size() for _, tensor in tensors)
+    found = []
+    for (_, tensor), offset in zip(tensors, offsets, strict=True):
+        if tensor.numel() == 0:
+            found.append(torch.empty(tensor.shape, dtype=tensor.dtype))
+            continue
+        flat = torch.frombuffer(slot, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
+        found.append(flat.view(tensor.shape))
+    return found
+
+
+def safe_until_step(optimizers: Sequence[torch.optim.Optimizer]) -> frozenset[int]:
+    """Data pointers of what only a step of these optimizers changes: their parameters and state."""
+    found: set[int] = set()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            found.update(tree.local(parameter).data_ptr() for parameter in group["params"])
+        for state in optimizer.state.values():
+            values = state.values() if isinstance(state, dict) else ()
+            found.update(tree.local(v).data_ptr() for v in values if isinstance(v, torch.Tensor))
+    return frozenset(found - {0})
+
+
+class Copy:
+    """One copy. Construction copies all that is not safe; `start` lets a thread copy the rest."""
+
+    def __init__(
+        self,
+        tensors: Sequence[tuple[str, torch.Tensor]],
+        into: Sequence[torch.Tensor],
+        safe: frozenset[int],
+    ) -> None:
+        pairs = list(zip(tensors, into, strict=True))
+        self._later = [pair for pair in pairs if _safe(pair[0][1], safe)]
+        self._versions = [source._version for (_, source), _ in self._later]
+        self._ready = _Streams(source for (_, source), _ in self._later)
+        chosen = {id(target) for _, target in self._later}
+        _copy([(s, t) for (_, s), t in pairs if id(t) not in chosen])
+
+    def start(self, done: Callable[[Exception | None], None]) -> None:
+        """Copy the rest, and call `done` in the thread: with None, or with what went wrong."""
+        self._thread = threading.Thread(target=self._run, args=[done], name="snapshot")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the copy is complete and `done` was called."""
+        self._thread.join()
+
+    def _run(self, done: Callable[[Exception | None], None]) -> None:
+        try:
+            with torch.no_grad():
+                self._ready.copy([(source, target) for (_, source), target in self._later])
+            for ((name, source), _), version in zip(self._later, self._versions, strict=True):
+                if source._version != version:
+                    raise Changed(name)
+        except Exception as error:
+            done(error)
+        else:
+            done(None)
+
+
+def _safe(tensor: torch.Tensor, safe: frozenset[int]) -> bool:
+    return tensor.data_ptr() in safe and not tensor.is_inference()
+
+
+def _copy(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    if pairs:
+        # One call for all of them: the interpreter's lock is given up once, not a thousand times.
+        sources, into = zip(*pairs, strict=True)
+        with torch.no_grad():
+            torch._foreach_copy_(into, sources)
+
+
+class _Streams:
+    """Copies device tensors on a stream of their own, after what is queued at construction."""
+
+    def __init__(self, sources: Any) -> None:
+        devices = {source.device for source in sources if source.device.type == "cuda"}
+        self._events = {d: torch.cuda.current_stream(d).record_event() for d in devices}
+
+    def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Until every byte is in host memory."""
+        finished = []
+        for device, event in self._events.items():
+            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            stream.wait_event(event)
+            with torch.cuda.stream(stream):
+                for source, target in pairs:
+                    if source.device == device:
+                        target.copy_(source, non_blocking=True)
+                finished.append(stream.record_event())
+        _copy([pair for pair in pairs if pair[0].device not in self._events])
+        for event in finished:
+            event.synchronize()
+
+
+def pin(memory: memoryview, size: int) -> None:
+    """Register host memory with CUDA, so that copies into it need no staging. Best effort."""
+    address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    torch.cuda.cudart().cudaHostRegister(address, size, 0)  # type: ignore[no-untyped-call]

@@ -1,0 +1,81 @@
+"""What follows a save: saying so, giving back the room of failed ones, and retiring old ones."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Set
+from contextlib import suppress
+
+from autoglm_resume.checkpoint import retention
+from autoglm_resume.checkpoint.gate import superseded
+from autoglm_resume.checkpoint.part import age
+from autoglm_resume.checkpoint.retention import Candidate
+from autoglm_resume.checkpoint.saver import Saved
+from autoglm_resume.checkpoint.snapshot import Snapshot
+from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.errors import CheckpointError
+from autoglm_resume.worker.contract import Checkpointing
+from autoglm_resume.worker.events import Events
+
+
+def announce(events: Events, saved: Saved, *, began: float, blocked: float) -> None:
+    """`began` is when training was first held up for it, `blocked` for how many seconds."""
+    part, manifest = saved.part, saved.manifest
+    events.emit(
+        "saved",
+        id=part.id,
+        step=part.step,
+        seconds=time.monotonic() - began,
+        began=began,
+        blocked=blocked,
+        raw=part.raw,
+        stored=part.stored,
+        shared=part.shared,
+    )
+    if manifest is not None:
+        events.emit(
+            "committed",
+            id=manifest.id,
+            step=manifest.step,
+            digest=manifest.digest,
+            began=began,
+            objects=manifest.objects,
+        )
+
+
+def tidy(
+    store: Store, how: Checkpointing, snapshot: Snapshot, stay: Set[str], events: Events
+) -> None:
+    """After `snapshot` was saved. `stay` are ids of checkpoints that must not be deleted.
+
+    Raises OSError, CheckpointError.
+    """
+    # The newest may only be late in another rank; by now all are through with those before it.
+    for id in snapshot.lineage[1:]:
+        with suppress(OSError):
+            store.forsake(id, snapshot.rank)
+    if snapshot.rank == 0:
+        for id in _retire(store, how, snapshot.id, stay):
+            events.emit("pruned", id=id)
+
+
+def _retire(store: Store, how: Checkpointing, saved: str, stay: Set[str]) -> list[str]:
+    """Delete what no rule keeps, now that `saved` is there; returns the ids."""
+    found: list[Candidate] = []
+    protected = set(stay)
+    for path in store.committed():
+        with suppress(CheckpointError):
+            manifest = store.load_manifest(path)
+            if age(path.name) <= age(saved):
+                found.append(Candidate.of(manifest))
+            else:
+                # Of another branch, rejected but not corrupt: it must not make this run's own
+                # checkpoints look old, nor lose what it needs.
+                protected.update(manifest.needs)
+    found.sort(key=lambda each: superseded(each.id, how.branches) is not None)
+    gone = retention.doomed(found, how.keep, frozenset(protected), time.time())
+    # What needs another one goes before it, so that a crash in between breaks none.
+    gone.sort(key=age, reverse=True)
+    for id in gone:
+        store.delete(id)
+    return gone

@@ -1,0 +1,68 @@
+"""A checkpoint's state for the objects that a script tracks, whoever saved it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from autoglm_resume.checkpoint import elastic, restore
+from autoglm_resume.checkpoint.restore import OtherSharding, RestoredPart
+from autoglm_resume.checkpoint.sharding import Present
+from autoglm_resume.checkpoint.snapshot import Snapshot
+from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.errors import CorruptCheckpoint
+from autoglm_resume.worker import rng
+from autoglm_resume.worker.data import ResumableSampler
+
+RNG = "rng"
+"""The object that every rank has one of its own of."""
+
+
+def read(
+    store: Store,
+    path: Path,
+    rank: int,
+    world_size: int,
+    objects: Mapping[str, Any],
+    led: Collection[str],
+    held: Snapshot | None,
+) -> RestoredPart:
+    """What `objects` are to be now; from memory where the snapshot is still `held`, else from
+    storage, and from all ranks' parts if it was made by another number of them.
+
+    Of the modules in `led`, all ranks get the buffers of rank 0. Raises CheckpointError.
+    """
+    present = Present(objects)
+    if store.load_manifest(path).world_size == world_size:
+        with contextlib.suppress(OtherSharding):
+            if held is not None:
+                with contextlib.suppress(CorruptCheckpoint):
+                    return restore.read(store, path, rank, present=present, memory=held)
+            return restore.read(store, path, rank, present=present)
+    buffers = {f"{name}/{key}" for name in led for key, _ in objects[name].named_buffers()}
+    return elastic.read(store, path, rank, present, own=[RNG], led=buffers)
+
+
+def generators(restored: RestoredPart, rank: int) -> None:
+    """Continue this rank's random generators; one that is new gets its own from the checkpoint."""
+    if RNG in restored.states:
+        rng.restore(restored.states[RNG])
+    else:
+        rng.derive(f"{restored.part.objects[RNG]} rank {rank}")
+
+
+def resharded(before: int, now: int, objects: Mapping[str, Any]) -> dict[str, Any]:
+    """What changes when a checkpoint of `before` ranks goes on with `now` of them.
+
+    A step consumes `global_batch` samples from now on: the batches of the ranks keep their size.
+    """
+    samplers = [obj for obj in objects.values() if isinstance(obj, ResumableSampler)]
+    batches = [s.batch_size * s.batches_per_step * now for s in samplers]
+    return {
+        "from": before,
+        "to": now,
+        "global_batch": batches[0] if len(batches) == 1 else None,
+        "seeded_anew": list(range(before, now)),
+    }

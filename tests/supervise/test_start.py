@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from autoglm_resume.errors import UsageError
+from autoglm_resume.job.load import load
+from autoglm_resume.observe.live import Screen
+from autoglm_resume.supervise import start
+from tests.observe.runs import checkpoint, directory
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    (tmp_path / "train.py").touch()
+    (tmp_path / "job.yaml").write_text("script: train.py\ncheckpoint: {dir: ckpt}\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ((), "no checkpoint of step 55; there is none at all"),
+        ((10, 20), "no checkpoint of step 55; there are those of steps 10, 20"),
+        (
+            tuple(range(0, 200, 10)),
+            "no checkpoint of step 55; the nearest are of steps "
+            "10, 20, 30, 40, 50, 60, 70, 80, 90, 100",
+        ),
+    ],
+)
+def test_only_a_step_that_was_saved_can_be_gone_on_from(
+    home: Path, steps: tuple[int, ...], said: str
+) -> None:
+    for step in steps:
+        checkpoint(home / "ckpt", step, ranks=1)
+    with pytest.raises(UsageError) as refused:
+        start.start(load(home / "job.yaml"), Screen(), branch_from=55)
+    assert refused.value.message == f"{home / 'ckpt'}: {said}"
+    assert not (home / "runs/job/job.json").exists()
+
+
+def test_what_a_branch_left_behind_cannot_be_gone_on_from(home: Path) -> None:
+    for step, token in ((10, "a0"), (20, "a0"), (15, "a1")):
+        checkpoint(home / "ckpt", step, token=token, ranks=1)
+    directory(home / "runs/job", [{"event": "branched", "step": 10, "attempt": 1}])
+    with pytest.raises(
+        UsageError, match="no checkpoint of step 20; there are those of steps 10, 15"
+    ):
+        start.start(load(home / "job.yaml"), Screen(), branch_from=20)
