@@ -1,4 +1,4 @@
-"""The few Linux calls that Python does not wrap: prctl and inotify."""
+"""The few Linux calls that Python does not wrap, or not well: prctl, inotify, madvise."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_MADV_POPULATE_WRITE = 23
 _IN_MODIFY = 0x2
 _IN_CREATE = 0x100
 _IN_MOVED_TO = 0x80
@@ -44,6 +45,11 @@ def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
 def outlive_parent() -> None:
     """Undo `die_with_parent`."""
     _prctl(_PR_SET_PDEATHSIG, 0)
+
+
+def populate(address: int, size: int) -> None:
+    """Put memory into this process's page table, writable; a kernel before 5.14 does nothing."""
+    _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _MADV_POPULATE_WRITE)
 
 
 class DirectoryWatch:

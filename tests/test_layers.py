@@ -153,11 +153,15 @@ def test_imports_never_go_up_to_the_cli(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_no_pickle_is_ever_read(path: Path) -> None:
     tree = tree_of(path)
+    # `autoglm import` of what `autoglm export --to torch` has written: tensors and plain values.
+    weights = "torch.load(source, map_location='cpu', weights_only=True)"
+    only = path.name == "formats.py" and ast.unparse(tree).count("torch.load(") == 1
+    allowed = {"torch.load"} if only and weights in ast.unparse(tree) else set()
     assert not {name.partition(".")[0] for name in imports(tree)} & UNPICKLERS
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             text = ast.unparse(node)
-            assert text not in ("torch.load", "torch.serialization.load"), text
+            assert text not in ("torch.load", "torch.serialization.load") or text in allowed, text
             assert not text.endswith("weights_only"), text
         assert not (isinstance(node, ast.keyword) and node.arg == "allow_pickle")
 

@@ -25,6 +25,7 @@ from autoglm_resume.checkpoint.document import Json, digest, digest_of_digests
 from autoglm_resume.checkpoint.manifest import MANIFEST, Manifest
 from autoglm_resume.checkpoint.part import (
     CHUNK_BYTES,
+    DTYPE_BYTES,
     Part,
     Tensor,
     checkpoint_id,
@@ -55,6 +56,13 @@ class Exchange:
     def nbytes(self) -> int:
         """Of all tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    @property
+    def raw(self) -> int:
+        """Bytes of all tensors of all ranks."""
+        sizes = {key: DTYPE_BYTES[dtype] for key, (dtype, _) in self.document["tensors"].items()}
+        rows = (row for rank in self.document["ranks"] for row in rank["tensors"])
+        return sum(sizes[row["key"]] * math.prod(row["shape"]) for row in rows)
 
 
 @dataclass(frozen=True)
@@ -102,9 +110,15 @@ def gather(store: Store, path: Path, progress: verify.Progress | None = None) ->
     return Exchange(_document(manifest, parts, entries), {e.key: tensors[e.key] for e in entries})
 
 
-def put(store: Store, exchange: Exchange, step: int | None = None) -> Manifest:
+def put(
+    store: Store,
+    exchange: Exchange,
+    step: int | None = None,
+    progress: verify.Progress | None = None,
+) -> Manifest:
     """Commit it as a new checkpoint of `store`, of `step` or the step it was exported at.
 
+    `progress` gets the bytes of all tensors of all ranks twice: verified, and written.
     Raises UsageError when that is there already, and CorruptCheckpoint, before anything is
     written, when a tensor is not what was exported.
     """
@@ -113,7 +127,9 @@ def put(store: Store, exchange: Exchange, step: int | None = None) -> Manifest:
         if document["format"] != FORMAT:
             raise NewerFormat(f"expected an export of format {FORMAT}, found {document['format']}")
         id = checkpoint_id(document["step"] if step is None else step, TOKEN)
-        snapshots = [_snapshot(exchange, id, rank) for rank in range(len(document["ranks"]))]
+        snapshots = [
+            _snapshot(exchange, id, rank, progress) for rank in range(len(document["ranks"]))
+        ]
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise CorruptCheckpoint(f"export: its document is not as written ({error!r})") from error
     directory = store.directory(id)
@@ -126,6 +142,8 @@ def put(store: Store, exchange: Exchange, step: int | None = None) -> Manifest:
     def persist(snapshot: Snapshot) -> None:
         try:
             Saver(store).persist(snapshot, abandoned)
+            if progress:
+                progress(snapshot.nbytes)
         except BaseException:
             abandoned.set()
             raise
@@ -170,8 +188,8 @@ def nested(exchange: Exchange) -> dict[str, Any]:
 def _entries(parts: Sequence[Part]) -> Iterator[_Entry]:
     groups: dict[tuple[str, str, Shape, bool], list[_Leaf]] = {}
     for leaf in _leaves(parts):
-        key = (leaf.name, leaf.tensor.dtype, leaf.shape, leaf.joint)
-        groups.setdefault(key, []).append(leaf)
+        group = (leaf.name, leaf.tensor.dtype, leaf.shape, leaf.joint)
+        groups.setdefault(group, []).append(leaf)
     used: set[str] = set()
     for (name, dtype, shape, joint), leaves in groups.items():
         if joint:
@@ -289,11 +307,17 @@ def _document(
     }
 
 
-def _snapshot(exchange: Exchange, id: str, number: int) -> Snapshot:
+def _snapshot(
+    exchange: Exchange, id: str, number: int, progress: verify.Progress | None
+) -> Snapshot:
     document, parsed = exchange.document, parse_id(id)
     assert parsed is not None
     rank = document["ranks"][number]
-    contents = [_tensor(exchange, row) for row in rank["tensors"]]
+    contents = []
+    for row in rank["tensors"]:
+        contents.append(_tensor(exchange, row))
+        if progress:
+            progress(contents[-1].nbytes)
     tables: dict[str, list[Tensor]] = {name: [] for name in rank["objects"]}
     for row, content in zip(rank["tensors"], contents, strict=True):
         entry = Tensor(content.name, content.dtype, content.shape, row["digest"], ())

@@ -34,12 +34,19 @@ OURS = "autoglm"
 """Key, in metadata and states, of what only an import needs."""
 
 
-def write(kind: str, out: Path, exchange: Exchange) -> None:
-    """Make `out`, which must not be there. Raises UsageError and OSError."""
+def check(kind: str, out: Path) -> None:
+    """Raises UsageError when `write` would."""
     if kind not in _WRITERS:
         raise UsageError(f"--to {kind}: expected one of {', '.join(_WRITERS)}")
     if out.exists():
         raise UsageError(f"{out}: there already, and never overwritten")
+    if kind == "safetensors":
+        _safetensors()
+
+
+def write(kind: str, out: Path, exchange: Exchange) -> None:
+    """Make `out`, which must not be there. Raises UsageError and OSError."""
+    check(kind, out)
     _WRITERS[kind](out, exchange)
 
 
@@ -72,6 +79,8 @@ def _write_safetensors(out: Path, exchange: Exchange) -> None:
 
 def _read_safetensors(source: Path) -> Exchange:
     library = _safetensors()
+    from safetensors import SafetensorError
+
     try:
         with library.safe_open(source, framework="pt") as found:
             document = _parsed((found.metadata() or {}).get(OURS), source)
@@ -79,7 +88,7 @@ def _read_safetensors(source: Path) -> Exchange:
                 key: _shaped(found.get_tensor(key), dtype, shape)
                 for key, (dtype, shape) in document["tensors"].items()
             }
-    except library.SafetensorError as error:
+    except SafetensorError as error:
         raise CorruptCheckpoint(f"{source}: not what autoglm exports: {error}") from error
     return Exchange(document, tensors)
 
@@ -92,20 +101,21 @@ def _write_torch(out: Path, exchange: Exchange) -> None:
 
 
 def _read_torch(source: Path) -> Exchange:
-    from pickle import UnpicklingError
-
     try:
         found = torch.load(source, map_location="cpu", weights_only=True)
-    except (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever untrusted bytes can make of it
         raise CorruptCheckpoint(f"{source}: not what autoglm exports: {error}") from error
     ours = found.get(OURS) if isinstance(found, dict) else None
-    document = _parsed(ours.get("document") if isinstance(ours, dict) else None, source)
+    if not isinstance(ours, dict) or not isinstance(ours.get("tensors"), dict):
+        raise _foreign(source)
+    document = _parsed(ours.get("document"), source)
     return Exchange(document, ours["tensors"])
 
 
 def _write_dcp(out: Path, exchange: Exchange) -> None:
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     state = nested(exchange)
     try:
@@ -123,36 +133,37 @@ def _write_dcp(out: Path, exchange: Exchange) -> None:
         "tensors": {str(place): exchange.tensors[key] for place, key in enumerate(hidden)},
     }
     with _alone():
-        dcp.save(
+        save(
             state,
-            storage_writer=dcp.FileSystemWriter(out),
+            storage_writer=FileSystemWriter(out),
             planner=_planner(exchange.document),
             no_dist=True,
         )
 
 
 def _read_dcp(source: Path) -> Exchange:
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     if not (source / ".metadata").exists():
         raise UsageError(
             f"{source}: expected a file, or a directory that DCP has written; found no .metadata"
         )
-    reader = dcp.FileSystemReader(source)
+    reader = FileSystemReader(source)
     entries = reader.read_metadata().state_dict_metadata
     size = getattr(entries.get(f"{OURS}.document"), "size", None)
     if size is None:
         raise _foreign(source)
     text = {f"{OURS}.document": torch.empty(size, dtype=torch.uint8)}
     with _alone():
-        dcp.load(text, storage_reader=reader, no_dist=True)
+        load(text, storage_reader=reader, no_dist=True)
         content = bytes(tree.as_bytes(text[f"{OURS}.document"]))
         document = _parsed(content.decode(errors="replace"), source)
         empty = {
             document["keys"][key]: torch.empty(shape, dtype=tree.dtype_named(dtype))
             for key, (dtype, shape) in document["tensors"].items()
         }
-        dcp.load(empty, storage_reader=reader, no_dist=True)
+        load(empty, storage_reader=reader, no_dist=True)
     return Exchange(document, {key: empty[document["keys"][key]] for key in document["tensors"]})
 
 
@@ -173,9 +184,7 @@ def _planner(document: Mapping[str, Json]) -> Any:
                 return io.BytesIO(object)
             return super().transform_object(write_item, object)
 
-        def create_global_plan(
-            self, all_plans: list[SavePlan]
-        ) -> tuple[list[SavePlan], Metadata]:
+        def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
             plans, metadata = super().create_global_plan(all_plans)
             return plans, replace(
                 metadata, planner_data={**metadata.planner_data, **(nesting or {})}
@@ -218,14 +227,12 @@ def _plain(value: Any) -> Any:
 
 def _safetensors() -> Any:
     try:
-        import safetensors
         import safetensors.torch as library
     except ImportError as error:
         raise UsageError(
             f"safetensors is not installed ({error})",
             hint="pip install 'autoglm-resume[safetensors]'",
         ) from error
-    library.SafetensorError = safetensors.SafetensorError
     return library
 
 
@@ -237,12 +244,12 @@ def _parsed(text: object, source: Path) -> dict[str, Json]:
     if not isinstance(text, str):
         raise _foreign(source)
     try:
-        document = json.loads(text)
-    except (ValueError, RecursionError):
-        document = None
-    if not isinstance(document, dict) or not isinstance(document.get("tensors"), dict):
-        raise CorruptCheckpoint(f"{source}: its document is not as written")
-    return document
+        document: dict[str, Json] = json.loads(text)
+        if Exchange(document, {}).raw >= 0:
+            return document
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass
+    raise CorruptCheckpoint(f"{source}: its document is not as written")
 
 
 def _foreign(source: Path) -> UsageError:
@@ -254,14 +261,17 @@ def _foreign(source: Path) -> UsageError:
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a tensor whose dtype is unknown there."""
-    return torch.frombuffer(tree.as_bytes(tensor), dtype=torch.uint8) if len(tensor.shape) else (
-        torch.frombuffer(tree.as_bytes(tensor), dtype=torch.uint8)
-    )
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _shaped(found: torch.Tensor, dtype: str, shape: list[int]) -> torch.Tensor:
     expected = tree.dtype_named(dtype)
-    return found if found.dtype == expected else found.view(expected).reshape(shape)
+    if found.dtype == expected:
+        return found
+    try:
+        return found.view(expected).reshape(shape)
+    except RuntimeError as error:
+        raise CorruptCheckpoint(f"expected {shape} of {dtype}: {error}") from error
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Literal, TypeAlias
 
+from autoglm_resume.checkpoint import renaming
 from autoglm_resume.checkpoint.document import Json
 from autoglm_resume.checkpoint.manifest import Manifest, Part, age, parse_id
 from autoglm_resume.checkpoint.structure import Structure, differences
@@ -36,6 +37,8 @@ class Expectation:
     refused: Mapping[str, str] = field(default_factory=dict)
     branches: tuple[tuple[int, int], ...] = ()
     """(step, attempt) from where the run went on from an older checkpoint, as it was asked to."""
+    rename: Mapping[str, str] = field(default_factory=dict)
+    """New names of parameters, by old ones; see renaming.py."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,9 @@ def _model(facts: Facts, expectation: Expectation) -> Check:
         return Check("model hash", True, expectation.model_hash, found)
     detail = ""
     if facts.model and expectation.model:
-        lines = differences(facts.model, expectation.model)
+        theirs = renaming.applied(facts.model, expectation.rename)
+        if facts.model.hash == facts.model_hash and theirs.hash == expectation.model_hash:
+            return Check("model hash", True, theirs.hash, found, "the same after renaming")
+        lines = differences(theirs, expectation.model)
         detail = "; ".join(lines) or "rank 0 agrees, another rank's model differs"
     return Check("model hash", False, expectation.model_hash, found, detail)

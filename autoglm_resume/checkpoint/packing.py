@@ -229,7 +229,10 @@ def _prove(output: BinaryIO, window: list[_Written]) -> float:
             raw = view
             if chunk.codec != codec.RAW:
                 raw = target[: chunk.raw]
-                codec.decode(chunk.codec, view, raw, written.base)
+                try:
+                    codec.decode(chunk.codec, view, raw, written.base)
+                except CorruptCheckpoint as error:
+                    raise CorruptCheckpoint(f"{place}: {error.message}") from None
             if (found := digest(raw)) != chunk.digest:
                 raise CorruptCheckpoint(f"{place}: expected {chunk.digest}, found {found}")
     return seconds

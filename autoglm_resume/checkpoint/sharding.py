@@ -114,13 +114,15 @@ def sharding_of(tensor: Any, place: str) -> Sharding:
             hint="redistribute() it first, or leave it out of what is tracked",
         )
 
-    mesh, shape = tensor.device_mesh, tuple(tensor.shape)
-    if not all(map(_text, tensor.placements)):
-        raise refuse(f"with placements {tensor.placements}")
+    mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         raise refuse(f"on {mesh}, of which this rank is no part,")
-    sharding, expected = _planned(shape, mesh, tuple(coordinate), tuple(tensor.placements))
+    sharding, expected = _planned(
+        tuple(tensor.shape), mesh, tuple(coordinate), tuple(tensor.placements)
+    )
+    if "" in sharding.placements:
+        raise refuse(f"with placements {tensor.placements}")
     found = tuple(tensor._local_tensor.shape)
     if expected != found:
         raise refuse(f"whose shard is of {found} where torch would make it {expected}")
@@ -191,10 +193,9 @@ class Present:
 
         `sharding` is how it was. Raises CheckpointError if that cannot be known.
         """
-        name = self._renamed(name)
-        now = self._tensors.get(name)
-        if now is None:
-            now = self._tensors.get(name.rpartition(".")[0])  # state of an optimizer
+        # The last one is for the state of an optimizer.
+        names = (name, self._renamed(name), name.rpartition(".")[0])
+        now = next((self._tensors[each] for each in names if each in self._tensors), None)
         if now is not None and tuple(now.shape) == shape:
             return Arrangement(now.device_mesh, now.placements) if is_sharded(now) else None
         if sharding is None:

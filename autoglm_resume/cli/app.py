@@ -11,6 +11,8 @@ import typer
 from autoglm_resume import __version__
 from autoglm_resume.cli import (
     ckpts,
+    export,
+    import_,
     inspect,
     logs,
     prune,
@@ -77,6 +79,8 @@ app.command("ckpts", cls=Command, epilog=ckpts.EXAMPLES)(guarded(ckpts.ckpts))
 app.command("prune", cls=Command, epilog=prune.EXAMPLES)(guarded(prune.prune))
 app.add_typer(_inspect, name="inspect")
 app.command("verify", cls=Command, epilog=verify.EXAMPLES)(guarded(verify.verify))
+app.command("export", cls=Command, epilog=export.EXAMPLES)(guarded(export.export))
+app.command("import", cls=Command, epilog=import_.EXAMPLES)(guarded(import_.import_))
 app.command("schema", cls=Command, epilog=schema.EXAMPLES)(guarded(schema.schema))
 
 

@@ -146,12 +146,16 @@ class Checkpoint(Section):
     )
     rename: Annotated[dict[Word, Word], BeforeValidator(as_mapping)] = Field(
         default_factory=dict,
-        description="New names of parameters, by the names they have in older checkpoints.",
+        description="New names, by the names that older checkpoints have: of parameters or of "
+        "modules with all that is in them, as in the model's state dict (`layers.0`), or with the "
+        "name it is tracked under in front (`model.layers.0`). A checkpoint that fits as it is is "
+        "left as it is.",
     )
     strict: Flag = Field(
         default=True,
         description="Refuse a checkpoint whose parameters (after `rename`) are not exactly the "
-        "model's; false loads those that fit and lists the others.",
+        "model's; false loads those that fit by name and shape and lists the others. Where there "
+        "are others, the state of optimizers, which know parameters by number only, is not loaded.",
     )
     replicas: Annotated[
         tuple[Annotated[str, BeforeValidator(as_replica)], ...], BeforeValidator(as_list)

@@ -70,6 +70,8 @@ class Summary:
     """The newest one that was committed."""
     checkpoint_step: int | None
     save_failures: int
+    saves_skipped: int
+    """Left out because the one before was still under way."""
     interval: str
     """How often it saves and why, where that is left to autoglm."""
     elapsed: float
@@ -131,6 +133,7 @@ def summarize(events: Iterable[Event], *, alive: bool = False, now: float | None
         checkpoint=newest.get("id"),
         checkpoint_step=step_of(newest),
         save_failures=sum(e["event"] == "save_failed" for e in everything),
+        saves_skipped=sum(e["event"] == "save_skipped" for e in everything),
         interval=str(interval.get("reason", "")),
         elapsed=elapsed,
         down=down,
@@ -222,7 +225,7 @@ def _blocked(segment: Segment, begin: float, end: float) -> float:
     """Time between `begin` and `end` in which saves blocked; the slowest rank holds up the rest."""
     longest: dict[str, float] = {}
     for event in segment.all("saved"):
-        at, seconds = number(event, "began"), number(event, "seconds")
+        at, seconds = number(event, "began"), number(event, "blocked")
         if at is None or seconds is None:
             continue
         inside = min(end, at + seconds) - max(begin, at)

@@ -123,6 +123,8 @@ def facts(summary: Summary, step: int | None = None) -> Table:
         table.add("last checkpoint", f"step {summary.checkpoint_step} ({summary.checkpoint})")
     if summary.interval:
         table.add("saves", summary.interval)
+    if summary.saves_skipped:
+        table.add("skipped saves", f"{summary.saves_skipped}, while the last was being written")
     if summary.save_failures:
         table.add("failed saves", summary.save_failures)
     down = f", {seconds(summary.down)} of it without a supervisor" if summary.down >= 0.5 else ""

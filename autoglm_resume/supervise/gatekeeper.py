@@ -154,9 +154,11 @@ class Gatekeeper:
     def _fits(self, manifest: Manifest | None) -> bool:
         if manifest is None:
             return False
-        guards, model = self.job.guards, self.model
+        guards, how, model = self.job.guards, self.job.checkpoint, self.model
         world_fits = manifest.world_size == self.world_size or guards.world_size != "strict"
         model_fits = model is None or manifest.model_hash == model.hash or guards.model == "off"
+        # Only a rank can say whether it fits when it is renamed, or what of it does.
+        model_fits = model_fits or bool(how.rename) or not how.strict
         return world_fits and model_fits
 
     def _needed(self, id: str) -> bool:
@@ -184,7 +186,8 @@ class Gatekeeper:
             model=self.model.structure if self.model else None,
             check_world_size=guards.world_size != "off",
             elastic=guards.world_size == "elastic",
-            check_model=guards.model == "strict",
+            check_model=guards.model == "strict" and self.job.checkpoint.strict,
+            rename=self.job.checkpoint.rename,
             refused=refused,
             branches=self.branches,
         )

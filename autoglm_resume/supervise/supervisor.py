@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -18,6 +19,7 @@ from autoglm_resume import linux
 from autoglm_resume.checkpoint.structure import Structure
 from autoglm_resume.errors import (
     AutoglmError,
+    CheckpointError,
     CorruptCheckpoint,
     Interrupted,
     NoAcceptableCheckpoint,
@@ -40,6 +42,7 @@ from autoglm_resume.supervise.savers import Savers
 from autoglm_resume.worker.contract import (
     ResumePoint,
 )
+from autoglm_resume.worker.slots import room
 
 if TYPE_CHECKING:  # a presenter is handed in; this layer does not depend on it
     from autoglm_resume.observe.live import Screen
@@ -85,6 +88,7 @@ class Supervisor:
         self._costs: deque[float] = deque(maxlen=RECENT)
         self._writing: deque[float] = deque(maxlen=RECENT)
         self._interval: float | None = None
+        self._room_known = False
         self._began = time.monotonic()
         self._now: Attempt | None = None
         self._journal = Journal(run.journal)
@@ -177,6 +181,7 @@ class Supervisor:
             self._pump.wait(lambda: bool(self._stops), time.monotonic() + decision.delay)
 
     def _attempt(self, launcher: Launcher, resume: ResumePoint | None) -> Outcome:
+        self._look_for_room(resume)
         number, self._number = self._number, self._number + 1
         self._run.attempt(number).mkdir(parents=True, exist_ok=True)
         fixed = self._job.env.get("MASTER_PORT")
@@ -299,6 +304,23 @@ class Supervisor:
             self._run.path / "savers.log",
             self._tell,
         )
+
+    def _look_for_room(self, resume: ResumePoint | None) -> None:
+        """Say at the start, rather than at the first save, that snapshots do not fit."""
+        if resume is None or self._savers is None or self._room_known:
+            return
+        self._room_known = True
+        with contextlib.suppress(CheckpointError):
+            manifest = self._gate.store.load_manifest(self._gate.store.directory(resume.id))
+            slots = self._job.checkpoint.memory
+            needed, free = slots * manifest.raw, room()
+            if needed > free:
+                text = (
+                    f"checkpoint.memory: {slots} snapshots of {len(manifest.parts)} ranks take"
+                    f" {needed:,} bytes of memory, {free:,} are free: saves may have to wait for"
+                    " the disk"
+                )
+                self._tell("warning", text=text)
 
     def _bring_back(self) -> None:
         """Where no checkpoint is left, the newest that a replica has."""

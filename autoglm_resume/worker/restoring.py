@@ -7,12 +7,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from autoglm_resume.checkpoint import elastic, restore
+from autoglm_resume.checkpoint import elastic, renaming, restore
 from autoglm_resume.checkpoint.restore import OtherSharding, RestoredPart
 from autoglm_resume.checkpoint.sharding import Present
 from autoglm_resume.checkpoint.snapshot import Snapshot
 from autoglm_resume.checkpoint.store import Store
-from autoglm_resume.errors import CorruptCheckpoint
+from autoglm_resume.errors import CorruptCheckpoint, WorldSizeMismatch
 from autoglm_resume.worker import rng
 from autoglm_resume.worker.data import ResumableSampler
 
@@ -27,14 +27,20 @@ def read(
     world_size: int,
     objects: Mapping[str, Any],
     led: Collection[str],
+    rename: Mapping[str, str],
     held: Snapshot | None,
 ) -> RestoredPart:
     """What `objects` are to be now; from memory where the snapshot is still `held`, else from
     storage, and from all ranks' parts if it was made by another number of them.
 
-    Of the modules in `led`, all ranks get the buffers of rank 0. Raises CheckpointError.
+    Of the modules in `led`, all ranks get the buffers of rank 0. `rename` is used only to find out
+    how tensors are sharded now. Raises CheckpointError.
     """
-    present = Present(objects)
+
+    def renamed(name: str) -> str:
+        return renaming.renamed(name.replace("/", ".", 1), rename).replace(".", "/", 1)
+
+    present = Present(objects, renamed)
     if store.load_manifest(path).world_size == world_size:
         with contextlib.suppress(OtherSharding):
             if held is not None:
@@ -42,7 +48,22 @@ def read(
                     return restore.read(store, path, rank, present=present, memory=held)
             return restore.read(store, path, rank, present=present)
     buffers = {f"{name}/{key}" for name in led for key, _ in objects[name].named_buffers()}
-    return elastic.read(store, path, rank, present, own=[RNG], led=buffers)
+    restored = elastic.read(store, path, rank, present, own=[RNG], led=buffers)
+    for name, obj in objects.items():
+        if isinstance(obj, ResumableSampler) and name in restored.states:
+            _require_samples(f"{restored.part.id}: {name}", restored.states[name], world_size)
+    return restored
+
+
+def _require_samples(place: str, state: Mapping[str, Any], world_size: int) -> None:
+    left = state["size"] - state["consumed"]
+    if left < world_size:
+        raise WorldSizeMismatch(
+            f"{place}: {left} samples are left in epoch {state['epoch']}, not one for each of"
+            f" {world_size} ranks",
+            hint=f"go on with at most {left} ranks until the next epoch, or from an older"
+            " checkpoint (autoglm resume --from STEP)",
+        )
 
 
 def generators(restored: RestoredPart, rank: int) -> None:

@@ -224,8 +224,9 @@ class SaverProcess:
             self._events.emit("save_failed", id=snapshot.id, step=snapshot.step, reason=reason)
         self._reply(link, {"op": "saved", "id": snapshot.id, "ok": not reason, "reason": reason})
         with contextlib.suppress(OSError, CheckpointError):
-            resumed = self._request["resume"]
-            housekeeping.tidy(saver.store, self._how, snapshot, resumed, self._events)
+            resumed: str | None = self._request["resume"]
+            stay = self._protected | ({resumed} if resumed else frozenset())
+            housekeeping.tidy(saver.store, self._how, snapshot, stay, self._events)
 
     def _start(self, work: Callable[[], None], id: str | None) -> None:
         """Run `work` beside the loop, after what runs already."""

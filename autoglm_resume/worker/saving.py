@@ -149,7 +149,8 @@ class Saving:
                 )
                 self._failed = Outcome(identity.id, False, reason)
             except Exception as other:
-                self._spare *= 2  # its description may have outgrown the slot
+                if isinstance(other, ValueError):  # its description has outgrown the slot
+                    self._spare *= 2
                 self._failed = Outcome(identity.id, False, f"{type(other).__name__}: {other}")
 
         self._watch_steps()

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 
 import autoglm_resume
-from autoglm_resume.checkpoint import capture, restore, saver, structure
+from autoglm_resume.checkpoint import capture, saver, structure
 from autoglm_resume.checkpoint.document import digest
 from autoglm_resume.checkpoint.part import checkpoint_id
 from autoglm_resume.checkpoint.store import Store
@@ -28,10 +28,9 @@ from autoglm_resume.errors import (
     CheckpointError,
     CorruptCheckpoint,
     Interrupted,
-    ModelMismatch,
     UsageError,
 )
-from autoglm_resume.worker import copying, hooks, restoring, rng, settings, tracked
+from autoglm_resume.worker import copying, fitting, hooks, restoring, rng, settings, tracked
 from autoglm_resume.worker.board import Board, Phase, Pulse
 from autoglm_resume.worker.contract import Assignment, ResumePoint
 from autoglm_resume.worker.data import ResumableSampler
@@ -280,10 +279,20 @@ class Session:
                     f"{path}: expected manifest {point.digest} (as the gate saw it), found {found}"
                 )
             held = self._saves.held(point.id)
+            rename = self._settings.checkpoint.rename
             restored = restoring.read(
-                self._store, path, self.rank, self.world_size, self._tracked, self._led, held
+                self._store,
+                path,
+                self.rank,
+                self.world_size,
+                self._tracked,
+                self._led,
+                rename,
+                held,
             )
-            self._compare(point, restored)
+            loading = fitting.fitted(
+                point.id, restored, self._tracked, self._structure, self._settings
+            )
         except CheckpointError as error:
             self._events.emit(
                 "refused",
@@ -293,8 +302,10 @@ class Session:
                 reason=error.message,
             )
             raise
-        for name, obj in self._tracked.items():
-            obj.load_state_dict(restored.states[name])
+        loading.into(self._tracked)
+        if loading.partial and self.rank == 0:
+            self._events.emit("partly_restored", id=point.id, step=point.step, **loading.said())
+            loading.tell(point.id)
         restoring.generators(restored, self.rank)
         if restored.part.world_size != self.world_size and self.rank == 0:
             count = restored.part.world_size
@@ -305,23 +316,6 @@ class Session:
         self._events.emit(
             "restored", id=point.id, step=point.step, seconds=time.monotonic() - began
         )
-
-    def _compare(self, point: ResumePoint, restored: restore.RestoredPart) -> None:
-        theirs, mine = restored.part.model, self._structure
-        if self._settings.check_model and theirs is not None and mine is not None:
-            differences = structure.differences(theirs, mine)
-            if differences:
-                raise ModelMismatch(
-                    f"{point.id}: model hash: expected {mine.hash} (this model), found "
-                    f"{theirs.hash} in the checkpoint: " + "; ".join(differences)
-                )
-        missing = [name for name in self._tracked if name not in restored.states]
-        if missing:
-            raise CheckpointError(
-                f"{point.id}: holds {', '.join(sorted(restored.states))}; this script also tracks "
-                f"{', '.join(missing)}",
-                hint="track the same objects as before, or start over with --fresh",
-            )
 
     def _model_structure(self) -> structure.Structure | None:
         if not self._models:

@@ -7,13 +7,15 @@ last process that has it open.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 from pathlib import Path
 
 import psutil
 
-_POPULATE_WRITE = 23
+from autoglm_resume import linux
+
 _UNLIMITED = 1 << 60
 
 
@@ -41,8 +43,8 @@ class Slots:
 
     def touch(self) -> None:
         """Put all pages into this process's page table ahead of time."""
-        with contextlib.suppress(OSError, ValueError):  # a kernel before 5.14
-            self.memory.madvise(_POPULATE_WRITE)
+        # Not mmap.madvise, which holds the interpreter's lock for all that time.
+        linux.populate(ctypes.addressof(ctypes.c_char.from_buffer(self._view)), len(self._view))
 
     def view(self, slot: int) -> memoryview:
         """One slot, writable."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -49,42 +48,53 @@ class Failure(Exception):
     """A bad outcome; the arguments are those of `Outcome`."""
 
 
-def train(directory: Path, saves: int, every: int = 2) -> Path:
-    """Train with RANKS ranks in `directory`; returns the directory of the checkpoints.
+def train(directory: Path, saves: int, keyframe_every: int = 8) -> None:
+    """A run under autoglm in `directory`, which saves so often; see `checkpoints`.
 
-    Raises RuntimeError with the ranks' output.
+    Raises RuntimeError with its output.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    inherited = {k: v for k, v in os.environ.items() if k != "AUTOGLM_ASSIGNMENT"}
-    shared = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    script = [sys.executable, str(HERE / "train_deltas.py"), f"--output={directory}"]
-    ranks = [
-        subprocess.Popen(
-            [*script, f"--saves={saves}", f"--every={every}"],
-            env={**inherited, **shared, "RANK": str(rank), "WORLD_SIZE": str(RANKS)},
-            cwd=directory,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
-    outputs = [rank.communicate()[0] for rank in ranks]
-    if any(rank.returncode for rank in ranks):
-        raise RuntimeError("the training failed:\n" + "\n".join(outputs))
-    return directory / "checkpoints"
+    job = {
+        "name": "damaged",
+        "script": str(HERE / "train_deltas.py"),
+        "args": [f"--output={directory}", f"--saves={saves}"],
+        "nproc_per_node": RANKS,
+        "run_dir": str(directory / "run"),
+        "checkpoint": {
+            "every": {"steps": 1_000_000},  # the script itself says when
+            "keep": 1000,
+            "compress": "small",
+            "keyframe_every": keyframe_every,
+        },
+    }
+    (directory / "job.yaml").write_text(json.dumps(job))
+    command = [sys.executable, "-m", "autoglm_resume.cli", "run", "job.yaml"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command,
+        cwd=directory,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"the training ended with exit code {done.returncode}\n{done.stdout}")
+
+
+def checkpoints(directory: Path) -> Path:
+    """Where a training in `directory` has its checkpoints."""
+    return directory / "run" / "checkpoints"
 
 
 class Trial:
-    """Damages to views of the checkpoints in `pristine`, in the directory `place`."""
+    """Damages to views of the checkpoints of a training in `trained`, in the directory `place`."""
 
-    def __init__(self, pristine: Path, place: Path) -> None:
+    def __init__(self, trained: Path, place: Path) -> None:
         from autoglm_resume.checkpoint.store import Store
 
-        self.pristine = pristine
+        self.pristine = pristine = checkpoints(trained)
         self.directory = place
         self.store = Store(place / "checkpoints")
         self.job = job_of(place)
@@ -92,8 +102,7 @@ class Trial:
         self.ids = [path.name for path in Store(pristine).committed()]
         """Newest first."""
         self.truth = [
-            json.loads((pristine.parent / f"truth-{rank}.json").read_text())
-            for rank in range(RANKS)
+            json.loads((trained / f"truth-{rank}.json").read_text()) for rank in range(RANKS)
         ]
 
     def newest_needs(self) -> set[str]:

@@ -80,17 +80,15 @@ def main() -> None:
     parser.add_argument("--saves", type=int, required=True)
     parser.add_argument("--every", type=int, default=2)
     args = parser.parse_args()
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(
-        "gloo", init_method=f"file://{args.output / 'meeting'}", rank=rank, world_size=ranks
-    )
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo")
     torch.set_num_threads(1)
     torch.manual_seed(rank)  # DDP makes the weights rank 0's; the generators stay apart
     tracked = objects()
     model = DistributedDataParallel(tracked["model"])
     optimizer, scheduler = tracked["optimizer"], tracked["scheduler"]
 
-    session = autoglm.init(checkpoint_dir=str(args.output / "checkpoints"), keep=1000)
+    session = autoglm.init()
     session.track(**{**tracked, "model": model})
     session.resume()
     truth = {}

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--pause", type=float, default=0, help="seconds after each step")
     args = parser.parse_args()
     rank = int(os.environ["RANK"])
     attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -80,19 +82,32 @@ def main() -> None:
     session = autoglm.init()
     session.track(model=model, optimizer=optimizer, scheduler=scheduler, sampler=sampler)
     session.resume()
+
+    def held() -> str:
+        states = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
+        return json.dumps({name: sha256(state) for name, state in states.items()})
+
+    (args.output / f"resumed-{attempt}-{rank}.json").write_text(held())
     batches = iter(DataLoader(data, batch_sampler=sampler, generator=torch.Generator()))
     for step in session.steps(args.steps):
         x, y, indices = next(batches)
         x = x * (1 + 0.01 * random.random()) + 0.01 * float(np.random.rand())
         optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
         optimizer.step()
         scheduler.step()
-        line = {"attempt": attempt, "rank": rank, "step": step, "samples": indices.tolist()}
+        line = {
+            "attempt": attempt,
+            "rank": rank,
+            "step": step,
+            "samples": indices.tolist(),
+            "loss": loss.item(),
+        }
         # The newline in front keeps it apart from a line that a kill cut short.
         os.write(samples, b"\n" + json.dumps(line).encode() + b"\n")
-    final = {"model": sha256(net.state_dict()), "optimizer": sha256(optimizer.state_dict())}
-    (args.output / f"final-{rank}.json").write_text(json.dumps(final))
+        time.sleep(args.pause)
+    (args.output / f"final-{rank}.json").write_text(held())
     dist.destroy_process_group()
 
 

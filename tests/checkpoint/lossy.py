@@ -47,7 +47,7 @@ class Recorder:
 
     def __init__(self, root: Path) -> None:
         self.ops: list[Op] = []
-        self._root = os.path.realpath(root)
+        self._root = root.resolve()
         self._lock = threading.RLock()
         self._written: dict[str, tuple[int, int]] = {}
         self._flush = {"fsync": os.fsync, "fdatasync": os.fdatasync}
@@ -63,22 +63,22 @@ class Recorder:
 
     def _inside(self, path: Any, dir_fd: int = -1) -> str | None:
         if isinstance(path, int):
-            path = os.readlink(f"/proc/self/fd/{path}")
-        base = os.getcwd() if dir_fd < 0 else os.readlink(f"/proc/self/fd/{dir_fd}")
-        full = os.path.join(base, os.fsdecode(path))
-        parent = os.path.realpath(os.path.dirname(full))
-        relative = os.path.relpath(os.path.join(parent, os.path.basename(full)), self._root)
-        if relative == ".":
-            return ""
-        return None if relative.startswith("..") else relative
+            path = Path(f"/proc/self/fd/{path}").readlink()
+        base = Path.cwd() if dir_fd < 0 else Path(f"/proc/self/fd/{dir_fd}").readlink()
+        full = base / os.fsdecode(path)
+        full = full.parent.resolve() / full.name
+        if not full.is_relative_to(self._root):
+            return None
+        return "" if full == self._root else str(full.relative_to(self._root))
 
     def _event(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Called by the interpreter right before it does this."""
         if event == "open":
             path, _, flags = arguments
-            if flags & (os.O_WRONLY | os.O_RDWR) and (inside := self._inside(path)):
+            inside = self._inside(path) if flags & (os.O_WRONLY | os.O_RDWR) else None
+            if inside is not None:
                 assert flags & os.O_CREAT, f"{inside} is opened for writing"
-                assert not os.path.lexists(path), f"{inside} is overwritten"
+                assert not (self._root / inside).exists(), f"{inside} is overwritten"
                 self._add(Op("create", inside))
                 self._written[inside] = (0, 0)
         elif event in ("os.remove", "os.rmdir"):
@@ -107,13 +107,12 @@ class Recorder:
     def _settle(self) -> None:
         """Note what was written since the last operation."""
         for path, known in list(self._written.items()):
-            full = os.path.join(self._root, path)
+            full = self._root / path
             try:
-                found = os.stat(full)
+                found = full.stat()
                 if (found.st_size, found.st_mtime_ns) == known:
                     continue
-                with open(full, "rb") as file:
-                    data = file.read()
+                data = full.read_bytes()
             except FileNotFoundError:
                 continue
             self._written[path] = (found.st_size, found.st_mtime_ns)
@@ -133,7 +132,10 @@ class Recorder:
 
 
 def record(root: Path, work: Callable[[Recorder], object]) -> list[Op]:
-    """What `work`, done in a fork, does to the files under `root`. Raises RuntimeError if it fails."""
+    """What `work`, done in a fork, does to the files under `root`.
+
+    Raises RuntimeError if it fails.
+    """
     result = root.with_name(f"{root.name}.trace")
     pid = os.fork()
     if pid == 0:
@@ -161,14 +163,6 @@ Tree = Mapping[str, "bytes | None"]
 """Content of every file by its path, None for a directory."""
 
 
-def read_tree(root: Path) -> dict[str, bytes | None]:
-    """What is under `root`."""
-    return {
-        str(path.relative_to(root)): path.read_bytes() if path.is_file() else None
-        for path in sorted(root.rglob("*"))
-    }
-
-
 @dataclass
 class _Change:
     """Name `name` of a directory becomes `node`, or nothing. Those of a `group` happen together."""
@@ -186,8 +180,7 @@ class Crashed:
 
     at: int
     marks: list[str] = field(default_factory=list)
-    moved: list[str] = field(default_factory=list)
-    """Paths that were renamed or removed, durably or not."""
+    """What the story said so far, and `moved PATH` for what was renamed or removed since."""
 
     def __post_init__(self) -> None:
         self._changes: list[_Change] = []
@@ -285,10 +278,10 @@ class Crashed:
         elif op.kind == "rename":
             self._change(index, op.path, None)
             self._change(index, op.to, node)
-            self.moved.append(op.path)
+            self.marks.append(f"moved {op.path}")
         elif not self._names.get(node):  # a directory is only removed when it is empty
             self._change(index, op.path, None)
-            self.moved.append(op.path)
+            self.marks.append(f"moved {op.path}")
 
     def _flushed(self, node: int, changes: int, content: bytes) -> None:
         if node in self._content:

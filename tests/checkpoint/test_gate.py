@@ -9,8 +9,9 @@ import pytest
 from autoglm_resume.checkpoint.gate import Expectation, Facts, Integrity, choose, judge
 from autoglm_resume.checkpoint.structure import Structure
 
-MODEL = Structure.of([("w", "float32", (128, 64))])
-OTHER = Structure.of([("w", "float32", (128, 32))])
+MODEL = Structure.of([("model.w", "float32", (128, 64))])
+OTHER = Structure.of([("model.w", "float32", (128, 32))])
+RENAMED = Structure.of([("model.v", "float32", (128, 64))])
 GOOD = Facts(
     id="step-0000000030.a1",
     step=30,
@@ -43,6 +44,28 @@ NEWER = Integrity(False, "fingerprint", "format 2", unreadable=True)
         ),
         (GOOD, replace(EXPECTED, world_size=4), False, False, "world size: expected 4, found 2"),
         (GOOD, replace(EXPECTED, world_size=4, check_world_size=False), True, False, "world size"),
+        (
+            GOOD,
+            replace(EXPECTED, world_size=4, elastic=True),
+            True,
+            False,
+            "world size 2 ranks in the checkpoint, 4 now: resharded",
+        ),
+        (GOOD, replace(EXPECTED, elastic=True), True, False, "world size 2, "),
+        (
+            GOOD,
+            replace(EXPECTED, model_hash=RENAMED.hash, model=RENAMED, rename={"w": "v"}),
+            True,
+            False,
+            "accepted",
+        ),
+        (
+            GOOD,
+            replace(EXPECTED, model_hash=OTHER.hash, model=OTHER, rename={"w": "v"}),
+            False,
+            False,
+            "only in the checkpoint: model.v [128, 64] float32",
+        ),
         (
             GOOD,
             replace(EXPECTED, model_hash=OTHER.hash, model=OTHER),

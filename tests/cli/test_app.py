@@ -65,6 +65,7 @@ def test_starting_is_cheap(arguments: list[str], run: Path, tmp_path: Path) -> N
     "command",
     [
         *("run", "resume", "status", "logs", "save", "stop", "ckpts", "prune", "verify", "schema"),
+        *("export", "import"),
         "inspect ckpt",
     ],
 )

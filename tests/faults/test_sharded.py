@@ -42,7 +42,7 @@ def test_a_killed_fsdp_run_ends_exactly_like_an_undisturbed_one(rehearsal: Rehea
 def test_an_fsdp_run_goes_on_with_another_number_of_ranks(rehearsal: Rehearsal) -> None:
     samples = rehearsal.directory / "samples.jsonl"
     job = {"script": SHARDED, "guards": {"free_disk": 0, "world_size": "elastic"}}
-    words = ("--steps", "60", "--pause", "0.02", "--epochs", str(samples))
+    words = ("--steps", "50", "--pause", "0.02", "--epochs", str(samples))
     process = rehearsal.start(*words, **job, nproc_per_node=3)
     rehearsal.wait_for("committed", lambda e: e["step"] >= 5)
     process.send_signal(signal.SIGTERM)

@@ -49,7 +49,7 @@ class Script:
         began, id = self.now, f"step-{step:010d}.a{attempt}"
         self.now += took
         saved = {"attempt": attempt, "id": id, "step": step, "began": began}
-        self.both("saved", seconds=took, **saved)
+        self.both("saved", seconds=took, blocked=took, **saved)
         return self.say(
             "committed", rank=0, objects={"rng": "blake3:r", "model": "blake3:m"}, **saved
         )

@@ -32,14 +32,19 @@ class Run:
         self.directory = directory
         self.store = Store(self.root)
 
-    def keeper(self, world_size: int = 2, guards: dict[str, str] | None = None) -> Gatekeeper:
+    def keeper(
+        self,
+        world_size: int = 2,
+        guards: dict[str, str] | None = None,
+        checkpoint: dict[str, Any] | None = None,
+    ) -> Gatekeeper:
         job = Job.model_validate(
             {
                 "name": "run",
                 "script": str(self.directory / "train.py"),
                 "workdir": str(self.directory),
                 "run_dir": str(self.directory),
-                "checkpoint": {"dir": str(self.root)},
+                "checkpoint": {"dir": str(self.root), **(checkpoint or {})},
                 "guards": guards or {},
             }
         )
@@ -225,6 +230,25 @@ def test_another_world_size_passes_where_the_job_allows_it(run: Run) -> None:
     point = run.keeper(guards={"world_size": "off"}).pass_gate()
     assert point is not None
     assert point.id == id
+
+
+def test_another_world_size_is_resharded_where_the_job_says_elastic(run: Run) -> None:
+    id = run.save(10, ranks=4)
+    point = run.keeper(guards={"world_size": "elastic"}).pass_gate()
+    assert point is not None
+    assert point.id == id
+    assert "4 ranks in the checkpoint, 2 now: resharded" in run.told[0][1]["verdicts"][0]["reason"]
+
+
+@pytest.mark.parametrize("how", [{"rename": {"w": "v"}}, {"strict": False}])
+def test_another_model_passes_where_the_job_renames_or_takes_what_fits(
+    run: Run, how: dict[str, Any]
+) -> None:
+    run.save(10)
+    renamed = capture.structure_of({"model.v": torch.zeros(WIDTH, WIDTH)})
+    keeper = run.keeper(checkpoint=how)
+    keeper.model = Model(renamed.hash, renamed)
+    assert keeper.pass_gate() is not None
 
 
 def test_checkpoints_that_vanished_are_missed(run: Run) -> None:

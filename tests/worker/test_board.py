@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import math
 import mmap
@@ -270,3 +271,85 @@ def test_nothing_is_left_when_the_owner_is_dead(fork: Fork) -> None:
     with pytest.raises(OSError, match="No such file"):
         Board.open(path)
     kept.close()
+
+
+# Whether all save
+
+
+def opened(fd: int) -> Board:
+    """As another process has it, with a lock of its own."""
+    return Board.open(Path(f"/proc/{os.getpid()}/fd/{fd}"))
+
+
+def test_whoever_still_saves_when_the_first_one_asks_decides_for_all(
+    board: tuple[Board, int],
+) -> None:
+    pulses = [board[0].pulse(rank) for rank in range(3)]
+    assert all(pulse.agree(5) for pulse in pulses), "nobody saves"
+    pulses[1].saving(True)
+    pulses[1].alive()
+    assert board[0].beat(1).saving
+    assert [pulse.agree(6) for pulse in pulses] == [False] * 3
+    pulses[1].saving(False)
+    assert [pulse.agree(6) for pulse in pulses] == [False] * 3, "it was decided"
+    assert [pulse.agree(7) for pulse in pulses] == [True] * 3
+    pulses[2].saving(True)
+    assert [pulse.agree(7) for pulse in pulses] == [True] * 3, "it was decided"
+    assert [pulse.agree(8) for pulse in (pulses[2], *pulses)] == [False] * 4, "its own counts"
+
+
+def test_ranks_that_ask_at_the_same_instant_get_the_same_answer(
+    board: tuple[Board, int], fork: Fork, tmp_path: Path
+) -> None:
+    steps, ranks = 150, 3
+    gates = [os.pipe() for _ in range(ranks)]
+    done, tell = os.pipe()
+    path = Path(f"/proc/{os.getpid()}/fd/{board[1]}")
+
+    def rank(number: int) -> None:
+        pulse = Board.open(path).pulse(number)
+        answers = ""
+        for step in range(steps):
+            os.read(gates[number][0], 1)  # no rank is more than a step ahead of another
+            pulse.saving((step * 7 + number * 3) % 4 == 0)
+            answers += str(int(pulse.agree(step)))
+            os.write(tell, b".")
+        (tmp_path / str(number)).write_text(answers)
+        os.write(tell, b".")
+
+    for number in range(ranks):
+        fork(functools.partial(rank, number))
+    for _ in range(steps + 1):
+        for _, gate in gates:
+            os.write(gate, b".")
+        for _ in range(ranks):
+            os.read(done, 1)
+    answers = {(tmp_path / str(number)).read_text() for number in range(ranks)}
+    assert len(answers) == 1
+    assert set(answers.pop()) == {"0", "1"}
+    for fd in (done, tell, *(fd for gate in gates for fd in gate)):
+        os.close(fd)
+
+
+def test_a_rank_that_is_killed_while_it_decides_leaves_the_decision_to_the_others(
+    board: tuple[Board, int], fork: Fork
+) -> None:
+    told, tell = os.pipe()
+    path = Path(f"/proc/{os.getpid()}/fd/{board[1]}")
+
+    class Slow(Board):
+        def beats(self) -> tuple[Beat, ...]:
+            os.write(tell, b".")
+            signal.pause()
+            return ()
+
+    killed = fork(lambda: Slow.open(path).pulse(0).agree(5))
+    os.read(told, 1)
+    other = opened(board[1])
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(other._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    end(killed)
+    assert other.pulse(1).agree(5)
+    other.close()
+    os.close(told)
+    os.close(tell)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from alone import checkpoints, end_process, lonely
 
 import autoglm_resume as autoglm
 from autoglm_resume.checkpoint.store import Store
@@ -24,30 +24,12 @@ from autoglm_resume.errors import (
     NoAcceptableCheckpoint,
     UsageError,
 )
-from autoglm_resume.worker import rng
-from autoglm_resume.worker.turns import settled
-
-exits: list[Callable[[], object]] = []
-"""What the sessions of a test want to be called when their process ends."""
 
 
 @pytest.fixture(autouse=True)
-def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("RANK", "WORLD_SIZE", "AUTOGLM_ASSIGNMENT", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(atexit, "register", exits.append)
-    state = rng.capture()
-    yield
-    end_process()
-    exits.clear()
-    rng.restore(state)
-
-
-def end_process() -> None:
-    """As far as the sessions so far are concerned."""
-    for leave in exits:
-        leave()
+def alone(tmp_path: Path) -> Iterator[None]:
+    with lonely(tmp_path):
+        yield
 
 
 class Training:
@@ -95,13 +77,6 @@ class Training:
             "data": self.sampler.state_dict(),
             "random": torch.rand(3).tolist(),
         }
-
-
-def checkpoints() -> list[str]:
-    """Ids, oldest first, once the sessions so far and their savers have ended."""
-    end_process()
-    with settled(Path("ckpt")):
-        return [path.name for path in reversed(Store(Path("ckpt")).committed())]
 
 
 def steps_saved() -> list[int]:

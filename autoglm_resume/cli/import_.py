@@ -1,0 +1,65 @@
+"""`autoglm import`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+EXAMPLES = """
+\b
+Examples:
+  autoglm import model.safetensors runs/quickstart
+  autoglm import exported /backup/checkpoints --step 0
+"""
+
+
+def import_(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC", show_default=False, help="What `autoglm export` has written."
+        ),
+    ],
+    directory: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR",
+            show_default=False,
+            help="A run directory, or a directory of checkpoints (made if it is not there).",
+        ),
+    ],
+    step: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=0, show_default=False, help="Default: the step it was saved at."
+        ),
+    ] = None,
+) -> int:
+    """Make a checkpoint of what was exported, if every tensor still has its digest.
+
+    Its objects have the same digests as those that were exported. A directory of DCP is unpickled
+    by torch, so only take it from who you trust; nothing else is unpickled.
+    """
+    from pathlib import Path
+
+    from autoglm_resume.checkpoint.store import Store
+    from autoglm_resume.errors import UsageError
+    from autoglm_resume.observe import inspection
+    from autoglm_resume.observe.progress import Progress
+    from autoglm_resume.observe.say import size
+
+    try:
+        store = inspection.find(Path(directory)).store
+    except UsageError:  # no checkpoint there yet
+        if Path(directory).is_file():
+            raise
+        store = Store(Path(directory).absolute())
+
+    from autoglm_resume.checkpoint import exchange, formats
+
+    content = formats.read(Path(source))
+    with Progress("importing", 2 * content.raw) as progress:
+        manifest = exchange.put(store, content, step, progress)
+    print(f"{store.directory(manifest.id)}: {size(manifest.raw)}, {manifest.world_size} ranks")
+    return 0

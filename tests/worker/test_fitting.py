@@ -1,0 +1,134 @@
+"""Loading a checkpoint into a model that has changed since."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from autoglm_resume.checkpoint import capture, restore
+from autoglm_resume.checkpoint.manifest import checkpoint_id
+from autoglm_resume.checkpoint.saver import Saver
+from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.errors import CheckpointError, ModelMismatch
+from autoglm_resume.worker.contract import Checkpointing
+from autoglm_resume.worker.fitting import Loading, fitted
+from autoglm_resume.worker.settings import Settings
+
+ID = checkpoint_id(3, "a0")
+
+
+class Net(torch.nn.Module):
+    """Layers by name and width, in the order they are given."""
+
+    def __init__(self, **widths: int) -> None:
+        super().__init__()
+        for name, width in widths.items():
+            self.add_module(name, torch.nn.Linear(4, width))
+
+
+def objects_of(net: Net, lr: float = 0.1) -> dict[str, Any]:
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
+    return {"model": net, "optimizer": optimizer}
+
+
+def structure_of(net: Net) -> Any:
+    return capture.structure_of({f"model.{k}": v for k, v in net.state_dict().items()})
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> tuple[Net, restore.RestoredPart]:
+    """A model of a first and a second layer after a step, and its checkpoint."""
+    net = Net(first=4, second=3)
+    tracked = objects_of(net, lr=0.5)
+    sum(p.sum() for p in net.parameters()).backward()  # type: ignore[union-attr]
+    tracked["optimizer"].step()
+    states = {name: obj.state_dict() for name, obj in tracked.items()}
+    snapshot = capture.take(states, id=ID, rank=0, world_size=1, model=structure_of(net))
+    store = Store(tmp_path)
+    Saver(store).persist(snapshot)
+    return net, restore.read(store, store.directory(ID), 0)
+
+
+def loaded(restored: restore.RestoredPart, objects: dict[str, Any], **how: Any) -> Loading:
+    checkpoint = Checkpointing("nowhere", **how)
+    settings = Settings(0, 1, checkpoint, None, True, (), "a1", None)
+    loading = fitted(ID, restored, objects, structure_of(objects["model"]), settings)
+    loading.into(objects)
+    return loading
+
+
+def test_a_renamed_model_is_loaded_whole(trained: tuple[Net, restore.RestoredPart]) -> None:
+    old, restored = trained
+    net = Net(begin=4, end=3)
+    objects = objects_of(net)
+    with pytest.raises(ModelMismatch, match=r"only in the checkpoint: model\.first\.bias"):
+        loaded(restored, objects)
+    loading = loaded(restored, objects, rename={"first": "begin", "model.second": "model.end"})
+    assert not loading.partial
+    assert torch.equal(net.begin.weight, old.first.weight)  # type: ignore[arg-type,union-attr]
+    assert objects["optimizer"].state_dict()["state"][0]["step"] == 1
+
+
+def test_names_that_changed_places_are_not_changed_again(
+    trained: tuple[Net, restore.RestoredPart],
+) -> None:
+    old, restored = trained
+    net = Net(first=4, second=3)
+    loaded(restored, objects_of(net), rename={"first": "second", "second": "first"})
+    assert torch.equal(net.first.weight, old.first.weight)  # type: ignore[arg-type,union-attr]
+
+
+def test_parameters_in_another_order_would_get_each_others_moments(
+    trained: tuple[Net, restore.RestoredPart],
+) -> None:
+    _, restored = trained
+    rename = {"first": "end", "second": "begin"}
+    with pytest.raises(ModelMismatch, match="another one; optimizers know"):
+        loaded(restored, objects_of(Net(begin=3, end=4)), rename=rename)
+    objects = objects_of(Net(begin=3, end=4))
+    loading = loaded(restored, objects, rename=rename, strict=False)
+    assert loading.said() == {
+        "skipped": [],
+        "missing": [],
+        "without_state": ["optimizer"],
+        "absent": [],
+    }
+
+
+def test_what_fits_is_loaded_and_the_rest_is_listed(
+    trained: tuple[Net, restore.RestoredPart], capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, restored = trained
+    net = Net(first=4, second=5)
+    objects = {**objects_of(net), "extra": torch.nn.Linear(1, 1)}
+    fresh = net.second.weight.detach().clone()  # type: ignore[operator,union-attr]
+    with pytest.raises(CheckpointError, match="this script also tracks extra"):
+        loaded(restored, objects)
+    loading = loaded(restored, objects, strict=False)
+    assert torch.equal(net.first.weight, old.first.weight)  # type: ignore[arg-type,union-attr]
+    assert torch.equal(net.second.weight, fresh)  # type: ignore[arg-type,union-attr]
+    assert objects["optimizer"].state_dict()["state"] == {}
+    assert objects["optimizer"].param_groups[0]["lr"] == 0.5
+    assert loading.said() == {
+        "skipped": ["model.second.bias [3]", "model.second.weight [3, 4]"],
+        "missing": ["model.second.bias [5]", "model.second.weight [5, 4]"],
+        "without_state": ["optimizer"],
+        "absent": ["extra"],
+    }
+    loading.tell(ID)
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == f"autoglm: {ID}: partly restored"
+    assert "  in the checkpoint, not loaded: model.second.weight [3, 4]" in told
+    assert len(told) == 7
+
+
+def test_a_model_that_fits_is_loaded_whole_though_it_need_not(
+    trained: tuple[Net, restore.RestoredPart],
+) -> None:
+    _, restored = trained
+    objects = objects_of(Net(first=4, second=3))
+    assert not loaded(restored, objects, strict=False).partial
+    assert objects["optimizer"].state_dict()["state"][0]["step"] == 1

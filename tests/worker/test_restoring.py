@@ -1,0 +1,88 @@
+"""What a session's objects get back, with as many ranks or with others."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from autoglm_resume.checkpoint import capture
+from autoglm_resume.checkpoint.manifest import checkpoint_id
+from autoglm_resume.checkpoint.restore import RestoredPart
+from autoglm_resume.checkpoint.saver import Saver
+from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.errors import WorldSizeMismatch
+from autoglm_resume.worker import restoring, rng
+from autoglm_resume.worker.data import ResumableSampler
+
+ID = checkpoint_id(3, "a0")
+
+
+def objects(ranks: int, rank: int = 0) -> dict[str, Any]:
+    sampler = ResumableSampler(40, 4, rank=rank, world_size=ranks)
+    return {"model": torch.nn.BatchNorm1d(2), "sampler": sampler}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """A checkpoint of three ranks that differ in their generators and a running mean."""
+    store, kept = Store(tmp_path), rng.capture()
+    for rank in range(3):
+        tracked = objects(3, rank)
+        tracked["sampler"].advance()
+        tracked["model"].running_mean.fill_(rank)
+        rng.derive(f"rank {rank}")
+        states = {name: obj.state_dict() for name, obj in tracked.items()} | {"rng": rng.capture()}
+        snapshot = capture.take(states, id=ID, rank=rank, world_size=3)
+        Saver(store, share=False).persist(snapshot)
+    rng.restore(kept)
+    return store
+
+
+def read(store: Store, rank: int, ranks: int, led: tuple[str, ...] = ("model",)) -> RestoredPart:
+    path = store.directory(ID)
+    return restoring.read(store, path, rank, ranks, objects(ranks, rank), led, {}, None)
+
+
+def draws(store: Store, rank: int, ranks: int) -> tuple[float, float]:
+    kept = rng.capture()
+    restoring.generators(read(store, rank, ranks), rank)
+    drawn = float(torch.rand(())), random.random()
+    rng.restore(kept)
+    return drawn
+
+
+def test_ranks_that_were_there_keep_their_generators_and_new_ones_get_their_own(
+    store: Store,
+) -> None:
+    before = [draws(store, rank, 3) for rank in range(3)]
+    assert [draws(store, rank, 2) for rank in range(2)] == before[:2]
+    after = [draws(store, rank, 5) for rank in range(5)]
+    assert after[:3] == before
+    assert len(set(after)) == 5
+    assert after == [draws(store, rank, 5) for rank in range(5)], "again the same"
+
+
+def test_buffers_follow_rank_zero_where_ddp_would_do_that_too(store: Store) -> None:
+    assert read(store, 1, 2).states["model"]["running_mean"].tolist() == [0, 0]
+    assert read(store, 1, 3).states["model"]["running_mean"].tolist() == [1, 1]
+    with pytest.raises(WorldSizeMismatch, match="model/running_mean: rank 1 had another one"):
+        read(store, 1, 2, led=())
+
+
+def test_the_position_in_the_data_is_everybodys(store: Store) -> None:
+    assert read(store, 4, 5).states["sampler"]["consumed"] == 12
+    with pytest.raises(WorldSizeMismatch, match="28 samples are left in epoch 0"):
+        read(store, 0, 29)
+
+
+def test_what_changes_is_said() -> None:
+    assert restoring.resharded(2, 4, objects(4)) == {
+        "from": 2,
+        "to": 4,
+        "global_batch": 16,
+        "seeded_anew": [2, 3],
+    }
