@@ -60,13 +60,11 @@ _WITHOUT_BASE: Mapping[str, str] = {
 
 _LENGTH_BYTES = 4
 _WINDOW_LOG = 20
-_PIECE = 1 << 16
-"""Bytes transformed at once, so that temporaries stay in a core's cache and on malloc's heap."""
 _MIN_SAVING = 1 / 64
 """Of a plane, or of a chunk; below that it is stored raw, which is faster to read."""
 _MIN_SAVING_BY_BASE = 1 / 32
 _RUNS, _RUN_BYTES = 8, 4096
-"""The sample: runs at equal distances. Multiples of every item size, as _PIECE is."""
+"""The sample: runs at equal distances. Multiples of every item size."""
 
 
 @dataclass(frozen=True)
@@ -146,18 +144,19 @@ def planes(codec: str, items: Bytes, base: Bytes | None = None) -> Bytes:
     import numpy as np
 
     size = _SIZES.get(codec, 1)
-    rows = _coders().memory(items.size).reshape(size, -1)
-    for part, numbers in _pieces(items, size):
-        if codec in FLOATS.values():
-            rotated = numbers << 1
-            rotated |= numbers >> 8 * size - 1
-            numbers = rotated
-        elif codec in DELTA.values():
-            assert base is not None
-            numbers = numbers - base[part].view(numbers.dtype)
-            numbers += _centre(size)
-        columns = slice(part.start // size, part.stop // size)
-        rows[:, columns] = numbers.view(np.uint8).reshape(-1, size).T
+    rows, *spare = _own().memory(items.size)
+    numbers, changed, other = (memory.view(f"<u{size}") for memory in (items, *spare))
+    if codec in FLOATS.values():
+        np.left_shift(numbers, 1, out=changed)
+        changed |= np.right_shift(numbers, 8 * size - 1, out=other)
+        numbers = changed
+    elif codec in DELTA.values():
+        assert base is not None
+        np.subtract(numbers, base.view(numbers.dtype), out=changed)
+        changed += _centre(size)
+        numbers = changed
+    rows = rows.reshape(size, -1)
+    rows[:] = numbers.view(np.uint8).reshape(-1, size).T
     return rows
 
 
@@ -170,19 +169,21 @@ def _pack(codec: str, items: Bytes, base: Bytes | None) -> bytes:
 
 def _unpack(codec: str, stored: Bytes, items: Bytes, base: Bytes | None) -> None:
     """Fill `items` from what _pack() made. Raises CorruptCheckpoint."""
-    rows = list(_rows(codec, stored, items.size))
-    size = len(rows)
-    for part, numbers in _pieces(items, size):
-        for index, row in enumerate(rows):
-            items[part][index::size] = row[part.start // size : part.stop // size]
-        if codec in FLOATS.values():
-            signs = numbers << 8 * size - 1
-            numbers >>= 1
-            numbers |= signs
-        elif codec in DELTA.values():
-            assert base is not None
-            numbers += base[part].view(numbers.dtype)
-            numbers -= _centre(size)
+    import numpy as np
+
+    size = _SIZES[codec]
+    for index, row in enumerate(_rows(codec, stored, items.size)):
+        items[index::size] = row
+    numbers = items.view(f"<u{size}")
+    if codec in FLOATS.values():
+        signs = _own().memory(items.size)[0].view(numbers.dtype)
+        np.left_shift(numbers, 8 * size - 1, out=signs)
+        numbers >>= 1
+        numbers |= signs
+    elif codec in DELTA.values():
+        assert base is not None
+        numbers += base.view(numbers.dtype)
+        numbers -= _centre(size)
 
 
 def _rows(codec: str, stored: Bytes, raw: int) -> Iterator[Bytes]:
@@ -219,13 +220,6 @@ def _pays(codec: str, items: Bytes, base: Bytes) -> bool:
     return len(based) < len(alone) - items.size * _MIN_SAVING_BY_BASE
 
 
-def _pieces(items: Bytes, size: int) -> Iterator[tuple[slice, Numbers]]:
-    """Views of `items` as unsigned integers of `size` bytes, and where they are in `items`."""
-    for begin in range(0, items.size, _PIECE):
-        part = slice(begin, min(begin + _PIECE, items.size))
-        yield part, items[part].view(f"<u{size}")
-
-
 def _centre(size: int) -> int:
     return int.from_bytes(b"\x80" * size, "little")
 
@@ -236,7 +230,7 @@ def _saves(stored: int, raw: int) -> bool:
 
 def _compress(data: Bytes) -> Buffer:
     """One frame, or the data themselves where that is not worth it."""
-    frame = _coders().compressor.compress(data.data)
+    frame = _own().compressor.compress(data.data)
     return frame if _saves(len(frame), data.size) else data.data
 
 
@@ -249,18 +243,17 @@ def _decompress(codec: str, frame: Bytes, size: int) -> Bytes:
         # Before decompress(), which would allocate whatever size the frame claims.
         claimed = zstandard.get_frame_parameters(frame.data).content_size
         _expect(f"frame of a {codec} chunk", size, claimed)
-        data = _coders().decompressor.decompress(frame.data, size, allow_extra_data=False)
+        data = _own().decompressor.decompress(frame.data, size, allow_extra_data=False)
     except zstandard.ZstdError as error:
         _corrupt(codec, "a frame of zstd", str(error), error)
     _expect(f"frame of a {codec} chunk", size, len(data))
     return np.frombuffer(data, np.uint8)
 
 
-class _Coders(threading.local):
+class _Own(threading.local):
     """Each thread has its own: they are not made to be shared, and take long to make."""
 
     def __init__(self) -> None:
-        import numpy as np
         import zstandard
 
         parameters = zstandard.ZstdCompressionParameters(
@@ -275,20 +268,21 @@ class _Coders(threading.local):
         self.decompressor: zstandard.ZstdDecompressor = zstandard.ZstdDecompressor(
             max_window_size=1 << _WINDOW_LOG
         )
-        self._memory: Bytes = np.empty(0, np.uint8)
+        self._memory: list[Bytes] = []
 
-    def memory(self, size: int) -> Bytes:
-        """The same memory every time: a fresh megabyte costs more to touch than to transform."""
-        if self._memory.size < size:
+    def memory(self, size: int) -> list[Bytes]:
+        """Three times `size` bytes, the same every time: fresh memory takes longer to touch than
+        to fill."""
+        if not self._memory or self._memory[0].size < size:
             import numpy as np
 
-            self._memory = np.empty(size, np.uint8)
-        return self._memory[:size]
+            self._memory = [np.empty(size, np.uint8) for _ in range(3)]
+        return [memory[:size] for memory in self._memory]
 
 
 @cache
-def _coders() -> _Coders:
-    return _Coders()
+def _own() -> _Own:
+    return _Own()
 
 
 def _expect(what: str, expected: int, found: int) -> None:

@@ -40,6 +40,7 @@ class RestoredPart:
 
     part: Part
     states: Mapping[str, Any]
+    from_memory: bool = False
 
 
 def read(
@@ -76,7 +77,7 @@ def read(
             tensors = _fill(part, load, threads)
     for name, (arrangement, shape) in spread.items():
         tensors[name] = arrangement.wrap(tensors[name], shape)
-    return RestoredPart(part, decoded(part, tensors, device))
+    return RestoredPart(part, decoded(part, tensors, device), memory is not None)
 
 
 def decoded(

@@ -100,15 +100,19 @@ def expectation(run: RunDirectory | None) -> Expectation | None:
 
     events = run.events()
     world = next((e.get("world_size") for e in events if e["event"] == "run_started"), None)
-    guards = run.job().get("guards") or {}
+    job = run.job()
+    guards, checkpoint = job.get("guards") or {}, job.get("checkpoint") or {}
+    size = guards.get("world_size", "strict")
     past = history.recall(events)
     model = history.model_of(past.models, world or 0)
     return Expectation(
         world_size=world or 0,
         model_hash=model.hash if model else None,
         model=model.structure if model else None,
-        check_world_size=bool(world) and guards.get("world_size", "strict") == "strict",
-        check_model=guards.get("model", "strict") == "strict",
+        check_world_size=bool(world) and size != "off",
+        elastic=size == "elastic",
+        check_model=guards.get("model", "strict") == "strict" and checkpoint.get("strict", True),
+        rename=checkpoint.get("rename") or {},
         branches=past.branches,
     )
 

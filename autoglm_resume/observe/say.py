@@ -129,7 +129,8 @@ def _first_step(e: Event) -> str:
 def _restored(e: Event) -> str:
     if e.get("rank", 0) != 0:
         return ""
-    return f"restored step {e.get('step', '?')} in {seconds(e.get('seconds'))}"
+    source = " from memory" if e.get("memory") else ""
+    return f"restored step {e.get('step', '?')}{source} in {seconds(e.get('seconds'))}"
 
 
 def _save_failed(e: Event) -> str:
@@ -195,6 +196,18 @@ def _completed(e: Event) -> str:
     return f"run completed at step {e.get('step', '?')} in {seconds(e.get('seconds'))}"
 
 
+def _resharded(e: Event) -> str:
+    text = f"{e.get('from', '?')} ranks in the checkpoint, {e.get('to', '?')} now: resharded"
+    batch = e.get("global_batch")
+    return f"{text}; a step takes {batch} samples from now on" if batch else text
+
+
+def _partly(e: Event) -> str:
+    lists = {key: value for key, value in e.items() if isinstance(value, list) and value}
+    told = "; ".join(f"{key} {_list(value)}" for key, value in lists.items())
+    return short(f"checkpoint step {e.get('step', '?')} restored in part: {told}")
+
+
 def _flushed(e: Event) -> str:
     behind = e.get("behind") or {}
     return f"not everything is copied to {_list(behind)}" if behind else ""
@@ -226,6 +239,8 @@ _SAY: dict[str, Callable[[Event], str]] = {
     "saver_lost": lambda e: f"rank {e.get('rank', '?')}'s saver died and was replaced",
     "branched": lambda e: f"going back to step {e.get('step', '?')}, as asked",
     "brought_back": lambda e: f"{e.get('id', '?')} brought back from a replica",
+    "resharded": _resharded,
+    "partly_restored": _partly,
     "replica_behind": lambda e: (
         f"replica {e.get('replica', '?')} is behind: {short(str(e.get('reason', '?')))}"
     ),

@@ -106,7 +106,8 @@ class Rehearsal:
             )
         else:
             if target is not None:
-                flip_a_bit(next(iter(sorted(target.glob("*.pack")))))
+                # Of its packs, which may be empty where nothing has changed, or its documents.
+                flip_a_bit(max(target.iterdir(), key=lambda file: file.stat().st_size))
             group.signal(rank, signal.SIGKILL)
 
 

@@ -43,7 +43,7 @@ class Savers:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._links: list[socket.socket] = []
         self._replies: dict[int, Message] = {}
-        self._expected = ""
+        self._questions = 0
         for rank in range(count):
             process, link = self._spawn(rank)
             self._processes.append(process)
@@ -61,10 +61,10 @@ class Savers:
         `hurried` turns true.
         """
         began = time.monotonic()
-        holding = self._ask({"op": "holding"}, "holding", began + PATIENCE, hurried)
+        holding = self._ask({"op": "holding"}, began + PATIENCE, hurried)
         under_way = {id for reply in holding.values() for id in reply["ids"]}
         whole = [id for id in under_way if self._can_complete(store, id, holding)]
-        self._ask({"op": "finish", "ids": whole}, "idle", began + timeout, hurried)
+        self._ask({"op": "finish", "ids": whole}, began + timeout, hurried)
 
     def _can_complete(self, store: Store, id: str, holding: Mapping[int, Message]) -> bool:
         return all(
@@ -88,14 +88,15 @@ class Savers:
             process.wait()
 
     def _ask(
-        self, message: Message, answer: str, until: float, hurried: Callable[[], bool]
+        self, message: Message, until: float, hurried: Callable[[], bool]
     ) -> dict[int, Message]:
-        """Their answers (which are an `answer`), as far as they come in time."""
-        self._replies, self._expected = {}, answer
+        """Their answers, as far as they come in time."""
+        self._replies = {}
+        self._questions += 1
         asked = set()
         for rank, link in enumerate(self._links):
             with contextlib.suppress(Closed):
-                saver_link.send(link, message)
+                saver_link.send(link, {**message, "question": self._questions})
                 asked.add(self._processes[rank].pid)
 
         def answered() -> bool:
@@ -114,7 +115,7 @@ class Savers:
         try:
             while found := saver_link.receive(link, wait=False):
                 # The answer to an earlier question may come late.
-                if found[0]["op"] == self._expected:
+                if found[0]["question"] == self._questions:
                     self._replies[rank] = found[0]
         except Closed:
             self._pump.forget(link)

@@ -66,8 +66,8 @@ class SaverProcess:
         """What is being done, oldest first: ids of checkpoints, None for anything else."""
         self._abandoned = threading.Event()
         self._protected: frozenset[str] = frozenset()
-        self._waiting: list[socket.socket] = []
-        """Who wants to know when it is idle."""
+        self._waiting: list[tuple[socket.socket, int]] = []
+        """Who wants to know when it is idle, and the number of that question."""
         self._done_read, self._done_write = os.pipe()
         self._selector.register(self._done_read, selectors.EVENT_READ, self._job_ended)
 
@@ -124,11 +124,13 @@ class SaverProcess:
             case "holding":
                 for other in [other for other in self._links if other is not link]:
                     self._readable(other)
-                self._reply(link, {"op": "holding", "ids": [id for id in self._running if id]})
+                ids = [id for id in self._running if id]
+                answer = {"op": "holding", "question": request["question"], "ids": ids}
+                self._reply(link, answer)
             case "finish":
                 if any(id not in request["ids"] for id in self._running if id):
                     self._abandoned.set()
-                self._waiting.append(link)
+                self._waiting.append((link, request["question"]))
                 self._say_idle()
 
     def _hello(self, link: socket.socket, request: Message) -> None:
@@ -249,8 +251,8 @@ class SaverProcess:
 
     def _say_idle(self) -> None:
         if not self._running:
-            for link in self._waiting:
-                self._reply(link, {"op": "idle"})
+            for link, question in self._waiting:
+                self._reply(link, {"op": "idle", "question": question})
             self._waiting.clear()
 
 

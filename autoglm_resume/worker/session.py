@@ -314,7 +314,11 @@ class Session:
         self._completed = self._saved_step = point.step
         self._lineage = (point.id,)
         self._events.emit(
-            "restored", id=point.id, step=point.step, seconds=time.monotonic() - began
+            "restored",
+            id=point.id,
+            step=point.step,
+            seconds=time.monotonic() - began,
+            memory=restored.from_memory,
         )
 
     def _model_structure(self) -> structure.Structure | None:

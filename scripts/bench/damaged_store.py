@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -94,27 +95,28 @@ class Trial:
     def __init__(self, trained: Path, place: Path) -> None:
         from autoglm_resume.checkpoint.store import Store
 
-        self.pristine = pristine = checkpoints(trained)
+        self.pristine = checkpoints(trained)
         self.directory = place
         self.store = Store(place / "checkpoints")
         self.job = job_of(place)
         self._board: Any = None
-        self.ids = [path.name for path in Store(pristine).committed()]
+        self._undamaged = store = Store(self.pristine)
+        manifests = [store.load_manifest(path) for path in store.committed()]
+        self.ids = [manifest.id for manifest in manifests]
         """Newest first."""
+        self.needs = {manifest.id: {manifest.id, *manifest.needs} for manifest in manifests}
         self.truth = [
             json.loads((trained / f"truth-{rank}.json").read_text()) for rank in range(RANKS)
         ]
 
     def newest_needs(self) -> set[str]:
         """Relative paths of the files that loading the newest checkpoint takes."""
-        from autoglm_resume.checkpoint.store import Store
-
-        store = Store(self.pristine)
-        manifest = store.load_manifest(store.directory(self.ids[0]))
-        needed = {f"{manifest.id}/{path.name}" for path in store.directory(manifest.id).iterdir()}
+        store = self._undamaged
+        newest = store.directory(self.ids[0])
+        needed = {f"{newest.name}/{path.name}" for path in newest.iterdir()}
         for rank in range(RANKS):
-            part = store.load_part(store.directory(manifest.id), rank)
-            needed |= {f"{pack.id}/{part.pack}" for pack in getattr(part, "packs", ())}
+            part = store.load_part(newest, rank)
+            needed |= {f"{pack.id}/{part.pack}" for pack in part.packs}
         return needed
 
     def fresh(self) -> None:
@@ -136,8 +138,11 @@ class Trial:
         intact: dict[str, bool] = {}
         problem = ""
         for id in self.ids:
-            intact[id] = self.loads(id) == ""
-            facts = self.guarded(lambda id=id: self.store.examine(self.store.root / id, deep=True))
+            # The others are what they were, and only need to be recognised.
+            concerned = not touched.isdisjoint(self.needs[id])
+            intact[id] = not concerned or self.loads(id) == ""
+            examine = partial(self.store.examine, self.store.root / id, deep=concerned)
+            facts = self.guarded(examine)
             if facts.integrity.ok and not intact[id]:
                 raise Failure(MISSED, f"{id}: examined as good, and cannot be loaded")
             if not facts.integrity.ok and intact[id] and id not in touched:
@@ -188,10 +193,8 @@ class Trial:
         reason = ""
         for rank in range(RANKS):
             try:
-                found = self.guarded(
-                    lambda rank=rank: restore.read(self.store, self.store.root / id, rank),
-                    CheckpointError,
-                )
+                read = partial(restore.read, self.store, self.store.root / id, rank)
+                found = self.guarded(read, CheckpointError)
             except CheckpointError as error:
                 reason = reason or error.message
                 continue

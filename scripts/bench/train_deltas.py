@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ def main() -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     import autoglm_resume as autoglm
+    from autoglm_resume.checkpoint.store import Store
     from autoglm_resume.worker import rng
 
     parser = argparse.ArgumentParser()
@@ -91,6 +93,7 @@ def main() -> None:
     session = autoglm.init()
     session.track(**{**tracked, "model": model})
     session.resume()
+    store = Store(args.output / "run" / "checkpoints")
     truth = {}
     batches = iter(tracked["sampler"])
     for step in range(args.saves * args.every):
@@ -109,6 +112,9 @@ def main() -> None:
             states = {name: obj.state_dict() for name, obj in tracked.items()}
             states["rng"] = rng.capture()
             truth[session.step] = {name: digest_of(state) for name, state in states.items()}
+            # What is not committed yet cannot be referred to by the next one.
+            while len(store.committed()) < len(truth):
+                time.sleep(0.002)
     (args.output / f"truth-{rank}.json").write_text(json.dumps(truth))
     dist.destroy_process_group()
 

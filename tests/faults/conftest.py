@@ -111,6 +111,11 @@ class Rehearsal:
         """Zygotes, ranks and what they started, of this run."""
         return [p for p in psutil.process_iter() if _works_for(p, self.directory)]
 
+    def savers(self) -> list[psutil.Process]:
+        """Those of them that persist snapshots."""
+        named = "autoglm_resume.worker.saver_process"
+        return [p for p in self.workers() if named in p.cmdline()]
+
     def end(self) -> None:
         """Leave nothing behind, whatever the test did."""
         for process in self.processes:

@@ -56,6 +56,8 @@ data = torch.randn(200, 32, generator=torch.Generator().manual_seed(3))
 
 batches = None
 for step in session.steps(args.steps):
+    if args.fail == "at-once" and failing and step == args.at:
+        os.kill(os.getpid(), signal.SIGKILL)
     batches = batches or iter(sampler)
     x = data[next(batches)]
     loss = (model(x) - x.sum(1, keepdim=True)).square().mean()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,8 +14,9 @@ import pytest
 import torch
 
 from autoglm_resume import journal
-from autoglm_resume.checkpoint import capture, restore
+from autoglm_resume.checkpoint import capture, claims, restore
 from autoglm_resume.checkpoint.manifest import checkpoint_id
+from autoglm_resume.checkpoint.saver import Saver
 from autoglm_resume.checkpoint.snapshot import describe, layout
 from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.supervise import savers as module
@@ -134,14 +134,10 @@ def test_what_one_rank_lacks_is_given_up_without_a_wait_for_it(run: Run) -> None
 
 
 def test_a_part_that_is_on_storage_already_counts(run: Run) -> None:
-    for rank in range(RANKS):
-        client = run.rank(rank)
-        hand_over(client, rank, 5)
-        if rank == 0:
-            part = run.store.directory(id_of(5)) / "rank-00000.json"
-            threading.Thread(target=run.rank(1).close).start()
-            assert not part.exists()
-    run.settle()
+    taken = capture.take({"m": state(5)}, id=id_of(5), rank=0, world_size=RANKS)
+    Saver(run.store, share=False).persist(taken)
+    claims.publish(run.store.directory(id_of(5)), 0, {})
+    hand_over(run.rank(1), 1, 5)
     run.settle()
     assert [path.name for path in run.store.committed()] == [id_of(5)]
 
@@ -193,8 +189,7 @@ def test_a_saver_that_dies_with_a_snapshot_costs_that_checkpoint_and_no_more(run
 def test_nobody_waits_when_a_person_insists(run: Run) -> None:
     for process in run.processes():
         process.suspend()
-    looks = iter([False, True, False, True])
-    run.settle(hurried=lambda: next(looks))
+    run.settle(hurried=lambda: True)
     for process in run.processes():
         process.resume()
     hand_over(run.rank(0), 0, 3)

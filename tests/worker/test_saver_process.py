@@ -56,6 +56,16 @@ class Link:
         self.send(**message)
         return self.receive()
 
+    def holding(self) -> list[str]:
+        """As the supervisor asks it."""
+        answer = self.ask(op="holding", question=1)
+        assert (answer["op"], answer["question"]) == ("holding", 1)
+        ids: list[str] = answer["ids"]
+        return ids
+
+    def finish(self, *ids: str) -> None:
+        assert self.ask(op="finish", ids=ids, question=2) == {"op": "idle", "question": 2}
+
     def put(self, snapshot: Snapshot, slot: int) -> None:
         """Into a slot, and hand it over."""
         assert self.slots is not None
@@ -242,10 +252,10 @@ def test_what_a_rank_hands_over_with_its_last_breath_is_persisted(place: Place) 
         os.kill(os.getpid(), signal.SIGKILL)
 
     assert in_a_child(rank) == -signal.SIGKILL
-    owner.send(op="holding")
+    owner.send(op="holding", question=1)
     process.send_signal(signal.SIGCONT)
     assert owner.receive()["ids"] == [id_of(7)]
-    assert owner.ask(op="finish", ids=[id_of(7)]) == {"op": "idle"}
+    owner.finish(id_of(7))
     assert equal(place.held(7), 7)
 
 
@@ -255,8 +265,8 @@ def test_a_snapshot_that_another_rank_lacks_is_given_up(place: Place) -> None:
     place.hello(rank, world_size=2)
     rank.ask(op="slots", bytes=SIZE, count=2)
     rank.put(taken(3, world_size=2), 0)
-    assert owner.ask(op="holding")["ids"] == [id_of(3)], "it waits for the other rank's claims"
-    assert owner.ask(op="finish", ids=[]) == {"op": "idle"}
+    assert owner.holding() == [id_of(3)], "it waits for the other rank's claims"
+    owner.finish()
     answer = rank.receive()
     assert not answer["ok"]
     assert "given up" in answer["reason"]
@@ -268,8 +278,8 @@ def test_a_snapshot_that_another_rank_lacks_is_given_up(place: Place) -> None:
 
 def test_a_saver_that_does_nothing_says_so_at_once(place: Place) -> None:
     owner, _ = place.start()
-    assert owner.ask(op="holding") == {"op": "holding", "ids": []}
-    assert owner.ask(op="finish", ids=[]) == {"op": "idle"}
+    assert owner.holding() == []
+    owner.finish()
 
 
 def test_it_ends_with_its_owner_but_not_before_the_last_save(place: Place) -> None:
@@ -325,7 +335,7 @@ def test_no_file_is_left_in_shared_memory(place: Place) -> None:
     assert rank.slots is not None
     rank.slots.view(0)[:2] = b"ok"  # the rank can still write, to nobody
     with pytest.raises(Closed):
-        rank.ask(op="holding")
+        rank.ask(op="holding", question=1)
     link.socket.close()
 
 
@@ -337,10 +347,10 @@ def test_another_user_is_not_listened_to(place: Place) -> None:
     def somebody() -> None:
         os.setuid(65534)
         with pytest.raises(Closed):
-            place.connect().ask(op="holding")
+            place.connect().ask(op="holding", question=1)
 
     assert in_a_child(somebody) == 0
-    assert owner.ask(op="holding")["ids"] == []
+    assert owner.holding() == []
 
 
 def test_a_save_that_fails_is_told_with_its_reason_and_the_next_one_works(place: Place) -> None:
@@ -396,4 +406,4 @@ def test_many_ranks_may_come_and_go(place: Place) -> None:
     for thread in threads:
         thread.join()
     assert len(answers) == 8
-    assert owner.ask(op="holding")["ids"] == []
+    assert owner.holding() == []

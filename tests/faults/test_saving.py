@@ -1,0 +1,141 @@
+"""Faults around a save: what was handed over counts, and nothing else does."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.conftest import Rehearsal, all_dead
+
+
+def checkpoint(steps: int = 5, **fields: Any) -> dict[str, Any]:
+    return {"every": {"steps": steps}, "keep": 3, **fields}
+
+
+def shared_memory() -> set[str]:
+    """Files in it; a semaphore has a name there for a moment."""
+    return {path.name for path in Path("/dev/shm").iterdir() if not path.name.startswith("sem.")}
+
+
+def test_a_rank_killed_in_the_step_after_a_save_resumes_from_that_save_and_from_memory(
+    rehearsal: Rehearsal, undisturbed: dict[str, str]
+) -> None:
+    finished = rehearsal.run(
+        *("--fail", "segv", "--at", "15"), checkpoint=checkpoint(on_busy="wait")
+    )
+    assert finished.code == 0, finished
+    restored = rehearsal.events("restored")
+    assert [(event["step"], event["memory"]) for event in restored] == [(15, True)] * 2
+    assert "restored step 15 from memory" in finished.err
+    assert rehearsal.final() == undisturbed
+
+
+def test_a_rank_killed_while_its_snapshot_is_copied_resumes_from_that_or_the_one_before(
+    rehearsal: Rehearsal, undisturbed: dict[str, str]
+) -> None:
+    finished = rehearsal.run(
+        *("--fail", "at-once", "--at", "15"), checkpoint=checkpoint(on_busy="wait")
+    )
+    assert finished.code == 0, finished
+    assert {event["step"] for event in rehearsal.events("restored")} <= {10, 15}
+    assert len({event["step"] for event in rehearsal.events("restored")}) == 1
+    assert rehearsal.final() == undisturbed
+
+
+def test_savers_that_are_killed_are_replaced_and_training_goes_on(
+    rehearsal: Rehearsal, undisturbed: dict[str, str]
+) -> None:
+    process = rehearsal.start("--pause", "0.03", checkpoint=checkpoint(2))
+    rehearsal.wait_for("committed", lambda e: e["step"] >= 10)
+    killed = rehearsal.savers()
+    assert len(killed) == 2
+    for saver in killed:
+        saver.kill()
+    rehearsal.wait_for("committed", lambda e: e["step"] >= 20)
+    assert process.wait(60) == 0
+    assert {event["pid"] for event in rehearsal.events("saver_lost")} == {s.pid for s in killed}
+    assert len(rehearsal.events("attempt_started")) == 1
+    assert rehearsal.final() == undisturbed
+
+
+def test_savers_that_hang_cost_checkpoints_but_no_step(
+    rehearsal: Rehearsal, undisturbed: dict[str, str]
+) -> None:
+    process = rehearsal.start("--pause", "0.03", checkpoint=checkpoint(2, on_busy="skip"))
+    rehearsal.wait_for("committed", lambda e: e["step"] >= 6)
+    savers = rehearsal.savers()
+    for saver in savers:
+        saver.suspend()
+    skipped = rehearsal.wait_for("save_skipped")
+    assert skipped["reason"] == "the last one is under way"
+    for saver in savers:
+        saver.resume()
+    assert process.wait(60) == 0
+    assert len(rehearsal.events("attempt_started")) == 1
+    assert rehearsal.final() == undisturbed
+
+
+@pytest.mark.parametrize("on_busy", ["wait", "skip"])
+def test_a_save_at_every_step_changes_nothing_whatever_is_done_when_it_is_late(
+    rehearsal: Rehearsal, undisturbed: dict[str, str], on_busy: str
+) -> None:
+    finished = rehearsal.run(
+        drill=("kill:rank=1,step=12",),
+        checkpoint=checkpoint(1, on_busy=on_busy, compress="small", keyframe_every=3),
+    )
+    assert finished.code == 0, finished
+    committed = {event["step"] for event in rehearsal.events("committed")}
+    skipped = {event["step"] for event in rehearsal.events("save_skipped")}
+    resumed = rehearsal.events("restored")[0]["step"]
+    assert committed | skipped >= set(range(1, 41)) - {resumed + 1}, "but for one that was killed"
+    assert not skipped or on_busy == "skip"
+    assert rehearsal.final() == undisturbed
+
+
+@pytest.mark.parametrize("memory", [1, 0])
+def test_with_less_memory_the_result_is_the_same(
+    rehearsal: Rehearsal, undisturbed: dict[str, str], memory: int
+) -> None:
+    process = rehearsal.start(drill=("kill:rank=0,step=12",), checkpoint=checkpoint(memory=memory))
+    rehearsal.wait_for("first_step")
+    assert len(rehearsal.savers()) == 2 * memory
+    assert process.wait(60) == 0
+    assert {event["step"] for event in rehearsal.events("restored")} <= {5, 10}
+    assert rehearsal.final() == undisturbed
+
+
+def test_a_job_may_ask_to_be_stopped_by_a_save_that_fails(
+    rehearsal: Rehearsal, undisturbed: dict[str, str]
+) -> None:
+    rehearsal.checkpoints.mkdir(parents=True)
+    (rehearsal.checkpoints / "step-0000000015.a0").write_text("a file is in the way")
+    finished = rehearsal.run("--pause", "0.03", checkpoint=checkpoint(on_error="stop"))
+    assert finished.code == 0, finished
+    failure = rehearsal.events("failure")[0]
+    assert "SaveFailed" in failure["summary"]
+    assert "step-0000000015.a0" in rehearsal.events("save_failed")[0]["reason"]
+    assert rehearsal.events("restored")[0]["step"] == 10
+    assert rehearsal.final() == undisturbed
+
+
+def test_a_supervisor_killed_in_the_middle_of_a_save_leaves_no_process_and_no_memory(
+    rehearsal: Rehearsal, undisturbed: dict[str, str]
+) -> None:
+    before = shared_memory()
+    rehearsal.start("--pause", "0.03", checkpoint=checkpoint(1))
+    rehearsal.wait_for("committed", lambda e: e["step"] >= 10)
+    workers, savers = rehearsal.workers(), rehearsal.savers()
+    assert len(savers) == 2
+    assert {saver.pid for saver in savers} < {worker.pid for worker in workers}
+    os.kill(rehearsal.holder(), signal.SIGKILL)
+    assert all_dead(workers, within=1.0)
+    assert not rehearsal.workers()
+    assert shared_memory() == before
+    resumed = rehearsal.resume()
+    assert resumed.code == 0, resumed
+    assert shared_memory() == before
+    assert rehearsal.final() == undisturbed
