@@ -208,12 +208,11 @@ def _pays(codec: str, items: Bytes, base: Bytes) -> bool:
     It is for weights and second moments, until they have moved too far, and never for first
     moments, which forget in a few steps what they were.
     """
-    import numpy as np
 
-    if items.size > 2 * _RUNS * _RUN_BYTES:
-        apart = items.size // _RUNS // _RUN_BYTES * _RUN_BYTES
+    apart = items.size // _RUNS // _RUN_BYTES * _RUN_BYTES
+    if apart > _RUN_BYTES:
         items, base = (
-            np.concatenate([whole[n * apart :][:_RUN_BYTES] for n in range(_RUNS)])
+            whole[: _RUNS * apart].reshape(_RUNS, apart)[:, :_RUN_BYTES].reshape(-1)
             for whole in (items, base)
         )
     alone, based = _pack(codec, items, None), _pack(DELTA[_SIZES[codec]], items, base)

@@ -30,7 +30,15 @@ class Sharing:
     it holds no delta, and takes identical chunks only from those that hold most of them.
     """
 
-    def __init__(self, previous: Previous | None, limit: int, names: Collection[str]) -> None:
+    def __init__(
+        self,
+        previous: Previous | None,
+        limit: int,
+        names: Collection[str],
+        *,
+        deltas: bool = False,
+    ) -> None:
+        """With `deltas`, the part before is needed anyway, and so is all that it needs."""
         self._previous = previous
         self._by_digest: dict[str, int] = {}
         self._places: dict[tuple[str, int], int] = {}
@@ -46,6 +54,8 @@ class Sharing:
         if self.keyframe:
             same = [index for index in same if part.chunks[index].base is None]
         donors = _donors(part, same, max(1, limit // 2) if self.keyframe else limit)
+        if deltas and not self.keyframe:
+            donors = set(range(len(part.packs)))
         for index in same:
             if _packs(part, index) <= donors:
                 self._by_digest[part.chunks[index].digest] = index

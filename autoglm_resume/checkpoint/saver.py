@@ -127,7 +127,9 @@ class Saver:
             with ThreadPoolExecutor(THREADS, thread_name_prefix="encode") as pool:
                 items = list(pool.map(Item.named, items_of(snapshot)))
                 names = {item.name for item in items}
-                sharing = Sharing(previous, self.options.keyframe_every, names)
+                deltas = effort == "small" and previous is not None and bool(previous.tensors)
+                limit = self.options.keyframe_every
+                sharing = Sharing(previous, limit, names, deltas=deltas)
                 peers = frozenset[str]()
                 if self._share and snapshot.world_size > 1:
                     peers = self._share_out(snapshot, directory, items, abandoned)

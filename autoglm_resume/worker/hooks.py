@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,12 +10,14 @@ import torch
 from autoglm_resume.worker.board import Phase, Pulse
 
 
-def watch(obj: Any, pulse: Pulse) -> None:
+def watch(obj: Any, pulse: Pulse, on_forward: Callable[[], None]) -> None:
     """Let `obj`, a module or an optimizer as the training loop calls it, beat at its phases.
 
-    Compiled modules are left alone: a hook would change what was compiled.
+    `on_forward` is called when a module is about to compute something for training. What is
+    inside a compiled module is left alone: a hook there would change what was compiled.
     """
     if isinstance(obj, torch.nn.Module):
+        obj.register_forward_pre_hook(_Training(on_forward))
         if not hasattr(obj, "_orig_mod"):
             obj.register_forward_pre_hook(_Beat(pulse, Phase.FORWARD))
             obj.register_forward_hook(_Beat(pulse, Phase.BACKWARD, with_grad=True))
@@ -36,6 +39,20 @@ class _Beat:
             self._pulse.alive()
         elif not self._with_grad or torch.is_grad_enabled():
             self._pulse.phase(self._phase)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_Silence, ())
+
+
+class _Training:
+    """A hook that tells of a forward pass for training. A copy of the model gets none."""
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self._tell = tell
+
+    def __call__(self, module: torch.nn.Module, *_: Any) -> None:
+        if module.training and torch.is_grad_enabled():
+            self._tell()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_Silence, ())

@@ -89,6 +89,11 @@ class Saves:
                 return
         self._save_directly(state, identity, began)
 
+    def start_copy(self) -> None:
+        """A forward pass for training begins: see `Saving.start_copy`."""
+        if self._saving is not None:
+            self._saving.start_copy()
+
     def fence(self) -> None:
         """Return when nothing of the last state is needed any more."""
         if self._saving is not None:

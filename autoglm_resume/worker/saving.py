@@ -1,8 +1,10 @@
 """A rank's saves: a snapshot into shared memory beside the training, and on to the saver.
 
-Parameters and optimizer state cannot change before the next `optimizer.step()`. So they are copied
-by a thread beside the next forward and backward pass, and a hook before the step waits for the
-copy (`fence`). Whatever else may change earlier is copied at once.
+Nothing changes parameters and optimizer state while a forward and backward pass runs. So they are
+copied by a thread from the beginning of the next one (`start_copy`), and a hook before
+`optimizer.step()` waits for the copy (`fence`). Not earlier: before that pass there may be an
+evaluation that swaps averaged weights in and out behind autograd's back. Whatever else may change
+is copied at once.
 """
 
 from __future__ import annotations
@@ -67,8 +69,8 @@ class Saving:
         self._newest = -1
         self._spare = SPARE
         self._requested = 0
-        if name is None:
-            atexit.register(self.wait)
+        # A saver of the supervisor's goes on without this process.
+        atexit.register(self.wait if name is None else self.fence)
 
     @property
     def short(self) -> str:
@@ -154,9 +156,13 @@ class Saving:
                 self._failed = Outcome(identity.id, False, f"{type(other).__name__}: {other}")
 
         self._watch_steps()
-        self._copy = copying.Copy(state.tensors, into, safe)
+        self._copy = copying.Copy(state.tensors, into, safe, done)
         blocked = time.monotonic() - began
-        self._copy.start(done)
+
+    def start_copy(self) -> None:
+        """Copy now what nothing changes until the next optimizer step."""
+        if self._copy is not None:
+            self._copy.start()
 
     def fence(self) -> None:
         """Return when the copy is complete: what it copied may change now."""

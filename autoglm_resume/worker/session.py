@@ -116,7 +116,7 @@ class Session:
                     "load_state_dict()",
                     hint="give it both; they may return and take any plain values and tensors",
                 )
-            hooks.watch(obj, self._pulse)
+            hooks.watch(obj, self._pulse, self._training_forward)
             if isinstance(obj, torch.nn.parallel.DistributedDataParallel):
                 tracked.never_free(obj)
             if tracked.led_by_rank_zero(obj):
@@ -222,6 +222,10 @@ class Session:
             raise UsageError("call session.resume() before session.save()")
         self._save()
         return self._saves.failure(self._id()) is None
+
+    def _training_forward(self) -> None:
+        if self._resumed:
+            self._saves.start_copy()
 
     def _id(self) -> str:
         return checkpoint_id(self._completed, self._settings.token)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,25 +21,31 @@ from autoglm_resume.worker.copying import Changed, Copy, safe_until_step, target
 Named = list[tuple[str, torch.Tensor]]
 
 
+Said = list[tuple[Exception | None, threading.Thread]]
+
+
 def made(tensors: Named, safe: list[torch.Tensor]) -> tuple[Copy, list[torch.Tensor]]:
+    said: Said = []
+
+    def done(error: Exception | None) -> None:
+        said.append((error, threading.current_thread()))
+
     _, end = layout(tensor.numel() * tensor.element_size() for _, tensor in tensors)
     into = targets(tensors, memoryview(bytearray(end + ALIGNMENT)))
-    return Copy(tensors, into, frozenset(tensor.data_ptr() for tensor in safe)), into
+    copy = Copy(tensors, into, frozenset(tensor.data_ptr() for tensor in safe), done)
+    OUTCOMES[copy] = said
+    return copy, into
+
+
+OUTCOMES: weakref.WeakKeyDictionary[Copy, Said] = weakref.WeakKeyDictionary()
 
 
 def run(copy: Copy) -> Exception | None:
     """To its end; what became of it."""
-    said: list[Exception | None] = []
-    threads: list[threading.Thread] = []
-
-    def done(error: Exception | None) -> None:
-        said.append(error)
-        threads.append(threading.current_thread())
-
-    copy.start(done)
+    copy.start()
     copy.wait()
-    assert threads != [threading.current_thread()]
-    (error,) = said
+    ((error, thread),) = OUTCOMES[copy]
+    assert thread != threading.current_thread()
     return error
 
 
@@ -135,6 +142,14 @@ def test_a_change_while_it_was_copied_is_noticed_by_name(through: str) -> None:
     assert str(error) == "second"
 
 
+def test_a_change_behind_autograds_back_is_noticed_too() -> None:
+    weight = torch.randn(1000)
+    copy, _ = made([("w", weight)], [weight])
+    weight.data.mul_(0.5)
+    assert weight._version == 0
+    assert isinstance(run(copy), Changed)
+
+
 def test_whatever_goes_wrong_in_the_thread_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.ones(3)
     copy, _ = made([("x", tensor)], [tensor])
@@ -196,17 +211,32 @@ def test_a_step_of_any_optimizer_waits() -> None:
 
 
 @pytest.mark.usefixtures("alone")
+def test_an_evaluation_with_other_weights_before_the_next_pass_leaves_the_snapshot_exact() -> None:
+    training = Training(1000)
+    for _ in range(3):
+        training.step()
+        weight = training.model.weight
+        own = weight.data.clone()
+        weight.data.fill_(7)
+        training.model.eval()(torch.ones(1, 1000))
+        weight.data.copy_(own)
+        training.model.train()(torch.ones(1, 1000))
+    training.optimizer.step()
+    training.assert_exact([1, 2, 3])
+
+
+@pytest.mark.usefixtures("alone")
 def test_what_is_changed_behind_our_back_fails_that_save_and_is_then_copied_at_once(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     training = Training(1000)
-    begun: Callable[..., None] = Copy.start
+    begun: Callable[[Copy], None] = Copy.start
 
-    def start(copy: Copy, done: Callable[[Exception | None], None]) -> None:
-        if training.session.step >= 2:
+    def start(copy: Copy) -> None:
+        if training.session.step == 2:
             with torch.no_grad():
                 training.model.weight.mul_(2)
-        begun(copy, done)
+        begun(copy)
 
     monkeypatch.setattr(copying.Copy, "start", start)
     for _ in range(4):

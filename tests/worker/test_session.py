@@ -327,8 +327,9 @@ def test_evaluation_does_not_beat_as_training() -> None:
     pulse = board.pulse(0)
     model = torch.nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    watch(model, pulse)
-    watch(optimizer, pulse)
+    passes: list[None] = []
+    watch(model, pulse, lambda: passes.append(None))
+    watch(optimizer, pulse, lambda: passes.append(None))
     pulse.completed(1)
 
     def phase() -> Phase:
@@ -338,7 +339,9 @@ def test_evaluation_does_not_beat_as_training() -> None:
     model(torch.ones(2))
     assert phase() is Phase.DATA
     model.train()
+    assert not passes
     loss = model(torch.ones(2)).sum()
+    assert len(passes) == 1
     assert phase() is Phase.BACKWARD
     loss.backward()
     optimizer.step()
