@@ -1,16 +1,17 @@
 """A rank's saves: a snapshot into shared memory beside the training, and on to the saver.
 
-Nothing changes parameters and optimizer state while a forward and backward pass runs. So they are
-copied by a thread from the beginning of the next one (`start_copy`), and a hook before
-`optimizer.step()` waits for the copy (`fence`). Not earlier: before that pass there may be an
-evaluation that swaps averaged weights in and out behind autograd's back. Whatever else may change
-is copied at once.
+Parameters and optimizer state cannot change before the next `optimizer.step()`, but for one thing:
+an evaluation may swap averaged weights in and out behind autograd's back. So they are copied by a
+thread, and a hook before the step waits for it (`fence`). Where such a swap was noticed, or could
+not be (on a device), the thread waits for the next forward pass for training; where that does not
+help, everything is copied at once, as is whatever may change earlier (see `When`).
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import enum
 import threading
 import time
 import weakref
@@ -34,6 +35,15 @@ LOOK = 1.0
 """Seconds between two beats while waiting for the saver."""
 
 __all__ = ["NoSaver", "Outcome", "Saving"]
+
+
+class When(enum.IntEnum):
+    """When the copy of what only a step changes begins."""
+
+    NOW = 0
+    NEXT_PASS = 1
+    AT_ONCE = 2
+    """And training waits for it."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ class Saving:
         self._failed: Outcome | None = None
         """Set by the copying thread."""
         self._outcomes: list[Outcome] = []
-        self._unsafe: set[str] = set()
+        self._when = When.NOW
         self._targets: dict[int, tuple[object, list[torch.Tensor]]] = {}
         self._hook: object = None
         self._newest = -1
@@ -121,7 +131,8 @@ class Saving:
         _, at = layout(state.sizes())
         slots = self._slots(state, identity, at)
         number = (self._newest + 1) % slots.count
-        safe -= {t.data_ptr() for name, t in state.tensors if name in self._unsafe}
+        if self._when is When.NOW and any(t.device.type != "cpu" for _, t in state.tensors):
+            self._when = When.NEXT_PASS
         into = self._into(state, number, slots)
         self._under_way = identity.id
 
@@ -144,10 +155,15 @@ class Saving:
                     }
                 )
             except copying.Changed as changed:
-                self._unsafe.add(str(changed))
+                self._when = When(min(self._when + 1, When.AT_ONCE))
+                later = (
+                    "copied at once"
+                    if self._when is When.AT_ONCE
+                    else "copied during the next forward and backward pass"
+                )
                 reason = (
                     f"{changed} was changed before optimizer.step(), while it was copied; from now"
-                    " on it is copied at once"
+                    f" on the state is {later}"
                 )
                 self._failed = Outcome(identity.id, False, reason)
             except Exception as other:
@@ -156,11 +172,15 @@ class Saving:
                 self._failed = Outcome(identity.id, False, f"{type(other).__name__}: {other}")
 
         self._watch_steps()
+        if self._when is When.AT_ONCE:
+            safe = frozenset()
         self._copy = copying.Copy(state.tensors, into, safe, done)
         blocked = time.monotonic() - began
+        if self._when is not When.NEXT_PASS:
+            self._copy.start()
 
     def start_copy(self) -> None:
-        """Copy now what nothing changes until the next optimizer step."""
+        """A forward pass for training begins: nothing changes until the optimizer's step."""
         if self._copy is not None:
             self._copy.start()
 

@@ -19,6 +19,8 @@ import torch
 from blake3 import blake3
 
 FROZEN, WIDTH, BATCH = 300, 64, 8  # the embedding has more than one chunk of 1 MiB
+PATIENCE = 30
+"""Seconds to wait for a checkpoint."""
 
 
 def digest_of(state: Any) -> str:
@@ -68,6 +70,15 @@ def objects() -> dict[str, Any]:
     }
 
 
+def await_commits(store: Any, count: int) -> None:
+    """What is not committed yet cannot be referred to by the next checkpoint."""
+    deadline = time.monotonic() + PATIENCE
+    while len(store.committed()) < count:
+        if time.monotonic() > deadline:
+            raise SystemExit(f"expected {count} checkpoints, found {len(store.committed())}")
+        time.sleep(0.002)
+
+
 def main() -> None:
     """Train, save at every `--every`-th step, and write `truth-<rank>.json` there."""
     import torch.distributed as dist
@@ -107,14 +118,12 @@ def main() -> None:
                 tracked["model"][0].weight.mul_(1.5)  # only now it is frozen
         session.step_done(step)
         if session.step % args.every == 0:
+            await_commits(store, len(truth))
             if not session.save():
                 raise SystemExit("a save failed")
             states = {name: obj.state_dict() for name, obj in tracked.items()}
             states["rng"] = rng.capture()
             truth[session.step] = {name: digest_of(state) for name, state in states.items()}
-            # What is not committed yet cannot be referred to by the next one.
-            while len(store.committed()) < len(truth):
-                time.sleep(0.002)
     (args.output / f"truth-{rank}.json").write_text(json.dumps(truth))
     dist.destroy_process_group()
 
