@@ -40,6 +40,8 @@ def check(kind: str, out: Path) -> None:
         raise UsageError(f"--to {kind}: expected one of {', '.join(_WRITERS)}")
     if out.exists():
         raise UsageError(f"{out}: there already, and never overwritten")
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f"{out}: there is no directory {out.absolute().parent}")
     if kind == "safetensors":
         _safetensors()
 

@@ -38,7 +38,8 @@ def import_(
 ) -> int:
     """Make a checkpoint of what was exported, if every tensor still has its digest.
 
-    Its objects have the same digests as those that were exported. A directory of DCP is unpickled
+    Its objects have the same digests as those that were exported. If it is the newest, the next
+    start of the run goes on from it. A directory of DCP is unpickled
     by torch, so only take it from who you trust; nothing else is unpickled.
     """
     from pathlib import Path
@@ -48,18 +49,20 @@ def import_(
     from autoglm_resume.observe import inspection
     from autoglm_resume.observe.progress import Progress
     from autoglm_resume.observe.say import size
+    from autoglm_resume.supervise.rundir import undisturbed
 
     try:
-        store = inspection.find(Path(directory)).store
+        target = inspection.find(Path(directory))
+        store, run = target.store, target.run
     except UsageError:  # no checkpoint there yet
         if Path(directory).is_file():
             raise
-        store = Store(Path(directory).absolute())
+        store, run = Store(Path(directory).absolute()), None
 
     from autoglm_resume.checkpoint import exchange, formats
 
     content = formats.read(Path(source))
-    with Progress("importing", 2 * content.raw) as progress:
+    with Progress("importing", 2 * content.raw) as progress, undisturbed(run, store.root):
         manifest = exchange.put(store, content, step, progress)
     print(f"{store.directory(manifest.id)}: {size(manifest.raw)}, {manifest.world_size} ranks")
     return 0

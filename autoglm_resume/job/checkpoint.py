@@ -51,7 +51,9 @@ class Every(Section):
 class Best(Section):
     """The checkpoints with the best figures."""
 
-    metric: Word = Field(default="loss", description="A figure that the script reports.")
+    metric: Annotated[Literal["loss", "grad_norm"], one_of("loss", "grad_norm")] = Field(
+        default="loss", description="A figure that the script reports."
+    )
     n: Count = Field(default=1, description="How many of them to keep.")
     mode: Annotated[Literal["min", "max"], one_of("min", "max")] = Field(
         default="min", description="Whether small figures are good ones, or large."
@@ -166,7 +168,8 @@ class Checkpoint(Section):
     commit: Annotated[Literal["local", "quorum", "all"], one_of("local", "quorum", "all")] = Field(
         default="local",
         description="Where a checkpoint must be to count: in `dir`, in most of `dir` and its "
-        "`replicas`, or in all of them.",
+        "`replicas`, or in all of them. The newest that counts is kept whatever `keep` says, and "
+        "the end of a run waits up to a minute for its last one to count.",
     )
 
     @field_validator("rename")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import ExitStack
 from dataclasses import replace
 
 from autoglm_resume.checkpoint.retention import Keep
@@ -15,7 +14,7 @@ from autoglm_resume.observe.inspection import Target
 from autoglm_resume.observe.listing import Listing
 from autoglm_resume.observe.say import plural, size
 from autoglm_resume.observe.tables import Table
-from autoglm_resume.supervise.rundir import locked_checkpoints
+from autoglm_resume.supervise.rundir import undisturbed
 
 
 def rules(target: Target) -> Keep:
@@ -35,11 +34,7 @@ def prune(target: Target, keep: Keep) -> Listing:
     Raises RunLocked while a supervisor has the run or its checkpoints.
     """
     run, root = target.run, target.store.root
-    with ExitStack() as held:
-        if run is not None:
-            held.enter_context(run.locked())
-        if run is None or not root.is_relative_to(run.path):
-            held.enter_context(locked_checkpoints(root))
+    with undisturbed(run, root):
         here = replace(target, paths=tuple(target.store.committed()))
         found = listing.of(here, keep, time.time())
         for each in found.doomed:

@@ -129,6 +129,17 @@ def locked_checkpoints(directory: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def undisturbed(run: RunDirectory | None, checkpoints: Path) -> Iterator[None]:
+    """While no supervisor has `checkpoints`, or the run they are of. Raises RunLocked."""
+    with contextlib.ExitStack() as held:
+        if run is not None:
+            held.enter_context(run.locked())
+        if run is None or not checkpoints.is_relative_to(run.path):
+            held.enter_context(locked_checkpoints(checkpoints))
+        yield
+
+
+@contextlib.contextmanager
 def _held(path: Path) -> Iterator[Lock]:
     path.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -40,6 +40,7 @@ class Savers:
         self._tell = tell
         self.names = tuple(f"autoglm-{name}-{os.getpid()}-{rank}" for rank in range(count))
         """Where ranks find theirs."""
+        self._protected: frozenset[str] = frozenset()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._links: list[socket.socket] = []
         self._replies: dict[int, Message] = {}
@@ -75,9 +76,15 @@ class Savers:
 
     def protect(self, ids: frozenset[str]) -> None:
         """Retention must keep these from now on."""
+        self._protected = ids
         for link in self._links:
-            with contextlib.suppress(Closed, BlockingIOError):
-                saver_link.send(link, {"op": "protect", "ids": sorted(ids)})
+            self._tell_protected(link)
+
+    def _tell_protected(self, link: socket.socket) -> None:
+        # A saver that is stuck must not hold up the supervisor; it deletes nothing either.
+        with contextlib.suppress(Closed, BlockingIOError):
+            message = {"op": "protect", "ids": sorted(self._protected)}
+            saver_link.send(link, message, wait=False)
 
     def close(self) -> None:
         """End them."""
@@ -142,4 +149,5 @@ class Savers:
                 start_new_session=True,
             )
         self._pump.watch(ours, lambda: self._readable(rank, ours))
+        self._tell_protected(ours)
         return process, ours

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autoglm_resume.checkpoint import storage
 from autoglm_resume.checkpoint.gate import Choice, Verdict, superseded
 from autoglm_resume.checkpoint.manifest import age
 from autoglm_resume.checkpoint.store import Store
@@ -63,6 +64,8 @@ def start(
     AutoglmError.
     """
     ordered = drill.parse(drills, world_size(job))
+    for replica in job.checkpoint.replicas:
+        storage.check(replica)
     run = RunDirectory(Path(job.run_dir))
     if fresh:
         _start_over(run, Path(job.checkpoint.dir))
@@ -102,8 +105,10 @@ def resume(directory: Path, screen: Screen, branch_from: int | None = None) -> i
 
 
 def plan(job: Job, *, fresh: bool = False, drills: Sequence[str] = ()) -> Plan:
-    """What `start` would do now. Raises UsageError for drills that make no sense."""
+    """What `start` would do now. Raises UsageError for drills and replicas that make no sense."""
     drill.parse(drills, world_size(job))
+    for replica in job.checkpoint.replicas:
+        storage.check(replica)
     run = RunDirectory(Path(job.run_dir))
     past = history.History() if fresh else history.recall(run.events())
     model = history.model_of(past.models, world_size(job))

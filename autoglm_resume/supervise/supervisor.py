@@ -50,6 +50,8 @@ if TYPE_CHECKING:  # a presenter is handed in; this layer does not depend on it
 SAVE = signal.SIGRTMIN
 """Asks for a checkpoint, and to go on."""
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+COMMIT_SECONDS = 60.0
+"""To wait, at the end, for replicas that the last checkpoint must be in to count."""
 RECENT = 20
 """Saves that tell what the next will cost."""
 NOTABLE = 1.2
@@ -89,6 +91,8 @@ class Supervisor:
         self._writing: deque[float] = deque(maxlen=RECENT)
         self._interval: float | None = None
         self._room_known = False
+        self._savers: Savers | None = None
+        self._replicas: Replicas | None = None
         self._began = time.monotonic()
         self._now: Attempt | None = None
         self._journal = Journal(run.journal)
@@ -117,13 +121,16 @@ class Supervisor:
         linux.adopt_orphans()
         signals = Signals(self._pump, (*STOPS, SAVE), self._signalled)
         began = time.monotonic()
-        self._bring_back()
-        self._introduce()
-        self._choose_interval()
-        self._savers = self._start_savers()
-        self._replicas = self._start_replicas()
-        launcher = self._launcher()
+        launcher: Launcher | None = None
         try:
+            self._bring_back()
+            self._introduce()
+            self._choose_interval()
+            self._savers = self._start_savers()
+            self._replicas = self._make_replicas()
+            self._replicas.start()
+            self._protect()
+            launcher = self._launcher()
             return self._bring_to_end(launcher, began)
         except AutoglmError as error:
             self._tell("run_failed", code=error.exit_code, reason=error.message)
@@ -135,10 +142,12 @@ class Supervisor:
                 reason, hint="autoglm resume continues when that is mended"
             ) from error
         finally:
-            launcher.close()
+            if launcher is not None:
+                launcher.close()
             if self._savers is not None:
                 self._savers.close()
-            self._replicas.close()
+            if self._replicas is not None:
+                self._replicas.close()
             end_orphans(frozenset())
             signals.close()
             self._journal.close()
@@ -153,7 +162,7 @@ class Supervisor:
             outcome = self._attempt(launcher, resume)
             self._gate.checkpointed = max(self._gate.checkpointed, outcome.checkpointed)
             if outcome.completed:
-                self._replicas.flush()
+                self._flush_replicas()
                 self._tell(
                     "run_completed",
                     step=outcome.step,
@@ -243,9 +252,9 @@ class Supervisor:
                 if event["step"] >= self._objects_step:
                     self._objects, self._objects_step = event["objects"], event["step"]
                 self._gate.notice(event["id"])
-                self._replicas.notice()
+                self._copies.notice()
             case "pruned":
-                self._replicas.notice()
+                self._copies.notice()
             case "refused" if event["kind"] == CorruptCheckpoint.__name__:
                 # Only damage is the checkpoint's own fault. A model that differs is judged by the
                 # gate itself, for every checkpoint.
@@ -338,7 +347,12 @@ class Supervisor:
             self._run_id = restored.run
             self._tell_next("brought_back", id=restored.id, files=restored.files)
 
-    def _start_replicas(self) -> Replicas:
+    @property
+    def _copies(self) -> Replicas:
+        assert self._replicas is not None  # from the start of `run` to its end
+        return self._replicas
+
+    def _make_replicas(self) -> Replicas:
         checkpoint = self._job.checkpoint
         replicas = Replicas(
             self._pump,
@@ -351,7 +365,6 @@ class Supervisor:
             self._replica_said,
             self._past.replicated,
         )
-        replicas.start()
         if checkpoint.replicas:
             self._gate.repair = lambda id, digest: replicas.repair(
                 id, digest, lambda: bool(self._stops)
@@ -360,13 +373,31 @@ class Supervisor:
 
     def _replica_said(self, event: str, /, **fields: Any) -> None:
         self._tell(event, **fields)
-        if event == "replicated" and self._savers is not None:
+        if event == "replicated":
+            self._protect()
+
+    def _protect(self) -> None:
+        """Retention must keep the newest checkpoint that counts by the job's commit policy."""
+        if self._savers is not None:
             ids = [path.name for path in self._gate.store.committed()]
-            self._savers.protect(self._replicas.protected(ids))
+            self._savers.protect(self._copies.protected(ids))
+
+    def _flush_replicas(self) -> None:
+        """At the end: copy what is left, and say so if the last checkpoint does not count."""
+        policy = self._job.checkpoint.commit
+        patience = FLUSH_SECONDS if policy == "local" else COMMIT_SECONDS
+        self._copies.flush(0.0 if hurried(self._stops) else patience)
+        newest = self._gate.store.latest()
+        if newest is not None and not self._copies.counts(newest.name):
+            text = (
+                f"{newest.name} is here, but not in enough replicas (checkpoint.commit: {policy})"
+            )
+            self._tell("warning", text=text)
 
     def _helpers(self) -> frozenset[int]:
         """Children of this process that are no ranks."""
-        return self._replicas.pids | (self._savers.pids if self._savers else frozenset())
+        helpers = (self._replicas, self._savers)
+        return frozenset(pid for helper in helpers if helper for pid in helper.pids)
 
     def _launcher(self) -> Launcher:
         if self._job.launcher == "torchrun":
@@ -381,7 +412,7 @@ class Supervisor:
         )
 
     def _interrupted(self, newest: ResumePoint | None) -> int:
-        self._replicas.flush(0.0 if hurried(self._stops) else FLUSH_SECONDS)
+        self._flush_replicas()
         number = self._stops[0] if self._stops else signal.SIGTERM
         if hurried(self._stops):
             code, reason = died_by_signal(signal.SIGINT), "stopped at once, as asked twice"

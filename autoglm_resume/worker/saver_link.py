@@ -21,10 +21,13 @@ def address(name: str) -> str:
     return f"\0{name}"
 
 
-def send(link: socket.socket, message: Message, fd: int | None = None) -> None:
-    """Raises Closed."""
+def send(
+    link: socket.socket, message: Message, fd: int | None = None, *, wait: bool = True
+) -> None:
+    """Raises Closed, and BlockingIOError if it should not `wait` and had to."""
+    flags = 0 if wait else socket.MSG_DONTWAIT
     try:
-        socket.send_fds(link, [json.dumps(message).encode()], [] if fd is None else [fd])
+        socket.send_fds(link, [json.dumps(message).encode()], [] if fd is None else [fd], flags)
     except (BrokenPipeError, ConnectionResetError):
         raise Closed from None
 

@@ -192,7 +192,10 @@ class SaverProcess:
 
     def _persist(self, link: socket.socket, request: Message) -> None:
         slots = self._slots
-        assert slots is not None
+        if slots is None:  # a saver before this one gave them
+            lost = {"op": "saved", "id": request["id"], "ok": False, "reason": "the saver died"}
+            self._reply(link, lost)
+            return
         self._held = {key: request[key] for key in ("id", "slot", "at", "length")}
         slot = slots.view(request["slot"])
         text = bytes(slot[request["at"] : request["at"] + request["length"]])

@@ -90,14 +90,9 @@ class Saves:
         self._save_directly(state, identity, began)
 
     def start_copy(self) -> None:
-        """A forward pass for training begins: see `Saving.start_copy`."""
+        """A forward pass for training begins."""
         if self._saving is not None:
             self._saving.start_copy()
-
-    def fence(self) -> None:
-        """Return when nothing of the last state is needed any more."""
-        if self._saving is not None:
-            self._saving.fence()
 
     def failure(self, id: str, *, wait: bool = False) -> SaveFailed | None:
         """Why checkpoint `id` failed, if it did; with `wait`, when that is certain."""

@@ -79,7 +79,9 @@ class Session:
         self._reported = 0.0
         self._lineage: tuple[str, ...] = ()
         self._requests: Requests | None = None
-        self._metrics: dict[str, float] = {}
+        self._figures: dict[str, Any] = {}
+        """Of the last completed step; `_reported_now` of the one that runs."""
+        self._reported_now: dict[str, Any] = {}
         self._events = Events(assignment.events(chosen.rank) if assignment else None, chosen.rank)
         self._pulse = self._find_pulse(assignment)
         self._pulse.phase(Phase.START)
@@ -176,6 +178,7 @@ class Session:
         for obj in self._tracked.values():
             if isinstance(obj, ResumableSampler):
                 obj.advance()
+        self._figures, self._reported_now = self._reported_now, {}
         self._completed = completed = step + 1
         self._pulse.completed(completed)
         if not self._stepped:
@@ -201,22 +204,20 @@ class Session:
 
         Reading a tensor on a device waits for the device, so that happens once a second at most.
         """
+        figures = {"loss": loss, "grad_norm": grad_norm}
+        self._reported_now.update({k: v for k, v in figures.items() if v is not None})
         now = time.monotonic()
         if _on_device(loss) or _on_device(grad_norm):
             if now - self._reported < 1:
                 return
             self._reported = now
-        figures = {"loss": _number(loss), "grad_norm": _number(grad_norm)}
-        self._pulse.report(figures["loss"], figures["grad_norm"])
-        known = {key: value for key, value in figures.items() if value is not None}
-        self._metrics.update({k: v for k, v in known.items() if math.isfinite(v)})
+        self._pulse.report(_number(loss), _number(grad_norm))
 
     def save(self) -> bool:
         """Save now, after the last completed step; every rank must call it at the same step.
 
-        Waits for the save before, and returns when this one's snapshot can be taken beside the
-        next forward and backward pass: whether it is under way. A save that fails later is
-        reported, and training goes on with the older checkpoint as the latest.
+        Waits for the save before, and returns whether this one is under way: it goes on beside
+        the training. One that fails later is reported, and the older checkpoint stays the latest.
         """
         if not self._resumed:
             raise UsageError("call session.resume() before session.save()")
@@ -260,6 +261,10 @@ class Session:
         tracked = self._tracked.values()
         return copying.safe_until_step([o for o in tracked if isinstance(o, torch.optim.Optimizer)])
 
+    def _metrics(self) -> dict[str, float]:
+        found = {name: _number(value) for name, value in self._figures.items()}
+        return {name: v for name, v in found.items() if v is not None and math.isfinite(v)}
+
     def _identity(self) -> capture.Identity:
         return capture.Identity(
             id=self._id(),
@@ -269,7 +274,7 @@ class Session:
             model=self._structure,
             rng=True,
             data=any(tracked.deals_data(obj) for obj in self._tracked.values()),
-            metrics=dict(self._metrics),
+            metrics=self._metrics(),
             versions={"autoglm": autoglm_resume.__version__, **capture.torch_versions()},
         )
 
