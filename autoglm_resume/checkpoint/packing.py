@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 from autoglm_resume.checkpoint import codec
 from autoglm_resume.checkpoint.codec import Effort, Encoded
@@ -87,6 +87,9 @@ class Pace:
         return "small" if self.writing * 4 < self.encoding else "fast"
 
 
+Proof: TypeAlias = "Future[tuple[float, float]]"
+
+
 @dataclass(frozen=True)
 class _Prepared:
     item: Item
@@ -134,7 +137,7 @@ class Packer:
             item = prepared.item
             found[item.tensor, item.place] = self._place(prepared, prover, proofs)
 
-        proofs: list[Future[float]] = []
+        proofs: list[Proof] = []
         with ThreadPoolExecutor(1, thread_name_prefix="read-back") as prover:
             try:
                 for item in items:
@@ -148,7 +151,9 @@ class Packer:
                 for late in waiting:
                     late.cancel()
             for proof in proofs:
-                self.writing += proof.result()
+                flushing, decoding = proof.result()
+                self.writing += flushing
+                self.encoding += decoding
         return found
 
     def _prepare(self, item: Item, effort: Effort) -> _Prepared:
@@ -164,7 +169,10 @@ class Packer:
         return _Prepared(item, encoded, row, time.thread_time() - began)
 
     def _place(
-        self, prepared: _Prepared, prover: ThreadPoolExecutor, proofs: list[Future[float]]
+        self,
+        prepared: _Prepared,
+        prover: ThreadPoolExecutor,
+        proofs: list[Proof],
     ) -> int:
         item, encoded, table = prepared.item, prepared.encoded, self._table
         known = table.find(item.name)
@@ -193,22 +201,23 @@ class Packer:
             self._prove_window(prover, proofs)
         return index
 
-    def _prove_window(self, prover: ThreadPoolExecutor, proofs: list[Future[float]]) -> None:
+    def _prove_window(self, prover: ThreadPoolExecutor, proofs: list[Proof]) -> None:
         self._output.flush()
         window, self._window, self._window_bytes = self._window, [], 0
         proofs.append(prover.submit(_prove, self._output, window))
 
 
-def _prove(output: BinaryIO, window: list[_Written]) -> float:
+def _prove(output: BinaryIO, window: list[_Written]) -> tuple[float, float]:
     """Flush the file, and read `window` back from the disk rather than from the page cache.
 
-    Returns the seconds that flushing took.
+    Returns the seconds that flushing took, and those that decoding kept a processor busy.
     """
     began = time.perf_counter()
     os.fdatasync(output.fileno())
     seconds = time.perf_counter() - began
+    decoding = 0.0
     if not window:
-        return seconds
+        return seconds, decoding
     start, last = window[0].chunk.offset, window[-1].chunk
     stored = memoryview(bytearray(CHUNK_BYTES))
     target = memoryview(bytearray(CHUNK_BYTES))
@@ -229,10 +238,12 @@ def _prove(output: BinaryIO, window: list[_Written]) -> float:
             raw = view
             if chunk.codec != codec.RAW:
                 raw = target[: chunk.raw]
+                busy = time.thread_time()
                 try:
                     codec.decode(chunk.codec, view, raw, written.base)
                 except CorruptCheckpoint as error:
                     raise CorruptCheckpoint(f"{place}: {error.message}") from None
+                decoding += time.thread_time() - busy
             if (found := digest(raw)) != chunk.digest:
                 raise CorruptCheckpoint(f"{place}: expected {chunk.digest}, found {found}")
-    return seconds
+    return seconds, decoding

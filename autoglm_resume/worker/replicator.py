@@ -209,7 +209,7 @@ def main() -> None:
     control.set_inheritable(False)
     linux.die_with_parent(int(supervisor))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.nice(19)
+    linux.stand_back()
     serve(control, Path(root), run, targets)
     # Threads may be in the middle of a request; whoever comes next goes on there.
     os._exit(0)

@@ -47,7 +47,6 @@ from autoglm_resume.worker.rank import drop_own_path
 from autoglm_resume.worker.saver_link import Closed, Message
 from autoglm_resume.worker.slots import Slots, room
 
-NICE = 19
 MARGIN = 0.9
 """Of the memory that is free, what slots may take."""
 
@@ -318,7 +317,7 @@ def main(arguments: list[str]) -> None:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         listener.bind(saver_link.address(arguments[2]))
         listener.listen()
-    os.nice(NICE)
+    linux.stand_back()
     SaverProcess().serve(owner, listener)
 
 
