@@ -120,7 +120,6 @@ class Manifest:
                 ("rank", rank, part.rank),
                 ("id", first.id, part.id),
                 ("world size", len(parts), part.world_size),
-                ("lineage", first.lineage, part.lineage),
             ):
                 if expected != found:
                     raise CorruptCheckpoint(

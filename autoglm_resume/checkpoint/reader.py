@@ -60,6 +60,11 @@ class Reader:
         Raises CheckpointError naming the file and `what`; `target` then holds garbage.
         """
         if chunk.pack is None:
+            if chunk.digest not in self._shared:
+                raise CorruptCheckpoint(
+                    f"{self._path}: {what}: expected chunk {chunk.digest} in the part of another"
+                    " rank, found it in none"
+                )
             part, chunk = self._shared[chunk.digest]
         self._decode(part, chunk, target, what)
         if digest(target) == chunk.digest:

@@ -20,6 +20,7 @@ from typing import Literal
 
 from autoglm_resume import files
 from autoglm_resume.checkpoint import verify
+from autoglm_resume.checkpoint.claims import claim_file
 from autoglm_resume.checkpoint.document import digest, indented
 from autoglm_resume.checkpoint.gate import Facts, Integrity
 from autoglm_resume.checkpoint.manifest import (
@@ -131,7 +132,9 @@ class Store:
 
     def _manifest(self, found: list[tuple[Part, bytes]]) -> Manifest:
         parts, documents = zip(*found, strict=True)
-        return Manifest.of(parts, documents, self._parent(parts[0].lineage))
+        # A rank that missed one announced save has another lineage from there on.
+        common = [id for id in parts[0].lineage if all(id in part.lineage for part in parts)]
+        return Manifest.of(parts, documents, self._parent(common))
 
     def _write_manifest(self, directory: Path, found: list[tuple[Part, bytes]]) -> Manifest:
         manifest = self._manifest(found)
@@ -275,8 +278,11 @@ class Store:
         """Remove `rank`'s part of a checkpoint that never came about; a committed one stays."""
         directory = self.directory(id)
         if directory.is_dir() and not (directory / MANIFEST).exists():
-            for name in (part_file(rank), pack_file(rank)):
-                (directory / name).unlink(missing_ok=True)
+            # And what a saver that was killed left under temporary names.
+            mine = (part_file(rank), pack_file(rank), claim_file(rank))
+            for path in _entries(directory):
+                if path.name.endswith(mine):
+                    path.unlink(missing_ok=True)
             with suppress(OSError):  # other ranks may still have theirs
                 directory.rmdir()
 
@@ -294,9 +300,10 @@ class Store:
     def sweep(self, abandoned: Iterable[Path] | None = None) -> list[Path]:
         """Remove what is abandoned, now or as it was found earlier; returns what was removed."""
         found = self.abandoned() if abandoned is None else list(abandoned)
-        for path in found:
+        gone = [path for path in found if not (parse_id(path.name) and _is_checkpoint(path))]
+        for path in gone:
             _remove(path)
-        return found
+        return gone
 
 
 def _facts(
@@ -367,6 +374,10 @@ def _all_parts(directory: Path) -> list[tuple[Part, bytes]] | None:
         for id in part.needs:
             _expect(directory.parent / id / MANIFEST, "there", True, _committed(directory, id))
     return found
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / MANIFEST).exists()
 
 
 def _committed(directory: Path, id: str) -> bool:

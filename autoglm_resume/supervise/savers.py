@@ -18,6 +18,8 @@ from autoglm_resume.supervise.zygote import HOME
 from autoglm_resume.worker import saver_link
 from autoglm_resume.worker.saver_link import Closed, Message
 
+DEATHS = 100
+"""After which savers are not replaced any more: something is wrong here, and ranks save without."""
 PATIENCE = 5.0
 """Seconds for a saver to answer what takes it no time."""
 
@@ -40,6 +42,7 @@ class Savers:
         self._tell = tell
         self.names = tuple(f"autoglm-{name}-{os.getpid()}-{rank}" for rank in range(count))
         """Where ranks find theirs."""
+        self._deaths = 0
         self._protected: frozenset[str] = frozenset()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._links: list[socket.socket] = []
@@ -82,7 +85,7 @@ class Savers:
 
     def _tell_protected(self, link: socket.socket) -> None:
         # A saver that is stuck must not hold up the supervisor; it deletes nothing either.
-        with contextlib.suppress(Closed, BlockingIOError):
+        with contextlib.suppress(Closed, OSError):
             message = {"op": "protect", "ids": sorted(self._protected)}
             saver_link.send(link, message, wait=False)
 
@@ -102,7 +105,7 @@ class Savers:
         self._questions += 1
         asked = set()
         for rank, link in enumerate(self._links):
-            with contextlib.suppress(Closed):
+            with contextlib.suppress(Closed, OSError):
                 saver_link.send(link, {**message, "question": self._questions})
                 asked.add(self._processes[rank].pid)
 
@@ -130,7 +133,9 @@ class Savers:
             process = self._processes[rank]
             process.wait()
             self._tell("saver_lost", rank=rank, pid=process.pid, code=process.returncode)
-            self._processes[rank], self._links[rank] = self._spawn(rank)
+            self._deaths += 1
+            if self._deaths <= DEATHS:
+                self._processes[rank], self._links[rank] = self._spawn(rank)
 
     def _spawn(self, rank: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

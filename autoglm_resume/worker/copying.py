@@ -39,7 +39,8 @@ def safe_until_step(optimizers: Sequence[torch.optim.Optimizer]) -> frozenset[in
     found: set[int] = set()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            found.update(tree.local(parameter).data_ptr() for parameter in group["params"])
+            trained = (p for p in group["params"] if p.requires_grad)
+            found.update(tree.local(parameter).data_ptr() for parameter in trained)
         for state in optimizer.state.values():
             values = state.values() if isinstance(state, dict) else ()
             found.update(tree.local(v).data_ptr() for v in values if isinstance(v, torch.Tensor))
@@ -62,16 +63,20 @@ class Copy:
         self._later = [pair for pair in pairs if _safe(pair[0][1], safe)]
         self._versions = [source._version for (_, source), _ in self._later]
         self._marks = [_mark(source) for (_, source), _ in self._later]
-        self._ready = _Streams(source for (_, source), _ in self._later)
+        self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
         chosen = {id(target) for _, target in self._later}
         _copy([(s, t) for (_, s), t in pairs if id(t) not in chosen])
 
     def start(self) -> None:
         """Copy the rest, beside whatever this thread does."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="snapshot")
-            self._thread.start()
+        with self._starting:  # hooks may be called from several threads
+            if self._thread is None:
+                # After whatever is queued on the device by now, such as weights swapped back.
+                self._streams = _Streams(source for (_, source), _ in self._later)
+                thread = threading.Thread(target=self._run, name="snapshot")
+                thread.start()
+                self._thread = thread
 
     def wait(self) -> None:
         """Until the copy is complete and `done` was called."""
@@ -82,7 +87,7 @@ class Copy:
     def _run(self) -> None:
         try:
             with torch.no_grad():
-                self._ready.copy([(source, target) for (_, source), target in self._later])
+                self._streams.copy([(source, target) for (_, source), target in self._later])
             self._require_unchanged()
         except Exception as error:
             self._done(error)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Set
 from contextlib import suppress
 
 from autoglm_resume.checkpoint import retention
 from autoglm_resume.checkpoint.gate import superseded
+from autoglm_resume.checkpoint.manifest import MANIFEST
 from autoglm_resume.checkpoint.part import age
 from autoglm_resume.checkpoint.retention import Candidate
 from autoglm_resume.checkpoint.saver import Saved
@@ -51,18 +53,30 @@ def tidy(
     Raises OSError, CheckpointError.
     """
     # The newest may only be late in another rank; by now all are through with those before it.
-    for id in snapshot.lineage[1:]:
-        with suppress(OSError):
-            store.forsake(id, snapshot.rank)
+    for id in reversed(snapshot.lineage[1:]):
+        with suppress(OSError):  # whole, but it cannot be committed now: a full disk
+            if not _whole(store, id):
+                store.forsake(id, snapshot.rank)
     if snapshot.rank == 0:
-        for id in _retire(store, how, snapshot.id, stay):
+        for id in _retire(store, how, snapshot, stay):
             events.emit("pruned", id=id)
 
 
-def _retire(store: Store, how: Checkpointing, saved: str, stay: Set[str]) -> list[str]:
-    """Delete what no rule keeps, now that `saved` is there; returns the ids."""
+def _whole(store: Store, id: str) -> bool:
+    """Whether nothing but a manifest was missing of checkpoint `id`, which has one now."""
+    with suppress(CheckpointError):
+        return not store.directory(id).is_dir() or store.commit(id) is not None
+    return False
+
+
+def _retire(store: Store, how: Checkpointing, snapshot: Snapshot, stay: Set[str]) -> list[str]:
+    """Delete what no rule keeps, now that `snapshot` is saved; returns the ids."""
+    saved = snapshot.id
     found: list[Candidate] = []
-    protected = set(stay)
+    # What the gate rejected and left in place may be newer than all that is this run's own.
+    line = (saved, *snapshot.lineage)
+    own = (id for id in line if (store.directory(id) / MANIFEST).exists())
+    protected = {*stay, *itertools.islice(own, 1)}
     for path in store.committed():
         with suppress(CheckpointError):
             manifest = store.load_manifest(path)

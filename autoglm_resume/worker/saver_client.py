@@ -59,6 +59,7 @@ class SaverClient:
         deadline = time.monotonic() + PATIENCE
         while (reply := self.receive(deadline - time.monotonic())) is None:
             if time.monotonic() > deadline:
+                self.close()  # its late answer must not be taken for another
                 raise NoSaver(f"the saver did not answer within {PATIENCE:.0f} s")
         held: Message | None = reply["held"]
         return held
@@ -92,6 +93,9 @@ class SaverClient:
         message, fd = found
         if message["op"] == "slots":
             self.short = message.get("reason", "")
+            if not message["count"] and self.slots is not None:
+                self.slots.close()
+                self.slots = None
         if fd is not None:
             if self.slots is not None:
                 self.slots.close()

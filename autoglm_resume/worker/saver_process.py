@@ -63,7 +63,8 @@ class SaverProcess:
         self._jobs = ThreadPoolExecutor(1, thread_name_prefix="job")
         self._running: list[str | None] = []
         """What is being done, oldest first: ids of checkpoints, None for anything else."""
-        self._abandoned = threading.Event()
+        self._abandoned: dict[str, threading.Event] = {}
+        """Of the saves under way: set when one is to be given up."""
         self._protected: frozenset[str] = frozenset()
         self._waiting: list[tuple[socket.socket, int]] = []
         """Who wants to know when it is idle, and the number of that question."""
@@ -115,7 +116,8 @@ class SaverProcess:
             case "hello":
                 self._start(lambda: self._hello(link, request), None)
             case "slots":
-                self._provide(link, request["bytes"], request["count"])
+                size, count = request["bytes"], request["count"]
+                self._start(lambda: self._provide(link, size, count), None)
             case "persist":
                 self._persist(link, request)
             case "protect":
@@ -127,8 +129,9 @@ class SaverProcess:
                 answer = {"op": "holding", "question": request["question"], "ids": ids}
                 self._reply(link, answer)
             case "finish":
-                if any(id not in request["ids"] for id in self._running if id):
-                    self._abandoned.set()
+                for id, abandoned in self._abandoned.items():
+                    if id not in request["ids"]:
+                        abandoned.set()
                 self._waiting.append((link, request["question"]))
                 self._say_idle()
 
@@ -164,7 +167,7 @@ class SaverProcess:
             message = {"op": "slots", "bytes": slots.size, "count": slots.count}
             self._reply(link, message, slots.fd)
             return
-        self._start(lambda: self._allocate(link, size, count), None)
+        self._allocate(link, size, count)
 
     def _allocate(self, link: socket.socket, size: int, count: int) -> None:
         self._held = None
@@ -198,7 +201,7 @@ class SaverProcess:
         self._held = {key: request[key] for key in ("id", "slot", "at", "length")}
         slot = slots.view(request["slot"])
         text = bytes(slot[request["at"] : request["at"] + request["length"]])
-        self._abandoned.clear()
+        self._abandoned[request["id"]] = threading.Event()
         self._start(lambda: self._save(link, from_slot(text, slot), request), request["id"])
 
     def _save(self, link: socket.socket, snapshot: Snapshot, request: Message) -> None:
@@ -212,7 +215,7 @@ class SaverProcess:
         slots = self._slots
         reason = ""
         try:
-            saved = saver.persist(snapshot, self._abandoned)
+            saved = saver.persist(snapshot, self._abandoned[snapshot.id])
         except SaveFailed as error:
             reason = str(error)
         except Exception as error:
@@ -248,7 +251,7 @@ class SaverProcess:
 
     def _job_ended(self) -> None:
         os.read(self._done_read, 1)
-        self._running.pop(0)
+        self._abandoned.pop(self._running.pop(0) or "", None)
         self._say_idle()
 
     def _say_idle(self) -> None:

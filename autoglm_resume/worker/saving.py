@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import enum
+import os
 import threading
 import time
 import weakref
@@ -74,6 +75,7 @@ class Saving:
         """Set by the copying thread."""
         self._outcomes: list[Outcome] = []
         self._when = When.NOW
+        self._pid = os.getpid()
         self._targets: dict[int, tuple[object, list[torch.Tensor]]] = {}
         self._hook: object = None
         self._newest = -1
@@ -112,7 +114,10 @@ class Saving:
         if held["id"] != id:
             return None
         slot = slots.view(held["slot"])
-        return from_slot(bytes(slot[held["at"] : held["at"] + held["length"]]), slot)
+        try:
+            return from_slot(bytes(slot[held["at"] : held["at"] + held["length"]]), slot)
+        except (ValueError, LookupError, TypeError):
+            return None  # overwritten since, by a copy that was not completed
 
     def prepare(self, state: State, identity: Identity) -> None:
         """Have the slots made beside the training, before the first save needs them."""
@@ -134,7 +139,6 @@ class Saving:
         if self._when is When.NOW and any(t.device.type != "cpu" for _, t in state.tensors):
             self._when = When.NEXT_PASS
         into = self._into(state, number, slots)
-        self._under_way = identity.id
 
         def done(error: Exception | None) -> None:
             try:
@@ -175,6 +179,7 @@ class Saving:
         if self._when is When.AT_ONCE:
             safe = frozenset()
         self._copy = copying.Copy(state.tensors, into, safe, done)
+        self._under_way = identity.id
         blocked = time.monotonic() - began
         if self._when is not When.NEXT_PASS:
             self._copy.start()
@@ -186,8 +191,9 @@ class Saving:
 
     def fence(self) -> None:
         """Return when the copy is complete: what it copied may change now."""
-        if self._copy is not None:
-            self._copy.wait()
+        copy = self._copy
+        if copy is not None and os.getpid() == self._pid:  # a fork has its own copy of this
+            copy.wait()
             self._copy = None
 
     def _watch_steps(self) -> None:
@@ -204,7 +210,7 @@ class Saving:
     def wait(self) -> None:
         """Return when no save is under way."""
         self.fence()
-        while self._under_way is not None:
+        while self._under_way is not None and os.getpid() == self._pid:
             self._poll(LOOK)
             self._alive()
 
@@ -220,7 +226,7 @@ class Saving:
                     return
                 if message["op"] == "slots":
                     self._requested = 0
-                elif message["id"] == self._under_way:
+                elif message["op"] == "saved" and message["id"] == self._under_way:
                     self._finish(
                         Outcome(message["id"], message["ok"], message["reason"], told=True)
                     )
@@ -240,7 +246,8 @@ class Saving:
 
     def _ask(self, size: int) -> None:
         if not self._client.connected:
-            self._client.hello()
+            held = self._client.hello()
+            self._newest = held["slot"] if held else -1
         self._client.send({"op": "slots", "bytes": size, "count": self._count})
         self._requested = size
 

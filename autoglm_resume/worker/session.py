@@ -270,7 +270,8 @@ class Session:
             id=self._id(),
             rank=self.rank,
             world_size=self.world_size,
-            lineage=self._lineage,
+            # A second try of the same save has it in its lineage already.
+            lineage=tuple(id for id in self._lineage if id != self._id()),
             model=self._structure,
             rng=True,
             data=any(tracked.deals_data(obj) for obj in self._tracked.values()),

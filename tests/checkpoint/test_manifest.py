@@ -326,7 +326,6 @@ def test_parts_that_disagree_are_not_one_checkpoint() -> None:
     for changes in (
         {"rank": 0},
         {"world_size": 3},
-        {"lineage": ()},
         {"id": "step-0000000030.a2"},
     ):
         parts = [part(0), replace(part(1), **changes)]
