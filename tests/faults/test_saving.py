@@ -113,7 +113,8 @@ def test_a_job_may_ask_to_be_stopped_by_a_save_that_fails(
 ) -> None:
     rehearsal.checkpoints.mkdir(parents=True)
     (rehearsal.checkpoints / "step-0000000015.a0").write_text("a file is in the way")
-    finished = rehearsal.run("--pause", "0.03", checkpoint=checkpoint(on_error="stop"))
+    saves = checkpoint(on_error="stop", on_busy="wait")
+    finished = rehearsal.run("--pause", "0.03", checkpoint=saves)
     assert finished.code == 0, finished
     failure = rehearsal.events("failure")[0]
     assert "SaveFailed" in failure["summary"]
