@@ -184,7 +184,7 @@ def _fill(disk: Path) -> Path:
 
 
 def _interrupted_run(rehearsal: Rehearsal) -> None:
-    process = rehearsal.start("--pause", "0.02")
+    process = rehearsal.start("--pause", "0.08")
     rehearsal.wait_for("committed", lambda e: e["step"] >= 15)
     process.terminate()
     assert process.wait(30) == 75
