@@ -15,6 +15,7 @@ snapshot    a rank's state at one step, as bytes
 claims      which rank stores what several hold alike
 packing     chunks into a pack, proven
 saver       a snapshot to storage
+sealed      a checkpoint that is only in memory yet
 replica     what has to be copied, and what counts as committed            (pure)
 storage     where replicas are: directories, S3
 mirror      one checkpoint to one replica

@@ -50,7 +50,7 @@ class Integrity:
     """
 
     ok: bool
-    how: Literal["fingerprint", "content"]
+    how: Literal["fingerprint", "content", "memory"]
     problem: str = ""
     unreadable: bool = False
 
@@ -158,7 +158,12 @@ def _integrity(facts: Facts, expectation: Expectation) -> Check:
     if not facts.integrity.ok:
         found = "unreadable" if facts.integrity.unreadable else "damage"
         return Check("integrity", False, expected, found, facts.integrity.problem)
-    return Check("integrity", True, expected, f"verified by {facts.integrity.how}")
+    found = (
+        "sealed in memory"
+        if facts.integrity.how == "memory"
+        else f"verified by {facts.integrity.how}"
+    )
+    return Check("integrity", True, expected, found)
 
 
 def superseded(id: str, branches: Iterable[tuple[int, int]]) -> int | None:

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from autoglm_resume.checkpoint import tree, verify
+from autoglm_resume.checkpoint import sealed, tree, verify
 from autoglm_resume.checkpoint.document import digest
+from autoglm_resume.checkpoint.packing import items_of
 from autoglm_resume.checkpoint.part import CHUNK_BYTES, Chunk, Part
 from autoglm_resume.checkpoint.reader import Reader
 from autoglm_resume.checkpoint.sharding import (
@@ -75,9 +76,49 @@ def read(
                     progress(piece.chunk.raw)
 
             tensors = _fill(part, load, threads)
+    return _restored(part, tensors, spread, device, from_memory=memory is not None)
+
+
+def read_sealed(
+    memory: Snapshot,
+    seal: str,
+    device: torch.device | str = "cpu",
+    *,
+    present: Present | None = None,
+    threads: int = 2,
+) -> RestoredPart:
+    """The state in a snapshot in memory that is what `seal` was put on; see sealed.py.
+
+    As `read` does it. Raises CorruptCheckpoint if it is not, OtherSharding before anything is read.
+    """
+    items = items_of(memory)
+    names = [""] * len(items)
+
+    def name(index: int, _: memoryview) -> None:
+        names[index] = digest(items[index].raw)
+
+    verify.on_threads(len(items), name, lambda: memoryview(b""), threads)
+    if (found := sealed.seal(memory, names)) != seal:
+        raise CorruptCheckpoint(
+            f"{memory.id}: rank {memory.rank}: expected seal {seal} on the snapshot in memory,"
+            f" found {found}"
+        )
+    part = sealed.part_in_memory(memory, names)
+    spread = _spread(part, present) if present else {}
+    return _restored(part, _from_memory(part, memory, threads), spread, device, from_memory=True)
+
+
+def _restored(
+    part: Part,
+    tensors: dict[str, torch.Tensor],
+    spread: Mapping[str, tuple[Arrangement, Shape]],
+    device: torch.device | str,
+    *,
+    from_memory: bool,
+) -> RestoredPart:
     for name, (arrangement, shape) in spread.items():
         tensors[name] = arrangement.wrap(tensors[name], shape)
-    return RestoredPart(part, decoded(part, tensors, device), memory is not None)
+    return RestoredPart(part, decoded(part, tensors, device), from_memory)
 
 
 def decoded(

@@ -9,8 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,18 +81,34 @@ class Saver:
         if self._previous is not None:
             self._previous = Previous(self._previous.part)
 
-    def persist(self, snapshot: Snapshot, abandoned: Event | None = None) -> Saved:
+    def persist(
+        self,
+        snapshot: Snapshot,
+        abandoned: Event | None = None,
+        named: Callable[[Sequence[str]], None] = lambda names: None,
+    ) -> Saved:
         """Write and verify this rank's part, then commit the checkpoint if it was the last one.
 
-        Gives up when `abandoned` is set. Raises SaveFailed naming the file, the bytes needed and
+        Gives up when `abandoned` is set; `named` gets the digests of all chunks, in order, before
+        anything is written. Raises SaveFailed naming the file, the bytes needed and
         the bytes free; nothing half written is left then. (If only the commit failed, the parts
         stay, and a later commit can still succeed.)
         """
         abandoned = abandoned or Event()
         file = self.store.directory(snapshot.id) / pack_file(snapshot.rank)
-        return retried(lambda: self._persist(snapshot, abandoned), file, snapshot.nbytes, abandoned)
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="encode") as pool:
+            items = list(pool.map(Item.named, items_of(snapshot)))
+            named([item.name for item in items])
+            return retried(
+                lambda: self._persist(snapshot, items, pool, abandoned),
+                file,
+                snapshot.nbytes,
+                abandoned,
+            )
 
-    def _persist(self, snapshot: Snapshot, abandoned: Event) -> Saved:
+    def _persist(
+        self, snapshot: Snapshot, items: list[Item], pool: Executor, abandoned: Event
+    ) -> Saved:
         directory = self.store.directory(snapshot.id)
         file = directory / part_file(snapshot.rank)
         if file.exists():
@@ -100,7 +116,7 @@ class Saver:
             part = Part.decode(file.read_bytes(), str(file))
         else:
             make_directory(directory)
-            part = self._write(snapshot, directory, abandoned)
+            part = self._write(snapshot, items, pool, directory, abandoned)
         manifest = self.store.commit(snapshot.id)
         if manifest is not None and self._share:
             with suppress(OSError):
@@ -109,7 +125,14 @@ class Saver:
         self._previous = Previous(part, tensors)
         return Saved(part, manifest)
 
-    def _write(self, snapshot: Snapshot, directory: Path, abandoned: Event) -> Part:
+    def _write(
+        self,
+        snapshot: Snapshot,
+        items: list[Item],
+        pool: Executor,
+        directory: Path,
+        abandoned: Event,
+    ) -> Part:
         file = directory / part_file(snapshot.rank)
         pack = directory / pack_file(snapshot.rank)
         deadline = time.monotonic() + self.options.timeout
@@ -124,18 +147,16 @@ class Saver:
         table = Table(snapshot.id, previous)
         effort = self._pace.effort(self.options.compress)
         try:
-            with ThreadPoolExecutor(THREADS, thread_name_prefix="encode") as pool:
-                items = list(pool.map(Item.named, items_of(snapshot)))
-                names = {item.name for item in items}
-                deltas = effort == "small" and previous is not None and bool(previous.tensors)
-                limit = self.options.keyframe_every
-                sharing = Sharing(previous, limit, names, deltas=deltas)
-                peers = frozenset[str]()
-                if self._share and snapshot.world_size > 1:
-                    peers = self._share_out(snapshot, directory, items, abandoned)
-                with files.writing(pack) as output:
-                    packer = Packer(output, sharing, table, peers)
-                    rows = packer.write(items, pool, effort, check)
+            names = {item.name for item in items}
+            deltas = effort == "small" and previous is not None and bool(previous.tensors)
+            limit = self.options.keyframe_every
+            sharing = Sharing(previous, limit, names, deltas=deltas)
+            peers = frozenset[str]()
+            if self._share and snapshot.world_size > 1:
+                peers = self._share_out(snapshot, directory, items, abandoned)
+            with files.writing(pack) as output:
+                packer = Packer(output, sharing, table, peers)
+                rows = packer.write(items, pool, effort, check)
             self._pace.saw(packer.raw, packer.encoding, table.end, packer.writing)
             # The fingerprint is taken after the rename, which changes the ctime.
             part = part_of(snapshot, table, Pack(snapshot.id, verify.fingerprint(pack)), rows)

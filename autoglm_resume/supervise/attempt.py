@@ -9,11 +9,9 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoglm_resume import files
-from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.errors import Interrupted
 from autoglm_resume.job.spec import Job
 from autoglm_resume.journal import Event
@@ -30,7 +28,6 @@ from autoglm_resume.supervise.group import Exit, Group, end_orphans
 from autoglm_resume.supervise.launcher import AGENT, Launcher, torchrun_exits, torchrun_log
 from autoglm_resume.supervise.pump import Pump
 from autoglm_resume.supervise.rehearse import Rehearsal
-from autoglm_resume.supervise.savers import Savers
 from autoglm_resume.worker.board import Beat, Board, Control, Phase
 from autoglm_resume.worker.contract import Assignment
 
@@ -76,7 +73,6 @@ class _Seen:
     """Monotonic seconds of the first failure."""
     total: int | None = None
     """Steps the run is to have, if the script said so."""
-    committed: set[str] = field(default_factory=set)
     checkpointed: int = 0
     last_saved: float = 0.0
     """Monotonic seconds of the last save, or of the start."""
@@ -99,12 +95,10 @@ class Attempt:
         screen: Screen,
         rehearsal: Rehearsal,
         stops: Sequence[signal.Signals],
-        savers: Savers | None,
         helpers: Callable[[], frozenset[int]],
         between_saves: Callable[[], float | None],
     ) -> None:
         self._pump = pump
-        self._savers = savers
         self._helpers = helpers
         self._between_saves = between_saves
         self._job = job
@@ -126,9 +120,7 @@ class Attempt:
         """Run it to its end. `hear` gets every event of a rank and returns what to keep of it."""
         self._task, self._hear = task, hear
         files.write(task.path, task.to_json(), durable=False)
-        self._follower = Follower(
-            self._pump, task.path.parent, self._screen.worker_line, self._event
-        )
+        self._follower = Follower(self._pump, task.path.parent, self._screen.worker_line, self.hear)
         self._seen.last_saved = time.monotonic()
         try:
             launcher.start(task, self._group, cancelled=lambda: bool(self._stops))
@@ -244,7 +236,8 @@ class Attempt:
                 self._tell("warning", text=text)
                 self._group.signal(rank, signal.SIGKILL)
 
-    def _event(self, rank: int, event: Event) -> None:
+    def hear(self, rank: int, event: Event) -> None:
+        """An event of `rank`, or of its saver."""
         match event["event"]:
             case "rank_started" if AGENT in self._group.pids:
                 self._group.add(rank, event["pid"])
@@ -263,10 +256,7 @@ class Attempt:
                 self._seen.refusals[rank] = Refusal(
                     event["id"], event["step"], event["kind"], event["reason"]
                 )
-            case "committed" if event["id"] in self._seen.committed:
-                return  # every rank that finds all parts says so
             case "committed":
-                self._seen.committed.add(event["id"])
                 self._seen.checkpointed = max(self._seen.checkpointed, event["step"])
         kept = self._hear(event)
         if kept is not None:
@@ -299,10 +289,6 @@ class Attempt:
         self._group.stop(grace, linger=frozenset([AGENT]))
         end_orphans(launcher.own() | self._helpers())
         stopped = time.monotonic()
-        if self._savers is not None:
-            checkpoint = self._job.checkpoint
-            store = Store(Path(checkpoint.dir))
-            self._savers.settle(store, checkpoint.timeout, lambda: hurried(self._stops))
         self._follower.drain()
         beats = self._board.beats()
         step = max(beat.step for beat in beats)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 from autoglm_resume import files
-from autoglm_resume.checkpoint.gate import Choice, Expectation, Facts, Verdict, choose
-from autoglm_resume.checkpoint.manifest import Manifest, age
+from autoglm_resume.checkpoint.gate import Choice, Expectation, Facts, Integrity, Verdict, choose
+from autoglm_resume.checkpoint.manifest import MANIFEST, Manifest, age
+from autoglm_resume.checkpoint.sealed import Sealed
 from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.errors import CheckpointError, NoAcceptableCheckpoint
 from autoglm_resume.job.spec import Job
@@ -44,17 +45,22 @@ class Gatekeeper:
         self._abandoned: list[Path] = []
         self._proven: dict[Path, tuple[Stats, Facts]] = {}
         self._announced: set[str] = set()
+        self._not_from_memory: set[str] = set()
         self.store = Store(Path(self.job.checkpoint.dir))
 
-    def pass_gate(self) -> ResumePoint | None:
+    def pass_gate(self, sealed: Sealed | None = None) -> ResumePoint | None:
         """The checkpoint to start from, None to start from step 0. No rank may be alive.
 
-        Raises NoAcceptableCheckpoint, having changed nothing, if there are only unacceptable ones.
+        `sealed` is what the ranks left in memory, perhaps still being written. Raises
+        NoAcceptableCheckpoint, having changed nothing, if there are only unacceptable ones.
         """
         began = time.monotonic()
         self._complete()
-        self._abandoned = self.store.abandoned()
-        choice = self._repaired(self.judge())
+        if sealed is not None and (self.store.directory(sealed.id) / MANIFEST).exists():
+            sealed = None  # it is on storage by now
+        found = self.store.abandoned()
+        self._abandoned = [p for p in found if sealed is None or p.name != sealed.id]
+        choice = self._repaired(self.judge(sealed=sealed), sealed)
         accepted = choice.accepted
         self.tell(
             "gate",
@@ -63,18 +69,32 @@ class Gatekeeper:
             step=accepted.step if accepted else 0,
             seconds=time.monotonic() - began,
         )
-        if accepted is None or accepted.manifest is None:
+        if accepted is None:
             self.require_a_fresh_start(choice)
             return None
-        if accepted.id not in self._announced:
+        if accepted.manifest is not None and accepted.id not in self._announced:
             # Whoever committed it died before saying so.
             self._announce(accepted.manifest)
         for verdict in choice.verdicts:
             if verdict.corrupt and not self._needed(verdict.id):
                 self._quarantine(verdict)
+        if accepted.manifest is None:
+            assert sealed is not None
+            return ResumePoint(sealed.id, sealed.step, "", sealed.seals)
         return ResumePoint(accepted.id, accepted.step, accepted.manifest.digest)
 
-    def _repaired(self, choice: Choice) -> Choice:
+    def may_take_from_memory(self, id: str) -> bool:
+        """Whether ranks that were told to have not failed to."""
+        return id not in self._not_from_memory
+
+    def refuse(self, point: ResumePoint, reason: str) -> None:
+        """A rank could not load what the gate had accepted, because it is damaged."""
+        if point.seals:  # what is on storage may be good
+            self._not_from_memory.add(point.id)
+        else:
+            self.refused[point.id] = reason
+
+    def _repaired(self, choice: Choice, sealed: Sealed | None) -> Choice:
         """The same, after replicas have mended what they can: better than to fall back."""
         mended = False
         for verdict in choice.verdicts:
@@ -84,7 +104,7 @@ class Gatekeeper:
                 if self.repair(verdict.id, manifest.digest if manifest else None):
                     self.refused.pop(verdict.id, None)
                     mended = True
-        return self.judge() if mended else choice
+        return self.judge(sealed=sealed) if mended else choice
 
     def clean(self) -> None:
         """Remove what was abandoned when the gate was passed; ranks may run by now."""
@@ -100,19 +120,26 @@ class Gatekeeper:
             return None
         return ResumePoint(accepted.id, accepted.step, accepted.manifest.digest)
 
-    def judge(self, *, every: bool = False) -> Choice:
+    def judge(self, *, every: bool = False, sealed: Sealed | None = None) -> Choice:
         """Verdicts, without changing anything."""
         # What fits was committed just now; what is whole and does not fit is still somebody's.
         unfit = [facts for facts in self.store.whole() if not self._fits(facts.manifest)]
         committed = (self._examine(path) for path in self.store.committed())
-        candidates = heapq.merge(unfit, committed, key=lambda f: age(f.id), reverse=True)
+        here = [] if sealed is None else [_facts(sealed, self.store.directory(sealed.id))]
+        candidates = heapq.merge(here, unfit, committed, key=lambda f: age(f.id), reverse=True)
         return choose(candidates, self._expectation(self.refused), every=every)
 
-    def notice(self, id: str) -> None:
-        """A rank committed this: examine it now, while training runs, rather than at a restart."""
+    def notice(self, id: str, step: int) -> bool:
+        """A saver committed this; returns whether that is new, every saver may say so.
+
+        Examine it now, while training runs, rather than at a restart.
+        """
+        new = id not in self._announced
         self._announced.add(id)
+        self.checkpointed = max(self.checkpointed, step)
         with contextlib.suppress(OSError):
             self._examine(self.store.directory(id))
+        return new
 
     def _examine(self, path: Path) -> Facts:
         """Facts about a checkpoint, kept for as long as no file changes that it needs."""
@@ -210,6 +237,21 @@ class Gatekeeper:
                 hint="is the file system mounted? Put a checkpoint back, or start over with "
                 "`autoglm run --fresh`",
             )
+
+
+def _facts(sealed: Sealed, path: Path) -> Facts:
+    return Facts(
+        id=sealed.id,
+        step=sealed.step,
+        path=str(path),
+        created=sealed.created,
+        world_size=len(sealed.seals),
+        model_hash=sealed.model_hash,
+        model=None,
+        integrity=Integrity(True, "memory"),
+        raw=sealed.raw,
+        stored=0,
+    )
 
 
 def _stats(path: Path) -> Stats:

@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from autoglm_resume.checkpoint.part import part_file
+from autoglm_resume.checkpoint.sealed import Sealed
 from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.journal import Event
 from autoglm_resume.supervise.pump import Pump
 from autoglm_resume.supervise.zygote import HOME
 from autoglm_resume.worker import saver_link
@@ -35,20 +37,24 @@ class Savers:
         count: int,
         log: Path,
         tell: Callable[..., object],
+        hear: Callable[[int, Event], None],
     ) -> None:
+        """`tell` gets what happens to them, `hear` what they say of the saves of a rank."""
         self._pump = pump
         self._environment = environment
         self._log = log
         self._tell = tell
+        self._hear = hear
         self.names = tuple(f"autoglm-{name}-{os.getpid()}-{rank}" for rank in range(count))
         """Where ranks find theirs."""
+        self._ranks = range(count)
         self._deaths = 0
         self._protected: frozenset[str] = frozenset()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._links: list[socket.socket] = []
         self._replies: dict[int, Message] = {}
         self._questions = 0
-        for rank in range(count):
+        for rank in self._ranks:
             process, link = self._spawn(rank)
             self._processes.append(process)
             self._links.append(link)
@@ -58,23 +64,37 @@ class Savers:
         """Of the processes."""
         return frozenset(process.pid for process in self._processes)
 
-    def settle(self, store: Store, timeout: float, hurried: Callable[[], bool]) -> None:
-        """The ranks are dead: return when what they left in memory is on storage.
+    def settle(
+        self,
+        store: Store,
+        timeout: float,
+        hurried: Callable[[], bool],
+        from_memory: Callable[[str], bool] = lambda id: False,
+    ) -> Sealed | None:
+        """The ranks are dead: see to it that what they left in memory is not lost.
 
-        Snapshots that one of the ranks has not completed are given up. Returns at once when
-        `hurried` turns true.
+        Returns the newest checkpoint that is `from_memory`, by its id, if all savers have it there;
+        they go on writing it. Else returns when what they have is on storage, or, at once, when
+        `hurried` turns true. Snapshots that one of the ranks has not completed are given up.
         """
         began = time.monotonic()
         holding = self._ask({"op": "holding"}, began + PATIENCE, hurried)
         under_way = {id for reply in holding.values() for id in reply["ids"]}
         whole = [id for id in under_way if self._can_complete(store, id, holding)]
+        self._send({"op": "finish", "ids": whole})
+        if len(holding) == len(self._ranks):
+            claims = self._ask({"op": "claim"}, began + timeout, hurried)
+            sealed = Sealed.of([claims.get(rank, {}).get("claim") for rank in self._ranks])
+            if sealed is not None and from_memory(sealed.id):
+                return sealed
         self._ask({"op": "finish", "ids": whole}, began + timeout, hurried)
+        return None
 
     def _can_complete(self, store: Store, id: str, holding: Mapping[int, Message]) -> bool:
         return all(
             (rank in holding and id in holding[rank]["ids"])
             or (store.directory(id) / part_file(rank)).exists()
-            for rank in range(len(self.names))
+            for rank in self._ranks
         )
 
     def protect(self, ids: frozenset[str]) -> None:
@@ -101,13 +121,7 @@ class Savers:
         self, message: Message, until: float, hurried: Callable[[], bool]
     ) -> dict[int, Message]:
         """Their answers, as far as they come in time."""
-        self._replies = {}
-        self._questions += 1
-        asked = set()
-        for rank, link in enumerate(self._links):
-            with contextlib.suppress(Closed, OSError):
-                saver_link.send(link, {**message, "question": self._questions})
-                asked.add(self._processes[rank].pid)
+        asked = self._send(message)
 
         def answered() -> bool:
             # One that dies meanwhile has a successor that was not asked.
@@ -121,12 +135,26 @@ class Savers:
         self._pump.wait(answered, until)
         return self._replies
 
+    def _send(self, message: Message) -> set[int]:
+        """Ask them something new; returns the process ids of those that will answer."""
+        self._replies = {}
+        self._questions += 1
+        asked = set()
+        for rank, link in enumerate(self._links):
+            with contextlib.suppress(Closed, OSError):
+                saver_link.send(link, {**message, "question": self._questions})
+                asked.add(self._processes[rank].pid)
+        return asked
+
     def _readable(self, rank: int, link: socket.socket) -> None:
         try:
             while found := saver_link.receive(link, wait=False):
+                message = found[0]
+                if message["op"] == "said":
+                    self._hear(rank, message["event"])
                 # The answer to an earlier question may come late.
-                if found[0]["question"] == self._questions:
-                    self._replies[rank] = found[0]
+                elif message["question"] == self._questions:
+                    self._replies[rank] = message
         except Closed:
             self._pump.forget(link)
             link.close()

@@ -10,12 +10,14 @@ import socket
 import time
 import uuid
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import autoglm_resume
 from autoglm_resume import linux
+from autoglm_resume.checkpoint.part import age
+from autoglm_resume.checkpoint.sealed import Sealed
 from autoglm_resume.checkpoint.structure import Structure
 from autoglm_resume.errors import (
     AutoglmError,
@@ -39,9 +41,7 @@ from autoglm_resume.supervise.rehearse import Rehearsal
 from autoglm_resume.supervise.replicas import FLUSH_SECONDS, Replicas, restore
 from autoglm_resume.supervise.rundir import Lock, RunDirectory
 from autoglm_resume.supervise.savers import Savers
-from autoglm_resume.worker.contract import (
-    ResumePoint,
-)
+from autoglm_resume.worker.contract import ResumePoint
 from autoglm_resume.worker.slots import room
 
 if TYPE_CHECKING:  # a presenter is handed in; this layer does not depend on it
@@ -91,8 +91,11 @@ class Supervisor:
         self._writing: deque[float] = deque(maxlen=RECENT)
         self._interval: float | None = None
         self._room_known = False
+        self._launcher: Launcher | None = None
         self._savers: Savers | None = None
         self._replicas: Replicas | None = None
+        self._resume: ResumePoint | None = None
+        """What the present attempt began with."""
         self._began = time.monotonic()
         self._now: Attempt | None = None
         self._journal = Journal(run.journal)
@@ -121,7 +124,6 @@ class Supervisor:
         linux.adopt_orphans()
         signals = Signals(self._pump, (*STOPS, SAVE), self._signalled)
         began = time.monotonic()
-        launcher: Launcher | None = None
         try:
             self._bring_back()
             self._introduce()
@@ -130,7 +132,7 @@ class Supervisor:
             self._replicas = self._make_replicas()
             self._replicas.start()
             self._protect()
-            launcher = self._launcher()
+            self._launcher = launcher = self._make_launcher()
             return self._bring_to_end(launcher, began)
         except AutoglmError as error:
             self._tell("run_failed", code=error.exit_code, reason=error.message)
@@ -142,8 +144,8 @@ class Supervisor:
                 reason, hint="autoglm resume continues when that is mended"
             ) from error
         finally:
-            if launcher is not None:
-                launcher.close()
+            if self._launcher is not None:
+                self._launcher.close()
             if self._savers is not None:
                 self._savers.close()
             if self._replicas is not None:
@@ -155,13 +157,14 @@ class Supervisor:
 
     def _bring_to_end(self, launcher: Launcher, began: float) -> int:
         while True:
-            # Nobody is alive here, so this is the moment to judge and to clean up.
-            resume = self._gate.pass_gate()
+            # No rank is alive here, so this is the moment to judge and to clean up.
+            resume = self._gate.pass_gate(self._settle(self._gate.may_take_from_memory))
             if self._stops:
-                return self._interrupted(resume)
+                return self._interrupted()
             outcome = self._attempt(launcher, resume)
             self._gate.checkpointed = max(self._gate.checkpointed, outcome.checkpointed)
             if outcome.completed:
+                self._settle()
                 self._flush_replicas()
                 self._tell(
                     "run_completed",
@@ -171,7 +174,7 @@ class Supervisor:
                 )
                 return 0
             if self._stops or outcome.failure is None:
-                return self._interrupted(self._gate.newest())
+                return self._interrupted()
             self._ended.append(
                 policy.Ended(
                     resume.step if resume else 0,
@@ -183,13 +186,24 @@ class Supervisor:
             )
             decision = policy.decide(self._ended, outcome.failure, self._rules(), random.random())
             if isinstance(decision, policy.GiveUp):
+                self._settle()
                 self._tell("decision", action="give_up", delay=0, reason=decision.reason)
                 self._tell("run_failed", code=decision.code, reason=decision.reason)
                 return decision.code
             self._tell("decision", action="restart", delay=decision.delay, reason=decision.reason)
             self._pump.wait(lambda: bool(self._stops), time.monotonic() + decision.delay)
 
+    def _settle(self, from_memory: Callable[[str], bool] = lambda id: False) -> Sealed | None:
+        """Have what the ranks left in memory on storage, or what may be taken `from_memory`."""
+        if self._savers is None:
+            return None
+        timeout = self._job.checkpoint.timeout
+        return self._savers.settle(
+            self._gate.store, timeout, lambda: hurried(self._stops), from_memory
+        )
+
     def _attempt(self, launcher: Launcher, resume: ResumePoint | None) -> Outcome:
+        self._resume = resume
         self._look_for_room(resume)
         number, self._number = self._number, self._number + 1
         self._run.attempt(number).mkdir(parents=True, exist_ok=True)
@@ -203,7 +217,6 @@ class Supervisor:
             screen=self._screen,
             rehearsal=self._rehearsal,
             stops=self._stops,
-            savers=self._savers,
             helpers=self._helpers,
             between_saves=lambda: self._interval,
         )
@@ -221,11 +234,19 @@ class Supervisor:
             self._gate.branches,
         )
         try:
-            return attempt.run(task, launcher, lambda event: self._heard(launcher, event))
+            return attempt.run(task, launcher, self._heard)
         finally:
             self._now = None
 
-    def _heard(self, launcher: Launcher, event: Event) -> Event | None:
+    def _saver_said(self, rank: int, event: Event) -> None:
+        """Of a save, which may end after the attempt that it is of."""
+        event = {**event, "attempt": age(event["id"])[1]}
+        if self._now is not None:
+            self._now.hear(rank, event)
+        elif (kept := self._heard(event)) is not None:
+            self._tell(kept.pop("event"), **kept)
+
+    def _heard(self, event: Event) -> Event | None:
         """Keep what a rank said that outlives its attempt; returns what the journal should keep."""
         match event["event"]:
             case "model":
@@ -242,23 +263,25 @@ class Supervisor:
                 self._gate.clean()
                 self._journal.sync()
             case "imports":
-                launcher.learn(event["modules"])
+                assert self._launcher is not None
+                self._launcher.learn(event["modules"])
             case "saved":
                 self._costs.append(event["blocked"])
                 self._writing.append(event["seconds"])
                 self._choose_interval()
+            case "committed" if not self._gate.notice(event["id"], event["step"]):
+                return None
             case "committed":
                 # Ranks' files are read in any order, and an older one may come last.
                 if event["step"] >= self._objects_step:
                     self._objects, self._objects_step = event["objects"], event["step"]
-                self._gate.notice(event["id"])
                 self._copies.notice()
             case "pruned":
                 self._copies.notice()
-            case "refused" if event["kind"] == CorruptCheckpoint.__name__:
+            case "refused" if event["kind"] == CorruptCheckpoint.__name__ and self._resume:
                 # Only damage is the checkpoint's own fault. A model that differs is judged by the
                 # gate itself, for every checkpoint.
-                self._gate.refused[event["id"]] = event["reason"]
+                self._gate.refuse(self._resume, event["reason"])
         return event
 
     def _choose_interval(self) -> None:
@@ -312,6 +335,7 @@ class Supervisor:
             self._world_size,
             self._run.path / "savers.log",
             self._tell,
+            self._saver_said,
         )
 
     def _look_for_room(self, resume: ResumePoint | None) -> None:
@@ -399,7 +423,7 @@ class Supervisor:
         helpers = (self._replicas, self._savers)
         return frozenset(pid for helper in helpers if helper for pid in helper.pids)
 
-    def _launcher(self) -> Launcher:
+    def _make_launcher(self) -> Launcher:
         if self._job.launcher == "torchrun":
             return Torchrun(environment(self._job))
         return Warm(
@@ -411,7 +435,9 @@ class Supervisor:
             others=self._helpers,
         )
 
-    def _interrupted(self, newest: ResumePoint | None) -> int:
+    def _interrupted(self) -> int:
+        self._settle()
+        newest = self._gate.newest()
         self._flush_replicas()
         number = self._stops[0] if self._stops else signal.SIGTERM
         if hurried(self._stops):

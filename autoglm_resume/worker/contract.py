@@ -35,6 +35,9 @@ class ResumePoint:
     id: str
     step: int
     digest: str
+    """Of its manifest; empty if it has none yet."""
+    seals: tuple[str, ...] = ()
+    """Of every rank's snapshot, where it is to be taken from memory; see sealed.py."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class Assignment:
         resume = data.pop("resume")
         return cls(
             source=Source(**{**source, "args": tuple(source["args"])}),
-            resume=ResumePoint(**resume) if resume else None,
+            resume=ResumePoint(**{**resume, "seals": tuple(resume["seals"])}) if resume else None,
             checkpoint=Checkpointing.from_json(data.pop("checkpoint")),
             config_files=tuple(data.pop("config_files")),
             savers=tuple(data.pop("savers")),

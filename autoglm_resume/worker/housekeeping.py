@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Set
+from collections.abc import Callable, Set
 from contextlib import suppress
+from typing import TypeAlias
 
 from autoglm_resume.checkpoint import retention
 from autoglm_resume.checkpoint.gate import superseded
@@ -17,13 +18,15 @@ from autoglm_resume.checkpoint.snapshot import Snapshot
 from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.errors import CheckpointError
 from autoglm_resume.worker.contract import Checkpointing
-from autoglm_resume.worker.events import Events
+
+Tell: TypeAlias = "Callable[..., object]"
+"""Called with the name of an event and its fields."""
 
 
-def announce(events: Events, saved: Saved, *, began: float, blocked: float) -> None:
+def announce(tell: Tell, saved: Saved, *, began: float, blocked: float) -> None:
     """`began` is when training was first held up for it, `blocked` for how many seconds."""
     part, manifest = saved.part, saved.manifest
-    events.emit(
+    tell(
         "saved",
         id=part.id,
         step=part.step,
@@ -35,7 +38,7 @@ def announce(events: Events, saved: Saved, *, began: float, blocked: float) -> N
         shared=part.shared,
     )
     if manifest is not None:
-        events.emit(
+        tell(
             "committed",
             id=manifest.id,
             step=manifest.step,
@@ -45,9 +48,7 @@ def announce(events: Events, saved: Saved, *, began: float, blocked: float) -> N
         )
 
 
-def tidy(
-    store: Store, how: Checkpointing, snapshot: Snapshot, stay: Set[str], events: Events
-) -> None:
+def tidy(store: Store, how: Checkpointing, snapshot: Snapshot, stay: Set[str], tell: Tell) -> None:
     """After `snapshot` was saved. `stay` are ids of checkpoints that must not be deleted.
 
     Raises OSError, CheckpointError.
@@ -59,7 +60,7 @@ def tidy(
                 store.forsake(id, snapshot.rank)
     if snapshot.rank == 0:
         for id in _retire(store, how, snapshot, stay):
-            events.emit("pruned", id=id)
+            tell("pruned", id=id)
 
 
 def _whole(store: Store, id: str) -> bool:

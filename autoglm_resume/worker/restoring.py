@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 from autoglm_resume.checkpoint import elastic, renaming, restore
@@ -14,6 +13,7 @@ from autoglm_resume.checkpoint.snapshot import Snapshot
 from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.errors import CorruptCheckpoint, WorldSizeMismatch
 from autoglm_resume.worker import rng
+from autoglm_resume.worker.contract import ResumePoint
 from autoglm_resume.worker.data import ResumableSampler
 
 RNG = "rng"
@@ -21,8 +21,8 @@ RNG = "rng"
 
 
 def read(
+    point: ResumePoint,
     store: Store,
-    path: Path,
     rank: int,
     world_size: int,
     objects: Mapping[str, Any],
@@ -41,7 +41,16 @@ def read(
         return renaming.renamed(name.replace("/", ".", 1), rename).replace(".", "/", 1)
 
     present = Present(objects, renamed)
-    if store.load_manifest(path).world_size == world_size:
+    if point.seals:
+        return _from_memory(point, rank, present, held)
+    path = store.directory(point.id)
+    manifest = store.load_manifest(path)
+    if manifest.digest != point.digest:
+        raise CorruptCheckpoint(
+            f"{path}: expected manifest {point.digest} (as the gate saw it), found"
+            f" {manifest.digest}"
+        )
+    if manifest.world_size == world_size:
         with contextlib.suppress(OtherSharding):
             if held is not None:
                 with contextlib.suppress(CorruptCheckpoint):
@@ -53,6 +62,18 @@ def read(
         if isinstance(obj, ResumableSampler) and name in restored.states:
             _require_samples(f"{restored.part.id}: {name}", restored.states[name], world_size)
     return restored
+
+
+def _from_memory(
+    point: ResumePoint, rank: int, present: Present, held: Snapshot | None
+) -> RestoredPart:
+    """Raises CorruptCheckpoint whatever is wrong: from storage it may be good."""
+    try:
+        if held is not None:
+            return restore.read_sealed(held, point.seals[rank], present=present)
+    except OtherSharding as error:
+        raise CorruptCheckpoint(f"{error.message} (only in memory yet)") from error
+    raise CorruptCheckpoint(f"{point.id}: rank {rank}: its snapshot is not in memory any more")
 
 
 def _require_samples(place: str, state: Mapping[str, Any], world_size: int) -> None:

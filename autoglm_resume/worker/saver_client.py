@@ -30,11 +30,10 @@ class NoSaver(Exception):
 class SaverClient:
     """One connection; after it broke, `hello` makes another, to the saver's successor."""
 
-    def __init__(self, settings: Settings, name: str | None, events: Path | None) -> None:
+    def __init__(self, settings: Settings, name: str | None) -> None:
         """`name` is the saver's; without one, this process starts its own."""
         self._settings = settings
         self._name = name
-        self._events = events
         self._link: socket.socket | None = None
         self.slots: Slots | None = None
         self.on_slots: Callable[[Slots], None] = lambda slots: None
@@ -42,8 +41,8 @@ class SaverClient:
         self.short: str = ""
         """Why there are fewer slots than were asked for."""
 
-    def hello(self) -> Message | None:
-        """Connect; returns what the saver says of the snapshot it holds. Raises NoSaver."""
+    def hello(self) -> Message:
+        """Connect; returns what the saver says of the snapshots it has. Raises NoSaver."""
         self.close()
         self._link = self._connect()
         self.send(
@@ -52,7 +51,6 @@ class SaverClient:
                 "rank": self._settings.rank,
                 "world_size": self._settings.world_size,
                 "checkpoint": asdict(self._settings.checkpoint),
-                "events": str(self._events) if self._events else None,
                 "resume": self._settings.resume.id if self._settings.resume else None,
             }
         )
@@ -61,8 +59,7 @@ class SaverClient:
             if time.monotonic() > deadline:
                 self.close()  # its late answer must not be taken for another
                 raise NoSaver(f"the saver did not answer within {PATIENCE:.0f} s")
-        held: Message | None = reply["held"]
-        return held
+        return reply
 
     @property
     def connected(self) -> bool:

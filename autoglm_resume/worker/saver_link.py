@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import array
+import fcntl
 import json
 import socket
+import struct
+import termios
 from typing import Any, TypeAlias
 
 Message: TypeAlias = "dict[str, Any]"
-LARGEST = 1 << 16
 _FD = array.array("i")
 
 
@@ -40,7 +42,9 @@ def receive(link: socket.socket, *, wait: bool) -> tuple[Message, int | None] | 
     # Not socket.recv_fds: until Python 3.12 it ignores its flags.
     flags = socket.MSG_CMSG_CLOEXEC | (0 if wait else socket.MSG_DONTWAIT)
     try:
-        data, extra, _, _ = link.recvmsg(LARGEST, socket.CMSG_LEN(_FD.itemsize), flags)
+        link.recv(1, socket.MSG_PEEK | flags)
+        (size,) = struct.unpack("i", fcntl.ioctl(link, termios.FIONREAD, bytes(4)))
+        data, extra, _, _ = link.recvmsg(max(size, 1), socket.CMSG_LEN(_FD.itemsize), flags)
     except BlockingIOError:
         return None
     except ConnectionResetError:

@@ -8,13 +8,18 @@ that releases the GIL cost 283 to 873 ms of steps per save; in one of its own, a
 
 Requests, and what answers them:
 
-    hello    who the rank is and how to save     hello: the snapshot held, the slots (with their fd)
+    hello    who the rank is and how to save     hello: the snapshot held, the one that is being
+                                                 persisted, the slots (with their fd)
     slots    bytes and number of slots wanted    slots: those there are (with their fd), or why not
-    persist  a snapshot that is complete         saved: whether and, if not, why not
+    persist  a snapshot that is complete         saved: whether and, if not, why not; to the rank
+                                                 that said hello last
     protect  (supervisor) ids to keep
     holding  (supervisor) the rank is dead       holding: ids that are being persisted
+    claim    (supervisor) what it has in memory  claim: to the snapshot held, once it is sealed
     finish   (supervisor) which of them to go    idle: when nothing is being persisted
              on with, the others lack a rank
+
+The supervisor is told, unasked, what became of saves: `said`, with an event for the journal.
 """
 
 from __future__ import annotations
@@ -29,20 +34,23 @@ import struct
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
 
 from autoglm_resume import linux
+from autoglm_resume.checkpoint import sealed
 from autoglm_resume.checkpoint.manifest import MANIFEST
 from autoglm_resume.checkpoint.previous import Previous
 from autoglm_resume.checkpoint.saver import SaveFailed, Saver
 from autoglm_resume.checkpoint.snapshot import Snapshot, from_slot
 from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.errors import CheckpointError
+from autoglm_resume.journal import stamped
 from autoglm_resume.worker import housekeeping, saver_link, turns
 from autoglm_resume.worker.contract import Checkpointing
-from autoglm_resume.worker.events import Events
 from autoglm_resume.worker.rank import drop_own_path
 from autoglm_resume.worker.saver_link import Closed, Message
 from autoglm_resume.worker.slots import Slots, room
@@ -60,21 +68,33 @@ class SaverProcess:
         self._slots: Slots | None = None
         self._saver: Saver | None = None
         self._held: Message | None = None
+        """Where the newest complete snapshot lies."""
+        self._claim: Message | None = None
+        """To the snapshot held, once it is sealed."""
+        self._rank: socket.socket | None = None
+        """That said hello last."""
+        self._supervisor: socket.socket | None = None
         self._jobs = ThreadPoolExecutor(1, thread_name_prefix="job")
-        self._running: list[str | None] = []
-        """What is being done, oldest first: ids of checkpoints, None for anything else."""
+        self._running = 0
+        """Jobs, those that wait for their turn included; `_allocating` are those about slots."""
+        self._allocating = 0
         self._abandoned: dict[str, threading.Event] = {}
-        """Of the saves under way: set when one is to be given up."""
+        """Of the saves under way, oldest first: set when one is to be given up."""
         self._protected: frozenset[str] = frozenset()
         self._waiting: list[tuple[socket.socket, int]] = []
         """Who wants to know when it is idle, and the number of that question."""
-        self._done_read, self._done_write = os.pipe()
-        self._selector.register(self._done_read, selectors.EVENT_READ, self._job_ended)
+        self._asked: list[tuple[socket.socket, int]] = []
+        """Who wants to know what it holds, once that is sealed, and the number of that question."""
+        self._news: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        """What jobs have to say; only the loop answers anybody."""
+        self._wake_read, self._wake = os.pipe()
+        self._selector.register(self._wake_read, selectors.EVENT_READ, self._hear)
 
     def serve(self, owner: socket.socket, listener: socket.socket | None) -> None:
         """Until the owner is gone and the last job done."""
         self._watch(owner)
         if listener is not None:
+            self._supervisor = owner
             self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener))
         while owner in self._links or self._running:
             for key, _ in self._selector.select():
@@ -113,11 +133,13 @@ class SaverProcess:
 
     def _answer(self, link: socket.socket, request: Message) -> None:
         match request["op"]:
+            case "hello" if not self._allocating:
+                self._hello(link, request)  # rather than when the last rank's snapshot is written
             case "hello":
-                self._start(lambda: self._hello(link, request), None)
+                self._start(lambda: self._later(lambda: self._hello(link, request)))
             case "slots":
-                size, count = request["bytes"], request["count"]
-                self._start(lambda: self._provide(link, size, count), None)
+                self._allocating += 1
+                self._start(lambda: self._provide(link, request["bytes"], request["count"]))
             case "persist":
                 self._persist(link, request)
             case "protect":
@@ -125,9 +147,11 @@ class SaverProcess:
             case "holding":
                 for other in [other for other in self._links if other is not link]:
                     self._readable(other)
-                ids = [id for id in self._running if id]
-                answer = {"op": "holding", "question": request["question"], "ids": ids}
-                self._reply(link, answer)
+                ids = list(self._abandoned)
+                self._reply(link, {"op": "holding", "question": request["question"], "ids": ids})
+            case "claim":
+                self._asked.append((link, request["question"]))
+                self._say_claim()
             case "finish":
                 for id, abandoned in self._abandoned.items():
                     if id not in request["ids"]:
@@ -136,50 +160,42 @@ class SaverProcess:
                 self._say_idle()
 
     def _hello(self, link: socket.socket, request: Message) -> None:
-        self._request = request
-        how = Checkpointing.from_json(request["checkpoint"])
-        store = Store(Path(how.dir))
-        if self._saver is None or self._saver.store.root != store.root:
-            self._saver = Saver(store)
-        self._saver.options = how.options
-        self._how = how
-        self._events = Events(
-            Path(request["events"]) if request["events"] else None, request["rank"]
-        )
-        resumed = request["resume"]
-        if self._held is None or self._held["id"] != resumed:
-            self._saver.follow(_previous(store, resumed, request["rank"], request["world_size"]))
+        self._rank, self._request = link, request
+        self._how = how = Checkpointing.from_json(request["checkpoint"])
+        follows = self._held is None or self._held["id"] != request["resume"]
+        self._start(lambda: self._begin(request, how, follows))
         slots = self._slots
         self._reply(
             link,
             {
                 "op": "hello",
                 "held": self._held,
+                "persisting": next(reversed(self._abandoned), None),
                 "bytes": slots.size if slots else 0,
                 "count": slots.count if slots else 0,
             },
             slots.fd if slots else None,
         )
 
-    def _provide(self, link: socket.socket, size: int, count: int) -> None:
-        slots = self._slots
-        if slots is not None and slots.size >= size and slots.count == count:
-            message = {"op": "slots", "bytes": slots.size, "count": slots.count}
-            self._reply(link, message, slots.fd)
-            return
-        self._allocate(link, size, count)
+    def _begin(self, request: Message, how: Checkpointing, follows: bool) -> None:
+        store = Store(Path(how.dir))
+        if self._saver is None or self._saver.store.root != store.root:
+            self._saver = Saver(store)
+        self._saver.options = how.options
+        if follows:
+            rank, world_size = request["rank"], request["world_size"]
+            self._saver.follow(_previous(store, request["resume"], rank, world_size))
 
-    def _allocate(self, link: socket.socket, size: int, count: int) -> None:
-        self._held = None
-        if self._slots is not None:
-            if self._saver is not None:
-                self._saver.forget_memory()
-            self._slots.close()
-            self._slots = None
-        # One after the other, or all savers of a machine would count on the same memory. They
-        # share a log, which is as good a thing to lock as any.
-        with _locked(sys.stdout.fileno()):
-            self._slots, reason = _new_slots(size, count)
+    def _provide(self, link: socket.socket, size: int, count: int) -> None:
+        slots, reason = self._slots, ""
+        try:
+            if slots is None or slots.size < size or slots.count != count:
+                reason = self._allocate(size, count)
+        finally:
+            self._later(lambda: self._provided(link, reason))
+
+    def _provided(self, link: socket.socket, reason: str) -> None:
+        self._allocating -= 1
         slots = self._slots
         self._reply(
             link,
@@ -192,30 +208,56 @@ class SaverProcess:
             slots.fd if slots else None,
         )
 
+    def _allocate(self, size: int, count: int) -> str:
+        """New slots, as many as there is room for; returns why not all."""
+        self._held = self._claim = None
+        if self._slots is not None:
+            if self._saver is not None:
+                self._saver.forget_memory()
+            self._slots.close()
+            self._slots = None
+        # One after the other, or all savers of a machine would count on the same memory. They
+        # share a log, which is as good a thing to lock as any.
+        with _locked(sys.stdout.fileno()):
+            self._slots, reason = _new_slots(size, count)
+        return reason
+
     def _persist(self, link: socket.socket, request: Message) -> None:
-        slots = self._slots
+        slots, id = self._slots, request["id"]
         if slots is None:  # a saver before this one gave them
-            lost = {"op": "saved", "id": request["id"], "ok": False, "reason": "the saver died"}
-            self._reply(link, lost)
+            self._reply(link, {"op": "saved", "id": id, "ok": False, "reason": "the saver died"})
             return
         self._held = {key: request[key] for key in ("id", "slot", "at", "length")}
+        self._claim = None
         slot = slots.view(request["slot"])
         text = bytes(slot[request["at"] : request["at"] + request["length"]])
-        self._abandoned[request["id"]] = threading.Event()
-        self._start(lambda: self._save(link, from_slot(text, slot), request), request["id"])
+        self._abandoned[id] = threading.Event()
 
-    def _save(self, link: socket.socket, snapshot: Snapshot, request: Message) -> None:
+        def job() -> None:
+            try:
+                self._save(from_slot(text, slot), request)
+            finally:  # if it was not said, this is news
+                self._later(lambda: self._saved(id, f"{id}: the saver failed, its log says why"))
+
+        self._start(job)
+
+    def _save(self, snapshot: Snapshot, request: Message) -> None:
         assert self._saver is not None
         with turns.persisting(self._saver.store.root):
-            self._save_and_tidy(self._saver, link, snapshot, request)
+            reason = self._persisted(self._saver, snapshot, request)
+            self._later(lambda: self._saved(snapshot.id, reason))
+            with contextlib.suppress(OSError, CheckpointError):
+                resumed: str | None = self._request["resume"]
+                stay = self._protected | ({resumed} if resumed else frozenset())
+                housekeeping.tidy(self._saver.store, self._how, snapshot, stay, self._tell)
 
-    def _save_and_tidy(
-        self, saver: Saver, link: socket.socket, snapshot: Snapshot, request: Message
-    ) -> None:
+    def _persisted(self, saver: Saver, snapshot: Snapshot, request: Message) -> str:
+        """Persist it; returns why that failed, if so."""
         slots = self._slots
-        reason = ""
         try:
-            saved = saver.persist(snapshot, self._abandoned[snapshot.id])
+            saved = saver.persist(
+                snapshot, self._abandoned[snapshot.id], lambda names: self._seal(snapshot, names)
+            )
         except SaveFailed as error:
             reason = str(error)
         except Exception as error:
@@ -224,18 +266,40 @@ class SaverProcess:
         else:
             if slots is not None and slots.count == 1:
                 saver.forget_memory()  # the next snapshot overwrites it
-            housekeeping.announce(
-                self._events, saved, began=request["began"], blocked=request["blocked"]
-            )
-        if reason:
-            self._events.emit("save_failed", id=snapshot.id, step=snapshot.step, reason=reason)
-        self._reply(link, {"op": "saved", "id": snapshot.id, "ok": not reason, "reason": reason})
-        with contextlib.suppress(OSError, CheckpointError):
-            resumed: str | None = self._request["resume"]
-            stay = self._protected | ({resumed} if resumed else frozenset())
-            housekeeping.tidy(saver.store, self._how, snapshot, stay, self._events)
+            began, blocked = request["began"], request["blocked"]
+            housekeeping.announce(self._tell, saved, began=began, blocked=blocked)
+            return ""
+        self._tell("save_failed", id=snapshot.id, step=snapshot.step, reason=reason)
+        return reason
 
-    def _start(self, work: Callable[[], None], id: str | None) -> None:
+    def _seal(self, snapshot: Snapshot, names: Sequence[str]) -> None:
+        """Ranks may start from the snapshot from now on, unless the next one overwrites it."""
+        if self._several_slots:
+            claim = sealed.claim(snapshot, names)
+            self._later(lambda: self._sealed(claim))
+
+    @property
+    def _several_slots(self) -> bool:
+        return self._slots is not None and self._slots.count > 1
+
+    def _sealed(self, claim: Message) -> None:
+        if self._held is not None and self._held["id"] == claim["id"]:
+            self._claim = claim
+        self._say_claim()
+
+    def _saved(self, id: str, reason: str) -> None:
+        if self._abandoned.pop(id, None) is not None and self._rank is not None:
+            message = {"op": "saved", "id": id, "ok": not reason, "reason": reason}
+            self._reply(self._rank, message)
+        self._say_claim()
+
+    def _tell(self, event: str, **fields: Any) -> None:
+        """Have the supervisor put an event into the journal."""
+        if self._supervisor is not None:
+            said = stamped(event, {"rank": self._request["rank"], **fields})
+            self._reply(self._supervisor, {"op": "said", "event": said})
+
+    def _start(self, work: Callable[[], None]) -> None:
         """Run `work` beside the loop, after what runs already."""
 
         def job() -> None:
@@ -244,15 +308,31 @@ class SaverProcess:
             except Exception:  # into the log: a defect must not end the saver
                 traceback.print_exc()
             finally:
-                os.write(self._done_write, b".")
+                self._later(self._job_ended)
 
-        self._running.append(id)
+        self._running += 1
         self._jobs.submit(job)
 
+    def _later(self, news: Callable[[], None]) -> None:
+        """Have the loop do this."""
+        self._news.put(news)
+        os.write(self._wake, b".")
+
+    def _hear(self) -> None:
+        os.read(self._wake_read, 1)
+        self._news.get()()
+
     def _job_ended(self) -> None:
-        os.read(self._done_read, 1)
-        self._abandoned.pop(self._running.pop(0) or "", None)
+        self._running -= 1
         self._say_idle()
+
+    def _say_claim(self) -> None:
+        held = self._held["id"] if self._held is not None else None
+        if self._claim is None and held in self._abandoned and self._several_slots:
+            return  # it is being sealed
+        for link, question in self._asked:
+            self._reply(link, {"op": "claim", "question": question, "claim": self._claim})
+        self._asked.clear()
 
     def _say_idle(self) -> None:
         if not self._running:

@@ -39,8 +39,7 @@ class Saves:
         self._warned = False
         if settings.checkpoint.memory:
             name = assignment.savers[settings.rank] if assignment else None
-            path = assignment.events(settings.rank) if assignment else None
-            self._saving = Saving(settings, name, path, pulse.alive)
+            self._saving = Saving(settings, name, pulse.alive)
 
     def held(self, id: str | None) -> Snapshot | None:
         """This rank's snapshot of checkpoint `id`, if it is still in memory."""
@@ -112,13 +111,13 @@ class Saves:
             self._conclude(Outcome(identity.id, False, str(error)))
             return
         blocked = time.monotonic() - began
-        housekeeping.announce(self._events, saved, began=began, blocked=blocked)
+        housekeeping.announce(self._events.emit, saved, began=began, blocked=blocked)
         self._direct.forget_memory()
         # The part is safe; what follows can be done by anybody later, and must not end training.
         with contextlib.suppress(OSError, CheckpointError):
             stay = {self._settings.resume.id} if self._settings.resume else set()
             how = self._settings.checkpoint
-            housekeeping.tidy(self._store, how, snapshot, stay, self._events)
+            housekeeping.tidy(self._store, how, snapshot, stay, self._events.emit)
 
     def _conclude(self, outcome: Outcome) -> None:
         if outcome.ok:

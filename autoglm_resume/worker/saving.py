@@ -18,7 +18,6 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -27,6 +26,7 @@ from autoglm_resume.checkpoint.capture import Identity, State
 from autoglm_resume.checkpoint.snapshot import Snapshot, describe, from_slot, layout
 from autoglm_resume.worker import copying
 from autoglm_resume.worker.saver_client import NoSaver, SaverClient
+from autoglm_resume.worker.saver_link import Message
 from autoglm_resume.worker.settings import Settings
 from autoglm_resume.worker.slots import Slots
 
@@ -61,11 +61,9 @@ class Outcome:
 class Saving:
     """At most one save is under way. `alive` is called now and then while waiting for it."""
 
-    def __init__(
-        self, settings: Settings, name: str | None, events: Path | None, alive: Callable[[], None]
-    ) -> None:
+    def __init__(self, settings: Settings, name: str | None, alive: Callable[[], None]) -> None:
         """`name` is the saver's; without one, this process starts its own."""
-        self._client = SaverClient(settings, name, events)
+        self._client = SaverClient(settings, name)
         self._client.on_slots = self._map
         self._count = settings.checkpoint.memory
         self._alive = alive
@@ -104,20 +102,26 @@ class Saving:
     def held(self, id: str | None) -> Snapshot | None:
         """This rank's snapshot of checkpoint `id`, if its saver still has it in memory."""
         try:
-            held = self._client.hello()
+            held = self._hello()
         except NoSaver:
             return None
         slots = self._client.slots
-        if held is None or slots is None:
-            return None
-        self._newest = held["slot"]
-        if held["id"] != id:
+        if held is None or slots is None or held["id"] != id:
             return None
         slot = slots.view(held["slot"])
         try:
             return from_slot(bytes(slot[held["at"] : held["at"] + held["length"]]), slot)
         except (ValueError, LookupError, TypeError):
             return None  # overwritten since, by a copy that was not completed
+
+    def _hello(self) -> Message | None:
+        """Where the newest snapshot lies. A save of the rank before is this one's from now on."""
+        reply = self._client.hello()
+        held: Message | None = reply["held"]
+        self._newest = held["slot"] if held else -1
+        if self._copy is None:
+            self._under_way = reply["persisting"]
+        return held
 
     def prepare(self, state: State, identity: Identity) -> None:
         """Have the slots made beside the training, before the first save needs them."""
@@ -246,8 +250,7 @@ class Saving:
 
     def _ask(self, size: int) -> None:
         if not self._client.connected:
-            held = self._client.hello()
-            self._newest = held["slot"] if held else -1
+            self._hello()
         self._client.send({"op": "slots", "bytes": size, "count": self._count})
         self._requested = size
 

@@ -26,7 +26,6 @@ from autoglm_resume.checkpoint.part import checkpoint_id
 from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.errors import (
     CheckpointError,
-    CorruptCheckpoint,
     Interrupted,
     UsageError,
 )
@@ -282,23 +281,15 @@ class Session:
     def _restore(self, point: ResumePoint) -> None:
         began = time.monotonic()
         try:
-            path = self._store.directory(point.id)
-            found = self._store.load_manifest(path).digest
-            if found != point.digest:
-                raise CorruptCheckpoint(
-                    f"{path}: expected manifest {point.digest} (as the gate saw it), found {found}"
-                )
-            held = self._saves.held(point.id)
-            rename = self._settings.checkpoint.rename
             restored = restoring.read(
+                point,
                 self._store,
-                path,
                 self.rank,
                 self.world_size,
                 self._tracked,
                 self._led,
-                rename,
-                held,
+                self._settings.checkpoint.rename,
+                self._saves.held(point.id),
             )
             loading = fitting.fitted(
                 point.id, restored, self._tracked, self._structure, self._settings

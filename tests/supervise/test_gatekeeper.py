@@ -11,6 +11,7 @@ import torch
 from autoglm_resume.checkpoint import capture
 from autoglm_resume.checkpoint.manifest import checkpoint_id
 from autoglm_resume.checkpoint.saver import Saver
+from autoglm_resume.checkpoint.sealed import Sealed
 from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.checkpoint.structure import combined
 from autoglm_resume.errors import NoAcceptableCheckpoint
@@ -91,6 +92,73 @@ def test_with_no_checkpoint_at_all_a_run_starts_from_step_0(run: Run) -> None:
     (gate,) = run.events("gate")
     assert (gate["accepted"], gate["step"], gate["verdicts"]) == (None, 0, [])
     assert not run.root.exists(), "judging makes nothing"
+
+
+def sealed(step: int, model: str | None = None, ranks: int = 2) -> Sealed:
+    seals = tuple(f"seal {rank}" for rank in range(ranks))
+    return Sealed(checkpoint_id(step, "a0"), 0.0, model, 1000, seals)
+
+
+def test_what_is_only_in_memory_yet_is_taken_if_it_is_the_newest(run: Run) -> None:
+    run.save(10)
+    point = run.keeper().pass_gate(sealed(20))
+    assert point is not None
+    assert (point.step, point.digest, point.seals) == (20, "", ("seal 0", "seal 1"))
+    (gate,) = run.events("gate")
+    assert "sealed in memory" in gate["verdicts"][0]["reason"]
+    assert json.dumps(gate)
+    run.save(30)
+    point = run.keeper().pass_gate(sealed(20))
+    assert point is not None
+    assert (point.step, point.seals) == (30, ())
+
+
+def test_what_has_been_written_since_is_taken_from_storage(run: Run) -> None:
+    id = run.save(20)
+    point = run.keeper().pass_gate(sealed(20))
+    assert point is not None
+    assert (point.id, point.seals) == (id, ())
+    assert point.digest
+
+
+def test_what_is_only_in_memory_must_fit_too(run: Run) -> None:
+    old = run.save(10)
+    keeper = run.keeper()
+    keeper.model = Model(STRUCTURE.hash, STRUCTURE)
+    point = keeper.pass_gate(sealed(20, model=STRUCTURE.hash))
+    assert point is not None
+    assert point.seals
+    for other in (sealed(20, model="blake3:" + 64 * "0"), sealed(20, STRUCTURE.hash, ranks=3)):
+        point = keeper.pass_gate(other)
+        assert point is not None
+        assert point.id == old
+
+
+def test_what_is_being_written_is_not_swept_away(run: Run) -> None:
+    run.save(10)
+    half, other = run.save(20, only=0), run.save(15, only=0)
+    keeper = run.keeper()
+    keeper.pass_gate(sealed(20))
+    keeper.clean()
+    assert run.store.directory(half).exists()
+    assert not run.store.directory(other).exists()
+
+
+def test_a_snapshot_that_ranks_could_not_read_is_not_said_to_be_damaged_on_storage(
+    run: Run,
+) -> None:
+    keeper = run.keeper()
+    point = keeper.pass_gate(sealed(20))
+    assert point is not None
+    assert keeper.may_take_from_memory(point.id)
+    keeper.refuse(point, "another seal")
+    assert not keeper.may_take_from_memory(point.id)
+    id = run.save(20)
+    point = keeper.pass_gate()
+    assert point is not None
+    assert point.id == id
+    keeper.refuse(point, "a flipped bit")
+    assert keeper.refused == {id: "a flipped bit"}
 
 
 def test_the_newest_one_is_taken(run: Run) -> None:
@@ -330,6 +398,7 @@ def test_a_commit_that_nobody_lived_to_report_is_reported_by_the_gate(run: Run) 
     assert keeper.pass_gate() is not None
     assert len(run.events("committed")) == 1
     id = run.save(20)
-    keeper.notice(id)
+    assert keeper.notice(id, 20)
+    assert not keeper.notice(id, 20), "every rank may say so"
     assert keeper.pass_gate() is not None
     assert len(run.events("committed")) == 1, "a rank reported that one"

@@ -37,6 +37,7 @@ class Run:
         self.store = Store(directory / "ckpt")
         self.log = directory / "savers.log"
         self.told: list[tuple[str, dict[str, Any]]] = []
+        self.heard: list[journal.Event] = []
         self.savers = Savers(
             pump,
             dict(os.environ),
@@ -44,15 +45,14 @@ class Run:
             RANKS,
             self.log,
             lambda event, **fields: self.told.append((event, fields)),
+            lambda rank, event: self.heard.append(event),
         )
 
     def rank(self, number: int) -> SaverClient:
         """As a rank of the next attempt has it, connected."""
         checkpoint = Checkpointing(str(self.store.root))
         settings = Settings(number, RANKS, checkpoint, None, True, (), "a0", None)
-        client = SaverClient(
-            settings, self.savers.names[number], self.directory / f"rank-{number}.events.jsonl"
-        )
+        client = SaverClient(settings, self.savers.names[number])
         client.hello()
         client.send({"op": "slots", "bytes": 1 << 20, "count": 2})
         while client.slots is None:
@@ -67,8 +67,7 @@ class Run:
         return dict(self.told)[event]
 
     def events(self, rank: int, kind: str) -> list[journal.Event]:
-        events = journal.read(self.directory / f"rank-{rank}.events.jsonl")
-        return [event for event in events if event["event"] == kind]
+        return [e for e in self.heard if (e["rank"], e["event"]) == (rank, kind)]
 
     def processes(self) -> list[psutil.Process]:
         return [psutil.Process(pid) for pid in sorted(self.savers.pids)]
@@ -122,6 +121,34 @@ def test_what_every_rank_has_handed_over_is_committed_when_they_are_settled(run:
     for rank in range(RANKS):
         found = restore.read(run.store, run.store.directory(id_of(5)), rank).states["m"]
         assert torch.equal(found["w"], state(5)["w"])
+
+
+def test_what_all_have_in_memory_can_be_resumed_from_before_it_is_written(run: Run) -> None:
+    for rank in range(RANKS):
+        hand_over(run.rank(rank), rank, 5)
+    sealed = run.savers.settle(run.store, 60, lambda: False, lambda id: True)
+    assert sealed is not None
+    assert (sealed.id, sealed.step, len(sealed.seals)) == (id_of(5), 5, RANKS)
+    assert sealed.raw == RANKS * 4000
+    run.settle()
+    assert [path.name for path in run.store.committed()] == [id_of(5)], "it was not forgotten"
+    assert run.events(0, "saved")[0]["step"] == 5
+
+
+def test_what_one_rank_does_not_have_is_not_resumed_from(run: Run) -> None:
+    run.rank(1).close()
+    hand_over(run.rank(0), 0, 5)
+    assert run.savers.settle(run.store, 60, lambda: False, lambda id: True) is None
+    assert run.store.committed() == []
+
+
+def test_ranks_that_have_different_snapshots_resume_from_storage(run: Run) -> None:
+    for rank in range(RANKS):
+        hand_over(run.rank(rank), rank, 5)
+    run.settle()
+    hand_over(run.rank(0), 0, 7)
+    assert run.savers.settle(run.store, 60, lambda: False, lambda id: True) is None
+    assert [path.name for path in run.store.committed()] == [id_of(5)]
 
 
 def test_what_one_rank_lacks_is_given_up_without_a_wait_for_it(run: Run) -> None:

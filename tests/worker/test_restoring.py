@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from autoglm_resume.checkpoint import capture
+from autoglm_resume.checkpoint import capture, sealed
 from autoglm_resume.checkpoint.manifest import checkpoint_id
+from autoglm_resume.checkpoint.packing import items_of
 from autoglm_resume.checkpoint.restore import RestoredPart
 from autoglm_resume.checkpoint.saver import Saver
 from autoglm_resume.checkpoint.store import Store
-from autoglm_resume.errors import WorldSizeMismatch
+from autoglm_resume.errors import CorruptCheckpoint, WorldSizeMismatch
 from autoglm_resume.worker import restoring, rng
+from autoglm_resume.worker.contract import ResumePoint
 from autoglm_resume.worker.data import ResumableSampler
 
 ID = checkpoint_id(3, "a0")
@@ -43,8 +46,8 @@ def store(tmp_path: Path) -> Store:
 
 
 def read(store: Store, rank: int, ranks: int, led: tuple[str, ...] = ("model",)) -> RestoredPart:
-    path = store.directory(ID)
-    return restoring.read(store, path, rank, ranks, objects(ranks, rank), led, {}, None)
+    point = ResumePoint(ID, 3, store.load_manifest(store.directory(ID)).digest)
+    return restoring.read(point, store, rank, ranks, objects(ranks, rank), led, {}, None)
 
 
 def draws(store: Store, rank: int, ranks: int) -> tuple[float, float]:
@@ -86,3 +89,28 @@ def test_what_changes_is_said() -> None:
         "global_batch": 16,
         "seeded_anew": [2, 3],
     }
+
+
+def test_another_checkpoint_than_the_gate_saw_is_not_loaded(store: Store) -> None:
+    point = ResumePoint(ID, 3, "blake3:another")
+    with pytest.raises(CorruptCheckpoint, match="as the gate saw it"):
+        restoring.read(point, store, 0, 3, objects(3), (), {}, None)
+
+
+def test_a_snapshot_in_memory_is_what_was_sealed_or_nothing(store: Store) -> None:
+    tracked = objects(3)
+    taken = capture.take({n: o.state_dict() for n, o in tracked.items()}, id=ID, rank=0,
+                         world_size=3)  # fmt: skip
+    names = [item.named().name for item in items_of(taken)]
+    point = ResumePoint(ID, 3, "", (sealed.seal(taken, names),) * 3)
+    found = restoring.read(point, store, 0, 3, tracked, (), {}, taken)
+    assert found.from_memory
+    assert found.states["sampler"] == tracked["sampler"].state_dict()
+    Saver(Store(store.root / "other"), share=False).persist(replace(taken, world_size=1))
+    stored = Store(store.root / "other").load_part(store.root / "other" / ID, 0)
+    assert found.part.objects == stored.objects, "as if it had been on storage"
+    taken.tensors[0].data[3] ^= 1
+    with pytest.raises(CorruptCheckpoint, match="expected seal"):
+        restoring.read(point, store, 0, 3, tracked, (), {}, taken)
+    with pytest.raises(CorruptCheckpoint, match="not in memory any more"):
+        restoring.read(point, store, 0, 3, tracked, (), {}, None)

@@ -18,7 +18,6 @@ import psutil
 import pytest
 import torch
 
-from autoglm_resume import journal
 from autoglm_resume.checkpoint import capture, restore
 from autoglm_resume.checkpoint.manifest import checkpoint_id
 from autoglm_resume.checkpoint.options import Options
@@ -40,14 +39,20 @@ class Link:
         self.socket = connection
         self.socket.settimeout(60)
         self.slots: Slots | None = None
+        self.said: list[Any] = []
+        """Events."""
 
     def send(self, **message: Any) -> None:
         saver_link.send(self.socket, message)
 
     def receive(self) -> Message:
-        found = saver_link.receive(self.socket, wait=True)
-        assert found is not None
-        message, fd = found
+        while True:
+            found = saver_link.receive(self.socket, wait=True)
+            assert found is not None
+            message, fd = found
+            if message["op"] != "said":
+                break
+            self.said.append(message["event"])
         if fd is not None:
             self.slots = Slots(fd, message["bytes"], message["count"])
         return message
@@ -65,6 +70,22 @@ class Link:
 
     def finish(self, *ids: str) -> None:
         assert self.ask(op="finish", ids=ids, question=2) == {"op": "idle", "question": 2}
+
+    def claim(self) -> Message | None:
+        answer = self.ask(op="claim", question=3)
+        assert (answer["op"], answer["question"]) == ("claim", 3)
+        claim: Message | None = answer["claim"]
+        return claim
+
+    def events(self, kind: str) -> list[Any]:
+        """What the saver has said so far, to its supervisor."""
+        self.socket.settimeout(0)
+        with contextlib.suppress(Closed):
+            while found := saver_link.receive(self.socket, wait=False):
+                assert found[0]["op"] == "said"
+                self.said.append(found[0]["event"])
+        self.socket.settimeout(60)
+        return [event for event in self.said if event["event"] == kind]
 
     def put(self, snapshot: Snapshot, slot: int) -> None:
         """Into a slot, and hand it over."""
@@ -133,13 +154,8 @@ class Place:
             rank=0,
             world_size=world_size,
             checkpoint=asdict(checkpoint),
-            events=str(self.directory / "events.jsonl"),
             resume=resume,
         )
-
-    def events(self, kind: str) -> list[Any]:
-        path = self.directory / "events.jsonl"
-        return [e for e in journal.read(path) if e["event"] == kind] if path.exists() else []
 
     def held(self, step: int) -> dict[str, torch.Tensor]:
         return restore.read(self.store, self.store.directory(id_of(step)), 0).states["m"]
@@ -186,16 +202,18 @@ def equal(found: dict[str, torch.Tensor], step: int) -> bool:
 
 
 def test_a_snapshot_that_is_handed_over_is_committed_and_told(place: Place) -> None:
-    link, _ = place.start()
-    assert place.hello(link) == {"op": "hello", "held": None, "bytes": 0, "count": 0}
+    owner, _ = place.start(listening=True)
+    link = place.connect()
+    nothing = {"op": "hello", "held": None, "persisting": None, "bytes": 0, "count": 0}
+    assert place.hello(link) == nothing
     there = link.ask(op="slots", bytes=SIZE, count=2)
     assert (there["bytes"], there["count"], there["reason"]) == (SIZE, 2, "")
     for step in (1, 2, 3):
         link.put(taken(step), step % 2)
         assert link.receive() == {"op": "saved", "id": id_of(step), "ok": True, "reason": ""}
     assert all(equal(place.held(step), step) for step in (1, 2, 3))
-    assert [event["step"] for event in place.events("committed")] == [1, 2, 3]
-    saved = place.events("saved")[-1]
+    assert [event["step"] for event in owner.events("committed")] == [1, 2, 3]
+    saved = owner.events("saved")[-1]
     part = place.store.load_part(place.store.directory(id_of(3)), 0)
     assert [saved[key] for key in ("raw", "stored", "shared")] == [
         part.raw,
@@ -270,7 +288,7 @@ def test_a_snapshot_that_another_rank_lacks_is_given_up(place: Place) -> None:
     answer = rank.receive()
     assert not answer["ok"]
     assert "given up" in answer["reason"]
-    assert [event["step"] for event in place.events("save_failed")] == [3]
+    assert [event["step"] for event in owner.events("save_failed")] == [3]
     assert not list(place.store.root.rglob("rank-*"))
     rank.put(taken(4), 1)
     assert rank.receive()["ok"], "the next one is not"
@@ -354,7 +372,8 @@ def test_another_user_is_not_listened_to(place: Place) -> None:
 
 
 def test_a_save_that_fails_is_told_with_its_reason_and_the_next_one_works(place: Place) -> None:
-    link, _ = place.start()
+    owner, _ = place.start(listening=True)
+    link = place.connect()
     place.hello(link)
     link.ask(op="slots", bytes=SIZE, count=2)
     (place.store.root / id_of(1)).parent.mkdir()
@@ -363,22 +382,22 @@ def test_a_save_that_fails_is_told_with_its_reason_and_the_next_one_works(place:
     answer = link.receive()
     assert not answer["ok"]
     assert f"{id_of(1)}/rank-00000.pack: not saved: " in answer["reason"]
-    assert place.events("save_failed")[0]["reason"] == answer["reason"]
+    assert owner.events("save_failed")[0]["reason"] == answer["reason"]
     link.put(taken(2), 1)
     assert link.receive()["ok"]
 
 
 def test_what_no_rule_keeps_is_deleted_after_the_answer(place: Place) -> None:
-    link, process = place.start()
+    owner, _ = place.start(listening=True)
+    link = place.connect()
     place.hello(link, keep=Keep(last=1), options=Options("off"))
     link.ask(op="slots", bytes=SIZE, count=2)
     for step in (1, 2, 3):
         link.put(taken(step, lineage=()), step % 2)
         assert link.receive()["ok"]
-    link.socket.close()
-    process.wait(60)
+    owner.finish()
     assert [path.name for path in place.store.committed()] == [id_of(3)]
-    assert [event["id"] for event in place.events("pruned")] == [id_of(1), id_of(2)]
+    assert [event["id"] for event in owner.events("pruned")] == [id_of(1), id_of(2)]
 
 
 def test_the_next_part_refers_to_the_one_that_the_run_resumed_from(place: Place) -> None:
@@ -407,3 +426,64 @@ def test_many_ranks_may_come_and_go(place: Place) -> None:
         thread.join()
     assert len(answers) == 8
     assert owner.holding() == []
+
+
+def test_ranks_of_the_next_attempt_need_not_wait_until_the_last_snapshot_is_written(
+    place: Place,
+) -> None:
+    owner, _ = place.start(listening=True)
+    rank = place.connect()
+    place.hello(rank, world_size=2)
+    rank.ask(op="slots", bytes=SIZE, count=2)
+    snapshot = taken(3, world_size=2)
+    rank.put(snapshot, 0)  # its saver waits for the other rank's now
+    rank.socket.close()
+    assert owner.holding() == [id_of(3)]
+    claim = owner.claim()
+    assert claim is not None
+    assert (claim["id"], claim["raw"], claim["world_size"]) == (id_of(3), snapshot.nbytes, 2)
+    successor = place.connect()
+    hello = place.hello(successor, world_size=2, resume=id_of(3))
+    held = hello["held"]
+    assert (held["id"], hello["persisting"]) == (id_of(3), id_of(3))
+    assert successor.slots is not None
+    slot = successor.slots.view(held["slot"])
+    found = from_slot(bytes(slot[held["at"] : held["at"] + held["length"]]), slot)
+    assert equal(restore.read_sealed(found, claim["seal"]).states["m"], 3)
+    owner.finish()
+    answer = successor.receive()
+    assert (answer["op"], answer["id"], answer["ok"]) == ("saved", id_of(3), False)
+
+
+def test_a_snapshot_is_claimed_when_its_storage_fails(place: Place) -> None:
+    owner, _ = place.start(listening=True)
+    rank = place.connect()
+    place.hello(rank)
+    rank.ask(op="slots", bytes=SIZE, count=2)
+    (place.store.root / id_of(1)).parent.mkdir()
+    (place.store.root / id_of(1)).touch()
+    rank.put(taken(1), 0)
+    assert not rank.receive()["ok"]
+    assert owner.holding() == []
+    claim = owner.claim()
+    assert claim is not None
+    assert claim["id"] == id_of(1)
+
+
+def test_the_only_slot_is_never_claimed_since_the_next_snapshot_overwrites_it(
+    place: Place,
+) -> None:
+    owner, _ = place.start(listening=True)
+    rank = place.connect()
+    place.hello(rank)
+    rank.ask(op="slots", bytes=SIZE, count=1)
+    rank.put(taken(1), 0)
+    assert owner.claim() is None
+    assert rank.receive()["ok"]
+    assert owner.claim() is None
+
+
+def test_a_long_message_is_understood(place: Place) -> None:
+    link, _ = place.start()
+    rename = {f"layer.{number}.weight": f"block.{number}.weight" for number in range(2000)}
+    assert place.hello(link, rename=rename)["op"] == "hello"
