@@ -18,7 +18,7 @@ from threading import Event
 from typing import TypeVar
 
 from autoglm_resume import files
-from autoglm_resume.checkpoint import claims, verify
+from autoglm_resume.checkpoint import claims, derived, verify
 from autoglm_resume.checkpoint.document import digest_of_digests
 from autoglm_resume.checkpoint.manifest import MANIFEST, Manifest
 from autoglm_resume.checkpoint.options import Options
@@ -125,7 +125,9 @@ class Saver:
         effort = self._pace.effort(self.options.compress)
         try:
             with ThreadPoolExecutor(THREADS, thread_name_prefix="encode") as pool:
-                items = list(pool.map(Item.named, items_of(snapshot)))
+                named = list(pool.map(Item.named, items_of(snapshot)))
+                casts = derived.find(snapshot.tensors, named, pool)
+                items = [item for item in named if (item.tensor, item.place) not in casts]
                 names = {item.name for item in items}
                 deltas = effort == "small" and previous is not None and bool(previous.tensors)
                 limit = self.options.keyframe_every
@@ -136,6 +138,10 @@ class Saver:
                 with files.writing(pack) as output:
                     packer = Packer(output, sharing, table, peers)
                     rows = packer.write(items, pool, effort, check)
+            for place, each in casts.items():
+                sources = tuple(rows[source] for source in each.sources)
+                item = each.item
+                rows[place] = table.cast(item.name, len(item.raw), item.dtype, sources)
             self._pace.saw(packer.raw, packer.encoding, table.end, packer.writing)
             # The fingerprint is taken after the rename, which changes the ctime.
             part = part_of(snapshot, table, Pack(snapshot.id, verify.fingerprint(pack)), rows)
