@@ -9,6 +9,7 @@ retention   which checkpoints may go                                       (pure
 previous    what a part takes from the one before                          (pure)
 renaming    parameters under other names                                   (pure)
 codec       how a chunk is encoded                                         (NumPy, zstd)
+derived     half precision that float32 determines                         (NumPy)
 store       the directory: commit, examine, quarantine, delete
 reader      chunks, wherever they lie, decoded and verified
 snapshot    a rank's state at one step, as bytes

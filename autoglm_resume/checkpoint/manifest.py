@@ -241,7 +241,7 @@ def _require_all_chunks(parts: Sequence[Part]) -> None:
     there = {chunk.digest for part in parts for chunk in part.chunks if chunk.pack is not None}
     for part in parts:
         for chunk in part.chunks:
-            if chunk.pack is None and chunk.digest not in there:
+            if chunk.with_peer and chunk.digest not in there:
                 raise CorruptCheckpoint(
                     f"{part.id}/{part_file(part.rank)}: expected chunk {chunk.digest} in the part"
                     " of another rank, found it in none"

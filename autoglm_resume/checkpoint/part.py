@@ -5,7 +5,8 @@ chunks wherever they are stored. All digests are of raw bytes, before encoding.
 
 A chunk is in one of three places: in the part's own pack; in the pack that the same rank wrote for
 an older checkpoint; or, where ranks hold the same bytes, with one of the other ranks, whose part
-says where. A delta is decoded with its base, which is always in an older pack.
+says where. A delta is decoded with its base, which is always in an older pack. A chunk that is the
+cast of others is in no place: the part says of which.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from autoglm_resume.errors import CheckpointError, CorruptCheckpoint, NewerForma
 
 FORMAT = 2
 CHUNK_BYTES = 1 << 20
+CAST_FACTOR = 2
+"""Bytes that one byte of a cast is made of."""
 
 DTYPE_BYTES: Mapping[str, int] = {
     **dict.fromkeys(("bool", "uint8", "int8", "float8_e4m3fn", "float8_e4m3fnuz"), 1),
@@ -81,8 +84,10 @@ def pack_file(rank: int) -> str:
 class Chunk:
     """`raw` bytes with this digest, stored as `stored` bytes at `offset` of a pack.
 
-    `pack` and `base` (of a delta) are indices into the part's packs and chunks. Without a pack,
-    another rank of the same checkpoint has the chunk.
+    `pack`, `base` (of a delta) and `cast_of` are indices into the part's packs and chunks. With
+    `cast_of`, the chunk is stored nowhere: it is the cast to the dtype `codec` of those chunks of
+    float32, one after the other (see derived.py). With neither that nor a pack, another rank of the
+    same checkpoint has it.
     """
 
     digest: str
@@ -92,6 +97,12 @@ class Chunk:
     offset: int = 0
     codec: str = ""
     base: int | None = None
+    cast_of: tuple[int, ...] = ()
+
+    @property
+    def with_peer(self) -> bool:
+        """Whether another rank of the same checkpoint has it."""
+        return self.pack is None and not self.cast_of
 
 
 @dataclass(frozen=True)
@@ -271,7 +282,12 @@ def identity(node: Node) -> dict[str, Json]:
 
 
 def _chunk(node: Node) -> Chunk:
-    digest, raw, pack, stored, offset, codec, base = columns(node, 7)
+    digest, raw, pack, stored, offset, codec, base, cast_of = columns(node, 8)
+    sources = tuple(index.whole() for index in cast_of.items())
+    if sources:
+        if pack.value is not None:
+            pack.fail("no pack of a cast")
+        return Chunk(digest.digest(), raw.whole(1), None, codec=codec.text(), cast_of=sources)
     if pack.value is None:
         return Chunk(digest.digest(), raw.whole(1), None)
     return Chunk(
@@ -343,6 +359,8 @@ def _check(part: Part, node: Node) -> None:
                 expect(f"chunk {index}: end", f"at most {size}", chunk.offset + chunk.stored)
         if chunk.base is not None:
             expect(f"chunk {index}: base", "one in an older pack", _base_of(part.chunks, chunk))
+        if chunk.cast_of:
+            expect(f"chunk {index}: cast", *_cast_of(part.chunks, chunk))
     expect("size of the pack", end, part.packs[0].fingerprint.size)
 
     used: set[int] = set()
@@ -358,6 +376,7 @@ def _check(part: Part, node: Node) -> None:
             tensor.digest,
         )
     used.update(chunk.base for chunk in part.chunks if chunk.base is not None)
+    used.update(source for chunk in part.chunks for source in chunk.cast_of)
     expect("chunks in use", len(part.chunks), len(used))
     names = [tensor.name for tensor in part.tensors]
     expect("different tensor names", len(names), len(set(names)))
@@ -388,3 +407,16 @@ def _base_of(chunks: Sequence[Chunk], chunk: Chunk) -> str:
     if base.pack is None or base.pack <= chunk.pack:
         return f"one in pack {base.pack}"
     return "one in an older pack" if base.raw == chunk.raw else f"one of {base.raw} bytes"
+
+
+def _cast_of(chunks: Sequence[Chunk], chunk: Chunk) -> tuple[str, str]:
+    """What it is to be the cast of, and what it is: never of a cast, so there is no chain."""
+    expected = f"of {CAST_FACTOR * chunk.raw} stored bytes"
+    if max(chunk.cast_of) >= len(chunks):
+        return expected, f"of chunk {max(chunk.cast_of)} of {len(chunks)}"
+    if chunk.raw % 2:
+        return "of whole numbers", f"of {chunk.raw} bytes"
+    sources = [chunks[index] for index in chunk.cast_of]
+    if any(source.cast_of for source in sources):
+        return expected, "of a cast"
+    return expected, f"of {sum(source.raw for source in sources)} stored bytes"

@@ -147,6 +147,17 @@ class Table:
         """A chunk that another rank stores."""
         return self._add(Chunk(name, raw, None), None)
 
+    def cast(self, name: str, raw: int, dtype: str, sources: tuple[int, ...]) -> int:
+        """A chunk that need not be stored: the cast of the chunks at `sources`, to `dtype`.
+
+        Add casts last: a chunk that is stored all the same, as one of `sources` may be if all of
+        them are zeros, must be found by its digest, here and by other ranks.
+        """
+        known = self.find(name)
+        if known is not None:
+            return known
+        return self._add(Chunk(name, raw, None, codec=dtype, cast_of=sources), None)
+
     def _add(self, chunk: Chunk, pack: str | None) -> int:
         self._index[chunk.digest] = len(self._rows)
         self._rows.append((chunk, pack))

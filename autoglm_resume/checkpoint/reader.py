@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from autoglm_resume.checkpoint import codec
+from autoglm_resume.checkpoint import codec, derived
 from autoglm_resume.checkpoint.document import digest
-from autoglm_resume.checkpoint.part import Chunk, Pack, Part
+from autoglm_resume.checkpoint.part import Chunk, Pack, Part, part_file
 from autoglm_resume.checkpoint.verify import fingerprint, read_exactly, reading
 from autoglm_resume.errors import CorruptCheckpoint
 
@@ -36,7 +36,7 @@ class Reader:
         self._lock = threading.Lock()
         self._files: dict[tuple[int, int], int] = {}
         self._shared: dict[str, tuple[Part, Chunk]] = {}
-        if any(chunk.pack is None for part in parts for chunk in part.chunks):
+        if any(chunk.with_peer for part in parts for chunk in part.chunks):
             for part in parts:
                 located = ((c.digest, (part, c)) for c in part.chunks if c.pack is not None)
                 self._shared.update(located)
@@ -59,26 +59,40 @@ class Reader:
 
         Raises CheckpointError naming the file and `what`; `target` then holds garbage.
         """
-        if chunk.pack is None:
-            if chunk.digest not in self._shared:
-                raise CorruptCheckpoint(
-                    f"{self._path}: {what}: expected chunk {chunk.digest} in the part of another"
-                    " rank, found it in none"
-                )
-            part, chunk = self._shared[chunk.digest]
+        part, chunk = self._located(part, chunk, what)
         self._decode(part, chunk, target, what)
         if digest(target) == chunk.digest:
             return
-        if chunk.base is not None:
-            # The one to blame may be further back.
-            base = part.chunks[chunk.base]
+        # The one to blame may be further back.
+        for index in chunk.cast_of if chunk.base is None else (chunk.base,):
+            base = part.chunks[index]
             self.read(part, base, memoryview(bytearray(base.raw)), what)
         raise CorruptCheckpoint(
             f"{self._place(part, chunk)}: {what}: expected {chunk.digest}, found {digest(target)}"
             f" ({chunk.stored} bytes at offset {chunk.offset})"
         )
 
+    def _located(self, part: Part, chunk: Chunk, what: str) -> tuple[Part, Chunk]:
+        """The same chunk where it is stored, or cast."""
+        if not chunk.with_peer:
+            return part, chunk
+        if chunk.digest not in self._shared:
+            raise CorruptCheckpoint(
+                f"{self._path}: {what}: expected chunk {chunk.digest} in the part of another"
+                " rank, found it in none"
+            )
+        return self._shared[chunk.digest]
+
     def _decode(self, part: Part, chunk: Chunk, target: memoryview, what: str) -> None:
+        if chunk.cast_of:
+            sources = [self._located(part, part.chunks[index], what) for index in chunk.cast_of]
+            master = memoryview(bytearray(sum(source.raw for _, source in sources)))
+            begin = 0
+            for owner, source in sources:
+                self._decode(owner, source, master[begin : begin + source.raw], what)
+                begin += source.raw
+            derived.cast(chunk.codec, master, target)
+            return
         assert chunk.pack is not None
         place = f"{self._place(part, chunk)}: {what}"
         base = None
@@ -101,7 +115,8 @@ class Reader:
                 raise CorruptCheckpoint(f"{place}: {error.message}") from None
 
     def _place(self, part: Part, chunk: Chunk) -> Path:
-        assert chunk.pack is not None
+        if chunk.pack is None:
+            return self._path / part_file(part.rank)
         return pack_path(self._path, part, part.packs[chunk.pack])
 
     def _file(self, part: Part, pack: int) -> int:

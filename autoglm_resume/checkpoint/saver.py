@@ -18,7 +18,7 @@ from threading import Event
 from typing import TypeVar
 
 from autoglm_resume import files
-from autoglm_resume.checkpoint import claims, verify
+from autoglm_resume.checkpoint import claims, derived, verify
 from autoglm_resume.checkpoint.document import digest_of_digests
 from autoglm_resume.checkpoint.manifest import MANIFEST, Manifest
 from autoglm_resume.checkpoint.options import Options
@@ -128,7 +128,7 @@ class Saver:
     def _write(
         self,
         snapshot: Snapshot,
-        items: list[Item],
+        named: list[Item],
         pool: Executor,
         directory: Path,
         abandoned: Event,
@@ -147,6 +147,8 @@ class Saver:
         table = Table(snapshot.id, previous)
         effort = self._pace.effort(self.options.compress)
         try:
+            casts = derived.find(snapshot.tensors, named, pool)
+            items = [item for item in named if (item.tensor, item.place) not in casts]
             names = {item.name for item in items}
             deltas = effort == "small" and previous is not None and bool(previous.tensors)
             limit = self.options.keyframe_every
@@ -157,6 +159,10 @@ class Saver:
             with files.writing(pack) as output:
                 packer = Packer(output, sharing, table, peers)
                 rows = packer.write(items, pool, effort, check)
+            for place, each in casts.items():
+                sources = tuple(rows[source] for source in each.sources)
+                item = each.item
+                rows[place] = table.cast(item.name, len(item.raw), item.dtype, sources)
             self._pace.saw(packer.raw, packer.encoding, table.end, packer.writing)
             # The fingerprint is taken after the rename, which changes the ctime.
             part = part_of(snapshot, table, Pack(snapshot.id, verify.fingerprint(pack)), rows)

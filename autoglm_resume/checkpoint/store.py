@@ -180,7 +180,7 @@ class Store:
 
         Raises CheckpointError.
         """
-        if all(chunk.pack is not None for chunk in part.chunks):
+        if not any(chunk.with_peer for chunk in part.chunks):
             return [part]
         manifest = self.load_manifest(path)
         return [
@@ -219,11 +219,11 @@ class Store:
             _expect(path / MANIFEST, "id", path.name, manifest.id)
             _check_chain(path, manifest)
             for ref in manifest.parts:
-                part = self._part(path, manifest, ref)
-                parts.append(part)
+                parts.append(self._part(path, manifest, ref))
+            for part in parts:
                 if deep or not _untouched(path, part):
                     how = "content"
-                    with Reader(path, [part]) as reader:
+                    with Reader(path, parts) as reader:
                         verify.on_one_part(part, reader.read, progress)
             _expect(path / MANIFEST, "needs", manifest.needs, needs_of(parts))
         except CheckpointError as error:

@@ -50,11 +50,11 @@ def read_exactly(fd: int, target: memoryview, offset: int) -> int:
 def on_one_part(
     part: Part, read: Callable[[Part, Chunk, memoryview, str], None], progress: Progress | None
 ) -> None:
-    """`read` every chunk that `part` has itself, wherever it lies.
+    """`read` every chunk that `part` has itself, wherever it lies, and those that it casts.
 
     Raises CheckpointError naming the file.
     """
-    chunks = [(i, chunk) for i, chunk in enumerate(part.chunks) if chunk.pack is not None]
+    chunks = [(i, chunk) for i, chunk in enumerate(part.chunks) if not chunk.with_peer]
 
     def verify(index: int, buffer: memoryview) -> None:
         number, chunk = chunks[index]

@@ -37,7 +37,8 @@ class Series:
         self.torch_bytes = 0
         self.bound_bytes = 0.0
         self.codecs: Counter[str] = Counter()
-        """Chunks by their codec; "shared" are those that an earlier checkpoint already has."""
+        """Chunks by their codec; "cast" are those that others determine, "shared" those that are
+        stored already."""
         self._saved: list[tuple[str, str]] = []
         self._previous: Snapshot | None = None
 
@@ -63,6 +64,9 @@ class Series:
         for tensor, entry in zip(part.tensors, snapshot.tensors, strict=True):
             for place, index in enumerate(tensor.chunks):
                 chunk = part.chunks[index]
+                if chunk.cast_of:
+                    self.codecs["cast"] += 1
+                    continue
                 if index in seen or chunk.pack is None or part.packs[chunk.pack].id != part.id:
                     self.codecs["shared"] += 1
                     continue

@@ -155,6 +155,14 @@ class Training:
         copied: dict[str, Any] = _copied(state)
         return copied
 
+    def mixed_state(self) -> dict[str, Any]:
+        """The same weights as mixed precision has them: a model in bfloat16, and the masters that
+        it is the cast of with the optimizer."""
+        state = self.state()
+        masters = state["model"]
+        model = {name: tensor.bfloat16() for name, tensor in masters.items()}
+        return {"model": model, "optimizer": state["optimizer"], "masters": masters}
+
 
 def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):

@@ -57,13 +57,27 @@ def sharing(**changes: Any) -> Part:
     return part(packs=packs, chunks=chunks, tensors=tensors, **changes)
 
 
+def casting(**changes: Any) -> Part:
+    """A part whose second tensor is the cast of its first."""
+    first = part().tensors[0]
+    half = replace(
+        first, name="model/h", dtype="bfloat16", digest=digest_of_digests([BASE]), chunks=(1,)
+    )
+    chunks = (*part().chunks, m.Chunk(BASE, 4, None, codec="bfloat16", cast_of=(0,)))
+    objects = {
+        **part().objects,
+        "model": m.object_digest(part().state["model"], [first, half]),
+    }
+    return part(tensors=(first, half), chunks=chunks, objects=objects, **changes)
+
+
 def manifest(parent: m.Parent | None = None) -> Manifest:
     parts = [part(0), part(1)]
     return Manifest.of(parts, [p.encode() for p in parts], parent)
 
 
 def test_documents_bring_back_what_was_written() -> None:
-    for made in (part(), sharing()):
+    for made in (part(), sharing(), casting()):
         assert Part.decode(made.encode(), "f") == made
     for parent in (None, m.Parent("step-0000000020.a1", CONTENT)):
         assert Manifest.decode(manifest(parent).encode(), "f") == manifest(parent)
@@ -114,6 +128,30 @@ def test_what_a_part_leaves_to_its_peers_must_be_with_one_of_them() -> None:
     parts = [left, replace(left, rank=1)]
     with pytest.raises(CorruptCheckpoint, match=r"rank-00000\.json: expected chunk blake3:\S+ in"):
         Manifest.of(parts, [p.encode() for p in parts], None)
+
+
+def test_a_cast_takes_no_room_and_is_with_no_peer() -> None:
+    assert (casting().raw, casting().stored, casting().needs) == (12, 8, ())
+    parts = [casting(), replace(casting(), rank=1)]
+    assert Manifest.of(parts, [p.encode() for p in parts], None).stored == 16
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("chunks.1.2", 0, "chunks[1][2]: expected no pack of a cast"),
+        ("chunks.1.5", None, "chunks[1][5]"),
+        ("chunks.1.7", [2], "chunk 1: cast: expected of 8 stored bytes, found of chunk 2 of 2"),
+        ("chunks.1.7", [1], "chunk 1: cast: expected of 8 stored bytes, found of a cast"),
+        ("chunks.1.7", [0, 0], "chunk 1: cast: expected of 8 stored bytes, found of 16"),
+        ("chunks.1.1", 3, "chunk 1: cast: expected of whole numbers, found of 3 bytes"),
+        ("chunks.1.1", 2, "chunk 1: cast: expected of 4 stored bytes, found of 8"),
+    ],
+)
+def test_a_cast_is_of_stored_chunks_of_twice_its_size(path: str, value: Any, says: str) -> None:
+    with pytest.raises(CorruptCheckpoint) as caught:
+        Part.decode(compact(set_at(json.loads(casting().encode()), path, value)), "f")
+    assert says in caught.value.message
 
 
 def test_every_truncation_of_a_document_is_noticed() -> None:
@@ -173,7 +211,7 @@ def set_at(document: Any, path: str, value: Any) -> Any:
         ("tensors.0.chunks", [1], "model/w: chunks"),
         ("tensors.0.chunks", [], "model/w: bytes"),
         ("tensors.0.digest", CONTENT, "model/w: digest"),
-        ("chunks.0", [CONTENT, 8], "chunks[0]: expected 7 values"),
+        ("chunks.0", [CONTENT, 8], "chunks[0]: expected 8 values"),
         ("chunks.0.0", "blake3:0", "chunks[0][0]"),
         ("chunks.0.1", 0, "chunks[0][1]"),
         ("chunks.0.1", m.CHUNK_BYTES + 1, "chunk 0: raw size"),
@@ -184,6 +222,9 @@ def set_at(document: Any, path: str, value: Any) -> Any:
         ("chunks.0.5", 1, "chunks[0][5]"),
         ("chunks.0.6", 0, "chunk 0: base: expected one in an older pack, found one in pack 0"),
         ("chunks.0.6", 5, "chunk 0: base: expected one in an older pack, found chunk 5 of 1"),
+        ("chunks.0.7", [0], "chunks[0][2]: expected no pack of a cast"),
+        ("chunks.0.7", [-1], "chunks[0][7]"),
+        ("chunks.0.7", None, "chunks[0][7]"),
     ],
 )
 def test_a_part_with_a_wrong_field_is_refused_by_name(path: str, value: Any, says: str) -> None:
@@ -309,11 +350,11 @@ json_values = st.recursive(
 @given(st.data())
 @settings(max_examples=150, deadline=None)
 def test_any_value_in_any_place_is_read_or_refused(data: st.DataObject) -> None:
-    document = json.loads(data.draw(st.sampled_from([part(), sharing()])).encode())
+    document = json.loads(data.draw(st.sampled_from([part(), sharing(), casting()])).encode())
     paths = [
         *document,
         *(f"tensors.0.{k}" for k in document["tensors"][0]),
-        *(f"chunks.0.{k}" for k in range(len(document["chunks"][0]))),
+        *(f"chunks.{n}.{k}" for n, row in enumerate(document["chunks"]) for k in range(len(row))),
         *(f"packs.0.{k}" for k in document["packs"][0]),
         *(f"packs.0.fingerprint.{k}" for k in document["packs"][0]["fingerprint"]),
     ]

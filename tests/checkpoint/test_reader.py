@@ -33,7 +33,8 @@ def store(tmp_path: Path) -> Store:
     frozen = torch.randn(CHUNK_BYTES // 4, generator=generator)
     savers = [Saver(store, Options("small")) for _ in (0, 1)]
     for step, state in enumerate([weight, weight * drift], 1):
-        tensors, id = {"weight": state, "frozen": frozen}, checkpoint_id(step, "a0")
+        tensors = {"weight": state, "frozen": frozen, "half": state.bfloat16()}
+        id = checkpoint_id(step, "a0")
         taken = [capture.take({"m": tensors}, id=id, rank=rank, world_size=2) for rank in (0, 1)]
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(Saver.persist, savers, taken))
@@ -63,7 +64,9 @@ def kinds(found: list[Part]) -> set[str]:
     """What there is among the chunks."""
     chunks = [chunk for part in found for chunk in part.chunks]
     return {
-        "delta"
+        "cast"
+        if c.cast_of
+        else "delta"
         if c.base is not None
         else "peer's"
         if c.pack is None
@@ -77,7 +80,7 @@ def kinds(found: list[Part]) -> set[str]:
 def test_every_chunk_of_every_rank_is_found_decoded_and_verified(store: Store) -> None:
     path = store.directory(checkpoint_id(2, "a0"))
     found = parts(path)
-    assert kinds(found) == {"delta", "peer's", "older"}
+    assert kinds(found) == {"cast", "delta", "peer's", "older"}
     with Reader(path, found) as reader:
         for part in found:
             for chunk in part.chunks:

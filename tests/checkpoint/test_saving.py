@@ -239,7 +239,7 @@ def test_a_rank_whose_peer_says_nothing_stores_everything_itself(
     monkeypatch.setattr(claims, "PATIENCE", 0.0)
     (tensors,) = series(1)
     first = Saver(store).persist(taken(1, tensors, 0, 2)).part
-    assert all(chunk.pack == 0 for chunk in first.chunks)
+    assert not any(chunk.with_peer for chunk in first.chunks)
     Saver(store).persist(taken(1, tensors, 1, 2))
     for rank in (0, 1):
         assert_holds(store, first.id, tensors, rank)
