@@ -92,9 +92,11 @@ def _kept(
 ) -> dict[str, tuple[str, ...]]:
     """Why each checkpoint stays, of those that are good in themselves."""
     good = [(facts, verdict) for facts, verdict in found if inspection.sound(verdict)]
-    # Whatever was saved on a branch that was given up must not count as the newest.
-    good.sort(key=lambda each: not each[1].accepted)
-    candidates = [Candidate.of(facts.manifest) for facts, _ in good if facts.manifest]
+    candidates = [
+        Candidate.of(facts.manifest, given_up=not verdict.accepted)
+        for facts, verdict in good
+        if facts.manifest
+    ]
     # What the gate would not take now is not ours to delete, nor is what it needs.
     others = [facts for facts, verdict in found if not inspection.sound(verdict)]
     needed: dict[str, str] = {}
