@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import TypeAlias
 
 from autoglm_resume import files
-from autoglm_resume.checkpoint.gate import Choice, Expectation, Facts, Verdict, choose
+from autoglm_resume.checkpoint.gate import (
+    Choice,
+    Expectation,
+    Facts,
+    Verdict,
+    choose,
+    superseded,
+)
 from autoglm_resume.checkpoint.manifest import Manifest, age
 from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.errors import CheckpointError, NoAcceptableCheckpoint
@@ -107,6 +114,11 @@ class Gatekeeper:
         committed = (self._examine(path) for path in self.store.committed())
         candidates = heapq.merge(unfit, committed, key=lambda f: age(f.id), reverse=True)
         return choose(candidates, self._expectation(self.refused), every=every)
+
+    def present(self) -> list[str]:
+        """Ids of the committed checkpoints that are of no branch that was given up."""
+        ids = (path.name for path in self.store.committed())
+        return [id for id in ids if superseded(id, self.branches) is None]
 
     def notice(self, id: str) -> None:
         """A rank committed this: examine it now, while training runs, rather than at a restart."""
