@@ -28,7 +28,7 @@ from autoglm_resume import files
 from autoglm_resume.checkpoint import tree
 from autoglm_resume.checkpoint.document import Json, compact
 from autoglm_resume.checkpoint.exchange import Exchange, nested
-from autoglm_resume.errors import CorruptCheckpoint, UsageError
+from autoglm_resume.errors import AutoglmError, CorruptCheckpoint, UsageError
 
 OURS = "autoglm"
 """Key, in metadata and states, of what only an import needs."""
@@ -62,8 +62,14 @@ def read(source: Path) -> Exchange:
     if not source.exists():
         raise UsageError(f"{source}: no such file or directory")
     with source.open("rb") as file:
-        zipped = file.read(2) == b"PK"
-    return _read_torch(source) if zipped else _read_safetensors(source)
+        begin = file.read(16)
+    if begin.startswith(b"PK"):
+        return _read_torch(source)
+    # Eight bytes of length, and a JSON object.
+    if begin[8:9] == b"{":
+        return _read_safetensors(source)
+    found = f"a file that begins with {begin!r}" if begin else "an empty file"
+    raise UsageError(f"{source}: expected {_EXPECTED}, found {found}", hint=_AGAIN)
 
 
 def _write_safetensors(out: Path, exchange: Exchange) -> None:
@@ -91,7 +97,7 @@ def _read_safetensors(source: Path) -> Exchange:
                 for key, (dtype, shape) in document["tensors"].items()
             }
     except SafetensorError as error:
-        raise CorruptCheckpoint(f"{source}: not what autoglm exports: {error}") from error
+        raise _damaged(source, "a safetensors file that cannot be read", error) from error
     return Exchange(document, tensors)
 
 
@@ -106,7 +112,7 @@ def _read_torch(source: Path) -> Exchange:
     try:
         found = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever untrusted bytes can make of it
-        raise CorruptCheckpoint(f"{source}: not what autoglm exports: {error}") from error
+        raise _damaged(source, "an archive that torch.load does not take", error) from error
     ours = found.get(OURS) if isinstance(found, dict) else None
     if not isinstance(ours, dict) or not isinstance(ours.get("tensors"), dict):
         raise _foreign(source)
@@ -152,12 +158,13 @@ def _read_dcp(source: Path) -> Exchange:
             f"{source}: expected a file, or a directory that DCP has written; found no .metadata"
         )
     reader = FileSystemReader(source)
-    entries = reader.read_metadata().state_dict_metadata
+    with _reading(source):
+        entries = reader.read_metadata().state_dict_metadata
     size = getattr(entries.get(f"{OURS}.document"), "size", None)
     if size is None:
         raise _foreign(source)
     text = {f"{OURS}.document": torch.empty(size, dtype=torch.uint8)}
-    with _alone():
+    with _alone(), _reading(source):
         load(text, storage_reader=reader, no_dist=True)
         content = bytes(tree.as_bytes(text[f"{OURS}.document"]))
         document = _parsed(content.decode(errors="replace"), source)
@@ -252,6 +259,37 @@ def _parsed(text: object, source: Path) -> dict[str, Json]:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
     raise CorruptCheckpoint(f"{source}: its document is not as written")
+
+
+_EXPECTED = "what autoglm export writes (safetensors, torch.save or DCP)"
+_AGAIN = (
+    "export it again; what others have made, load in your script, track() what it holds, and save"
+)
+
+
+def _damaged(source: Path, found: str, error: BaseException) -> CorruptCheckpoint:
+    # What the libraries say goes on for pages.
+    reason = str(error).strip().partition("\n")[0].partition(". ")[0][:200]
+    return CorruptCheckpoint(
+        f"{source}: expected {_EXPECTED}, found {found} ({reason or type(error).__name__})",
+        hint=_AGAIN,
+    )
+
+
+@contextmanager
+def _reading(source: Path) -> Iterator[None]:
+    """Whatever untrusted files make DCP raise, as one error that names them."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except AutoglmError:
+        raise
+    except CheckpointException as error:  # not an Exception
+        first = next(iter(error.failures.values()), (error, None))[0]
+        raise _damaged(source, "a directory of DCP that cannot be read", first) from error
+    except Exception as error:
+        raise _damaged(source, "a directory of DCP that cannot be read", error) from error
 
 
 def _foreign(source: Path) -> UsageError:

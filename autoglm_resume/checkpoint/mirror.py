@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from pathlib import Path
@@ -44,12 +45,16 @@ def replicate(
 
     `there` is what the storage holds, and is kept up to date; a manifest is sent when all other
     files of its checkpoint are listed with their sizes.
-    Raises OSError, after which the next call goes on; CorruptCheckpoint if a copy would be bad.
+    Raises OSError, after which the next call goes on (FileNotFoundError where the checkpoint was
+    deleted in the meantime); CorruptCheckpoint if a copy would be bad.
     """
     todo = uploads(id, here, there)
     for each in dict.fromkeys(each for each, _ in todo):
-        facts = store.examine(store.directory(each))
+        path = store.directory(each)
+        facts = store.examine(path)
         if not facts.integrity.ok:
+            if not path.exists():  # retired while it was looked at, which is no damage
+                raise FileNotFoundError(errno.ENOENT, "deleted in the meantime", str(path))
             raise CorruptCheckpoint(f"{each}: not replicated: {facts.integrity.problem}")
     sent = 0
     for each, file in todo:

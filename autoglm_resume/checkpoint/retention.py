@@ -25,7 +25,10 @@ class Best:
 
 @dataclass(frozen=True)
 class Keep:
-    """What to keep: whatever any of these rules wants."""
+    """What to keep: whatever any of these rules wants.
+
+    A branch that was given up is none of their business, except that what is young is kept.
+    """
 
     last: int = 3
     """The newest ones; the newest of all stays whatever is asked for."""
@@ -54,9 +57,11 @@ class Candidate:
     """Ids of the older checkpoints whose packs it refers to."""
     stored: int = 0
     """Bytes that deleting it would free."""
+    given_up: bool = False
+    """It is of a branch that the run left behind."""
 
     @classmethod
-    def of(cls, manifest: Manifest) -> Candidate:
+    def of(cls, manifest: Manifest, *, given_up: bool = False) -> Candidate:
         """As its manifest has it."""
         return cls(
             id=manifest.id,
@@ -65,6 +70,7 @@ class Candidate:
             metrics=manifest.metrics,
             needs=frozenset(manifest.needs),
             stored=manifest.stored,
+            given_up=given_up,
         )
 
 
@@ -102,17 +108,19 @@ def explain(
 
 def _wanted(candidates: Sequence[Candidate], keep: Keep, now: float) -> Iterator[tuple[str, str]]:
     """(id, reason) for every rule that wants a checkpoint."""
+    present = [each for each in candidates if not each.given_up]
     last = max(1, keep.last)
-    for each in candidates[:last]:
+    for each in (present or candidates)[:last]:
         yield each.id, "the newest" if last == 1 else f"one of the last {last}"
-    for each in candidates:
+    for each in present:
         if keep.every_steps and each.step % keep.every_steps == 0:
             yield each.id, f"step divisible by {keep.every_steps}"
+    for each in candidates:
         if keep.for_seconds is not None and now - each.created < keep.for_seconds:
             yield each.id, f"younger than {_duration(keep.for_seconds)}"
     if keep.best:
         metric, sign = keep.best.metric, 1 if keep.best.mode == "min" else -1
-        known = [each for each in candidates if math.isfinite(each.metrics.get(metric, math.nan))]
+        known = [each for each in present if math.isfinite(each.metrics.get(metric, math.nan))]
         # Sorting is stable: of equal ones the newest counts as best.
         ranking = sorted(known, key=lambda each: sign * each.metrics[metric])
         for place, each in enumerate(ranking[: keep.best.n], start=1):

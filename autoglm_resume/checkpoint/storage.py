@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from autoglm_resume import files
 from autoglm_resume.checkpoint.manifest import MANIFEST
+from autoglm_resume.checkpoint.replica import A_BUCKET, BUCKET
 from autoglm_resume.checkpoint.verify import on_threads
 from autoglm_resume.errors import UsageError
 
@@ -35,7 +36,7 @@ REQUEST_SECONDS = 300
 RETRIES = 2
 
 _SEGMENT = re.compile(r"(?P<file>.+)\.(?P<index>\d{5})-of-(?P<count>\d{5})\Z")
-_BUCKET = re.compile(r"s3://(?P<bucket>[^/]+)/*(?P<prefix>.*?)/*\Z")
+_NO_BUCKET = re.compile(r"\((NoSuchBucket|InvalidBucketName)\)")
 _CODE = re.compile(r"<Code>([^<]*)</Code>")
 _CAUSE = re.compile(r'(?:message|error): "([^"]*)"')
 
@@ -62,8 +63,8 @@ class Storage(Protocol):
 def check(target: str) -> None:
     """Raise UsageError if `target` cannot be a storage, without touching it or the network."""
     if target.startswith("s3://"):
-        if not _BUCKET.match(target):
-            raise UsageError(f"{target}: expected s3://bucket/prefix")
+        if not BUCKET.match(target):
+            raise UsageError(f"{target}: expected {A_BUCKET}")
         if importlib.util.find_spec("obstore") is None:
             raise UsageError(
                 f"{target}: object storage needs the package obstore, which is not installed",
@@ -159,9 +160,10 @@ class S3:
 
         from obstore.store import S3Store
 
-        match = _BUCKET.match(target)
+        match = BUCKET.match(target)
         assert match is not None, "check() was not asked"
         prefix = "/".join(part for part in (match["prefix"], run) if part)
+        self._bucket = match["bucket"]
         self._target = f"s3://{match['bucket']}/{prefix}"
         self._segment = segment
         self._store: S3Store = S3Store(
@@ -241,9 +243,20 @@ class S3:
         try:
             yield
         except FileNotFoundError as error:
-            raise FileNotFoundError(errno.ENOENT, plain(str(error)), self._target) from None
+            text = self._said(error)
+            raise FileNotFoundError(errno.ENOENT, text, self._target) from None
         except BaseError as error:
-            raise OSError(errno.EIO, plain(str(error)), self._target) from None
+            raise OSError(errno.EIO, self._said(error), self._target) from None
+
+    def _said(self, error: Exception) -> str:
+        text = plain(str(error))
+        if _NO_BUCKET.search(text):
+            text = (
+                f"expected bucket {self._bucket} at {_endpoint() or 'AWS'}, found none"
+                f" ({text.rpartition('(')[2]}: make it, or correct checkpoint.replicas or"
+                " AWS_ENDPOINT_URL"
+            )
+        return text
 
 
 def _pieces(fd: int, start: int, end: int) -> Iterator[bytes]:

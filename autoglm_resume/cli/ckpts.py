@@ -26,7 +26,7 @@ def ckpts(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> int:
-    """List checkpoints: sizes, chain, metrics, why each is kept, and the gate's verdict.
+    """List checkpoints: sizes, chain, why each is kept, verdict.
 
     `stored` is what a checkpoint takes on disk; `shared` is what it refers to in older ones.
     """

@@ -39,7 +39,7 @@ def export(
         ),
     ],
 ) -> int:
-    """Write a checkpoint as safetensors, for torch.load, or for torch.distributed.checkpoint.
+    """Write a checkpoint as safetensors, torch or DCP.
 
     Every byte is verified. Sharded tensors are put together; where ranks differ, keys begin with
     rank0/. `autoglm import` makes the same checkpoint of it again. It takes as much memory as the

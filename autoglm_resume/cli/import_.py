@@ -36,11 +36,11 @@ def import_(
         ),
     ] = None,
 ) -> int:
-    """Make a checkpoint of what was exported, if every tensor still has its digest.
+    """Make a checkpoint of what was exported.
 
-    Its objects have the same digests as those that were exported. If it is the newest, the next
-    start of the run goes on from it. A directory of DCP is unpickled
-    by torch, so only take it from who you trust; nothing else is unpickled.
+    Every tensor must still have its digest; the objects have those of what was exported. If it is
+    the newest, the next start of the run goes on from it. A directory of DCP is unpickled by torch,
+    so only take it from who you trust; nothing else is unpickled.
     """
     from pathlib import Path
 

@@ -31,10 +31,10 @@ def ckpt(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> int:
-    """Show a checkpoint: manifest, parts, chain, and the verdict of every check (90 if one fails).
+    """Show a checkpoint: manifest, parts, chain, and every verdict.
 
-    PATH is a checkpoint, a directory of checkpoints, or a run directory (then the newest).
-    Nothing is unpickled, so it is safe on files from anywhere.
+    Exits 90 if a check fails. PATH is a checkpoint, a directory of checkpoints, or a run directory
+    (then the newest). Nothing is unpickled, so it is safe on files from anywhere.
     """
     from autoglm_resume.observe import inspection
     from autoglm_resume.observe.progress import Progress

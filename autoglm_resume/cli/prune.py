@@ -38,8 +38,9 @@ def prune(
 ) -> int:
     """Delete the checkpoints that no rule keeps.
 
-    The newest good one, the one that was accepted last, whatever a kept one refers to, and whatever
-    the gate would reject now always stay. Refuses (76) while a supervisor has the run.
+    The newest good one, the newest that counts by checkpoint.commit, the one that was accepted
+    last, whatever a kept one refers to, and whatever the gate would reject now always stay.
+    Refuses (76) while a supervisor has the run.
     """
     import time
 

@@ -33,7 +33,7 @@ def resume(
         bool, typer.Option("--json", help="End with one JSON document on standard output.")
     ] = False,
 ) -> int:
-    """Continue an interrupted run as it was last started; does nothing on a finished one."""
+    """Continue an interrupted run. Nothing is done on a finished one."""
     from autoglm_resume.cli import target
     from autoglm_resume.observe import report
     from autoglm_resume.observe.live import Screen

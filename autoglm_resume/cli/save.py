@@ -16,7 +16,7 @@ Examples:
 def save(
     run: Run = None,
 ) -> int:
-    """Ask a run to save now and go on, and wait until the checkpoint is committed."""
+    """Ask a run to save and go on, and wait for the commit."""
     from autoglm_resume.cli import target
     from autoglm_resume.observe import saving
 

@@ -15,7 +15,7 @@ Then begin a job file with this line, for editors that speak YAML:
 
 
 def schema() -> int:
-    """Print the JSON Schema of job files, so that editors complete and check them."""
+    """Print the JSON Schema of job files. Editors complete and check them with it."""
     from autoglm_resume.job.spec import json_schema
 
     print(json.dumps(json_schema(), indent=2, ensure_ascii=False))

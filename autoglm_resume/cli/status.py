@@ -26,7 +26,7 @@ def status(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> int:
-    """Show how a run is doing: ranks, failures, last checkpoint, goodput."""
+    """Show how a run is doing: ranks, failures, goodput, replicas."""
     import json as jsonlib
 
     from autoglm_resume.cli import target

@@ -5,7 +5,6 @@ Every check comes before pydantic's own, so that each message is a sentence in a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal, TypeVar
@@ -13,6 +12,7 @@ from typing import Annotated, Final, Literal, TypeVar
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from autoglm_resume.checkpoint.replica import A_BUCKET, BUCKET
 from autoglm_resume.job import units
 
 Parsed = TypeVar("Parsed")
@@ -33,7 +33,6 @@ SET_BY_AUTOGLM: Final = frozenset(
 )
 PREFIXES_SET_BY_AUTOGLM: Final = ("TORCHELASTIC_", "AUTOGLM_")
 LONGEST_NAME: Final = 100
-_BUCKET: Final = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/|$)"
 
 
 def found(value: object) -> str:
@@ -168,7 +167,9 @@ def as_flag(value: object) -> bool:
 
 def as_replica(value: object) -> str:
     text = _text(value)
-    if not (text.startswith("/") or re.match(_BUCKET, text)):
+    if text.startswith("s3://") and not BUCKET.match(text):
+        raise expected(A_BUCKET, value)
+    if not text.startswith(("/", "s3://")):
         raise expected("s3://bucket/prefix or a path", value)
     return text.rstrip("/") or text
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,14 @@ from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.errors import CheckpointError, UsageError
 from autoglm_resume.observe.progress import Progress
 from autoglm_resume.observe.say import check as failed_check
-from autoglm_resume.observe.say import short, size
+from autoglm_resume.observe.say import plural, short, size
 from autoglm_resume.observe.tables import Table
 from autoglm_resume.supervise.rundir import RunDirectory
+
+_BRING_BACK = (
+    "To bring copies back, name their target in checkpoint.replicas of a job whose directory of"
+    " checkpoints is empty: autoglm run then takes the newest"
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,11 @@ def find(given: Path) -> Target:
     Raises UsageError if it is none of them.
     """
     path = given.absolute()
+    if given.parts[:1] == ("s3:",):
+        raise UsageError(
+            f"s3://{'/'.join(given.parts[1:])}: expected a directory, found object storage",
+            hint=_BRING_BACK,
+        )
     if not path.exists():
         raise UsageError(f"{given}: no such file or directory")
     if not path.is_dir():
@@ -79,11 +90,28 @@ def find(given: Path) -> Target:
     else:
         store = Store(path)
         if not store.committed() and not store.uncommitted() and not (path / QUARANTINE).is_dir():
+            _require_no_replicas(given)
             raise UsageError(
                 f"{given}: expected a checkpoint, a directory of checkpoints, or a run directory; "
                 f"found neither {MANIFEST} nor step-… nor job.json"
             )
     return Target(store, tuple(store.committed()), run if run.exists else _run_of(path), False)
+
+
+def _require_no_replicas(path: Path) -> None:
+    """Raises UsageError that names the runs whose copies `path` holds, if it is such a target."""
+    found: dict[str, int] = {}
+    for entry in sorted(path.iterdir()):
+        with suppress(OSError):
+            if entry.is_dir() and (count := len(Store(entry).committed())):
+                found[entry.name] = count
+    if found:
+        runs = ", ".join(f"{run} ({plural(count, 'checkpoint')})" for run, count in found.items())
+        raise UsageError(
+            f"{path}: expected a checkpoint, a directory of checkpoints, or a run directory; found"
+            f" runs with checkpoints, as a target of checkpoint.replicas has them: {runs}",
+            hint=f"name one of them: autoglm ckpts {path / next(iter(found))}. {_BRING_BACK}",
+        )
 
 
 def find_all(given: Path) -> Target:

@@ -11,6 +11,7 @@ from typing import Any
 from autoglm_resume.checkpoint import document, retention
 from autoglm_resume.checkpoint.gate import Facts, Verdict
 from autoglm_resume.checkpoint.manifest import Manifest, age, parse_id
+from autoglm_resume.checkpoint.replica import newest_counting
 from autoglm_resume.checkpoint.retention import Candidate, Keep
 from autoglm_resume.checkpoint.store import REASON
 from autoglm_resume.errors import CheckpointError
@@ -92,21 +93,21 @@ def _kept(
 ) -> dict[str, tuple[str, ...]]:
     """Why each checkpoint stays, of those that are good in themselves."""
     good = [(facts, verdict) for facts, verdict in found if inspection.sound(verdict)]
-    # Whatever was saved on a branch that was given up must not count as the newest.
-    good.sort(key=lambda each: not each[1].accepted)
-    candidates = [Candidate.of(facts.manifest) for facts, _ in good if facts.manifest]
+    candidates = [
+        Candidate.of(facts.manifest, given_up=not verdict.accepted)
+        for facts, verdict in good
+        if facts.manifest
+    ]
     # What the gate would not take now is not ours to delete, nor is what it needs.
     others = [facts for facts, verdict in found if not inspection.sound(verdict)]
-    needed: dict[str, str] = {}
+    protected: dict[str, str] = {}
     for facts in (*others, *target.store.whole()):
-        needed.update((id, f"needed by {facts.id}") for id in _needs(facts, candidates))
-    accepted = _accepted_last(target.run)
-    why = retention.explain(candidates, keep, frozenset([*needed, *accepted]), now)
+        protected.update((id, f"needed by {facts.id}") for id in _needs(facts, candidates))
+    protected |= _newest_that_counts(target.run, [c.id for c in candidates if not c.given_up])
+    protected |= _accepted_last(target.run)
+    why = retention.explain(candidates, keep, frozenset(protected), now)
     return {
-        id: tuple(
-            needed[id] if reason == retention.PROTECTED and id not in accepted else reason
-            for reason in reasons
-        )
+        id: tuple(protected[id] if r == retention.PROTECTED else r for r in reasons)
         for id, reasons in why.items()
     }
 
@@ -119,10 +120,24 @@ def _needs(facts: Facts, candidates: Iterable[Candidate]) -> list[str]:
     return list(older) if facts.integrity.unreadable else []
 
 
-def _accepted_last(run: RunDirectory | None) -> frozenset[str]:
-    """What the gate of `run` let the ranks start from most recently."""
+def _accepted_last(run: RunDirectory | None) -> dict[str, str]:
+    """What the gate of `run` let the ranks start from most recently, and that as a reason."""
     gates = [e for e in run.events() if e["event"] == "gate"] if run else []
-    return frozenset(str(gate["accepted"]) for gate in gates[-1:] if gate.get("accepted"))
+    ids = [str(gate["accepted"]) for gate in gates[-1:] if gate.get("accepted")]
+    return dict.fromkeys(ids, retention.PROTECTED)
+
+
+def _newest_that_counts(run: RunDirectory | None, ids: Sequence[str]) -> dict[str, str]:
+    """The newest of `ids` that is in as many replicas as the job asks for, and that as a reason."""
+    how = (run.job().get("checkpoint") or {}) if run else {}
+    policy, targets = how.get("commit", "local"), how.get("replicas") or ()
+    if run is None or policy == "local" or not targets:
+        return {}
+    from autoglm_resume.supervise import history
+
+    known = history.recall(run.events()).replicated
+    newest = newest_counting(ids, policy, {target: known.get(target, ()) for target in targets})
+    return {newest: f"the newest that counts (commit: {policy})"} if newest else {}
 
 
 def _parent(facts: Facts) -> str | None:

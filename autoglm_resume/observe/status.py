@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from autoglm_resume.observe import report
+from autoglm_resume.observe import replicas, report
 from autoglm_resume.observe.goodput import Summary, summarize
+from autoglm_resume.observe.replicas import Replica
 from autoglm_resume.observe.say import seconds
 from autoglm_resume.observe.tables import Table
 from autoglm_resume.supervise.rundir import Holder, RunDirectory
@@ -42,6 +43,8 @@ class Status:
     """The supervisor that has it."""
     ranks: tuple[Rank, ...]
     """None of them if there is no supervisor, or it is on another host or of another user."""
+    replicas: tuple[Replica, ...] = ()
+    """In the order of the job."""
 
     @property
     def step(self) -> int | None:
@@ -55,8 +58,16 @@ def of(run: RunDirectory) -> Status:
     holder = run.holder()
     here = holder is not None and holder.host == socket.gethostname()
     now = time.monotonic() if here else None
-    summary = summarize(run.events(), alive=holder is not None, now=now)
-    return Status(run.path, summary, holder, _ranks(holder) if here and holder else ())
+    events = run.events()
+    summary = summarize(events, alive=holder is not None, now=now)
+    targets = (run.job().get("checkpoint") or {}).get("replicas") or ()
+    return Status(
+        run.path,
+        summary,
+        holder,
+        _ranks(holder) if here and holder else (),
+        replicas.of(events, targets) if targets else (),
+    )
 
 
 def _ranks(holder: Holder) -> tuple[Rank, ...]:
@@ -85,6 +96,7 @@ def to_json(status: Status) -> dict[str, Any]:
         "run": str(status.run),
         "supervisor": asdict(status.holder) if status.holder else None,
         "ranks": [asdict(rank) for rank in status.ranks],
+        "replicas": [asdict(replica) for replica in status.replicas],
         **report.to_json(status.summary),
         "step": status.step,
     }
@@ -104,6 +116,9 @@ def show(status: Status) -> None:
     if status.ranks:
         print()
         _ranks_table(status.ranks).print(sys.stdout)
+    if status.replicas:
+        print()
+        replicas.table(status.replicas).print(sys.stdout)
 
 
 def _failures(summary: Summary) -> str:

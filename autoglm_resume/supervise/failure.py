@@ -7,7 +7,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autoglm_resume.errors import Interrupted
+from autoglm_resume.errors import Interrupted, WorldSizeMismatch
 from autoglm_resume.worker.board import NEVER, Beat, Phase
 
 
@@ -86,6 +86,8 @@ class Failure:
     signal: int | None = None
     refused: str | None = None
     """Id of the checkpoint that the rank would not load."""
+    final: bool = False
+    """Whether these ranks would refuse it again, and the gate has nothing to learn from that."""
 
 
 def conclude(ranks: Sequence[RankEvidence], hung: Sequence[int] = (), agent: str = "") -> Failure:
@@ -94,11 +96,17 @@ def conclude(ranks: Sequence[RankEvidence], hung: Sequence[int] = (), agent: str
     `hung` ranks missed their beats; `agent` is what torchrun said about its own end.
     """
     step = max((r.beat.step for r in ranks), default=-1)
-    refused = next((r for r in ranks if r.refusal is not None), None)
-    if refused is not None and refused.refusal is not None:
-        summary = f"rank {refused.rank} refused the checkpoint: {refused.refusal.reason}"
+    refusals = [(r, r.refusal) for r in ranks if r.refusal is not None]
+    if refusals:
+        rank, refusal = min(refusals, key=lambda each: _is_final(each[1]))
         return Failure(
-            Kind.REFUSED, refused.rank, summary, step, _cause(refused), refused=refused.refusal.id
+            Kind.REFUSED,
+            rank.rank,
+            f"rank {rank.rank} refused the checkpoint: {refusal.reason}",
+            step,
+            _cause(rank),
+            refused=refusal.id,
+            final=_is_final(refusal),
         )
     if hung:
         return _hang([r for r in ranks if r.rank in hung], step)
@@ -119,6 +127,13 @@ def conclude(ranks: Sequence[RankEvidence], hung: Sequence[int] = (), agent: str
     summary = f"rank {root.rank} {what} {where(root.beat)}"
     trace = root.error.traceback if root.error else ""
     return Failure(kind, root.rank, summary, step, _cause(root), trace, root.code, root.signal)
+
+
+def _is_final(refusal: Refusal) -> bool:
+    # Damage the gate remembers, and a model it compares by itself from then on. But whether a whole
+    # checkpoint can be dealt to so many ranks only they can say, and they said it. An older one
+    # would cost steps, another number of ranks may not: that is for a person to decide.
+    return refusal.kind == WorldSizeMismatch.__name__
 
 
 def where(beat: Beat) -> str:

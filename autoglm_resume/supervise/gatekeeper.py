@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import TypeAlias
 
 from autoglm_resume import files
-from autoglm_resume.checkpoint.gate import Choice, Expectation, Facts, Integrity, Verdict, choose
+from autoglm_resume.checkpoint.gate import (
+    Choice,
+    Expectation,
+    Facts,
+    Integrity,
+    Verdict,
+    choose,
+    superseded,
+)
 from autoglm_resume.checkpoint.manifest import MANIFEST, Manifest, age
 from autoglm_resume.checkpoint.sealed import Sealed
 from autoglm_resume.checkpoint.store import Store
@@ -128,6 +136,11 @@ class Gatekeeper:
         here = [] if sealed is None else [_facts(sealed, self.store.directory(sealed.id))]
         candidates = heapq.merge(here, unfit, committed, key=lambda f: age(f.id), reverse=True)
         return choose(candidates, self._expectation(self.refused), every=every)
+
+    def present(self) -> list[str]:
+        """Ids of the committed checkpoints that are of no branch that was given up."""
+        ids = (path.name for path in self.store.committed())
+        return [id for id in ids if superseded(id, self.branches) is None]
 
     def notice(self, id: str, step: int) -> bool:
         """A saver committed this; returns whether that is new, every saver may say so.

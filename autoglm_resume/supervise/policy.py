@@ -86,9 +86,9 @@ def decide(history: Sequence[Ended], failure: Failure, rules: Rules, jitter: flo
 def _answer_refusal(history: Sequence[Ended], failure: Failure) -> Decision:
     """Once each: the gate learns from a refusal, so the same one again means that it did not."""
     *before, last = history
-    if any(attempt.refused == last.refused for attempt in before):
+    if failure.final or any(attempt.refused == last.refused for attempt in before):
         return GiveUp(failure.summary, CheckpointError.exit_code)
-    return Restart(0.0, "the gate takes another checkpoint")
+    return Restart(0.0, "the gate judges the checkpoints anew")
 
 
 def _tally(history: Sequence[Ended], long: float) -> tuple[int, int]:

@@ -403,8 +403,7 @@ class Supervisor:
     def _protect(self) -> None:
         """Retention must keep the newest checkpoint that counts by the job's commit policy."""
         if self._savers is not None:
-            ids = [path.name for path in self._gate.store.committed()]
-            self._savers.protect(self._copies.protected(ids))
+            self._savers.protect(self._copies.protected(self._gate.present()))
 
     def _flush_replicas(self) -> None:
         """At the end: copy what is left, and say so if the last checkpoint does not count."""

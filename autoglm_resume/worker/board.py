@@ -111,6 +111,8 @@ class _Record:
         self._offset = offset
         self._layout = layout
         self._sequence = max((s for s, _ in self._valid()), default=0)
+        self._read = 0
+        """Sequence number of what was read last."""
 
     def _valid(self) -> Iterator[tuple[int, tuple[int | float, ...]]]:
         size = self._layout.size
@@ -128,10 +130,12 @@ class _Record:
         self._memory[start : start + len(data) + 4] = data + _CRC.pack(zlib.crc32(data))
 
     def read(self) -> tuple[int | float, ...] | None:
-        # Both copies can only be invalid together if the writer went round twice during the read.
+        # Only if the writer went round twice during the read, both copies can be invalid, or the
+        # valid one be older than what was read before.
         for _ in range(100):
             newest = max(self._valid(), default=None, key=lambda item: item[0])
-            if newest is not None:
+            if newest is not None and newest[0] >= self._read:
+                self._read = newest[0]
                 return newest[1][1:]
             if not any(self._memory[self._offset : self._offset + _RECORD]):
                 return None

@@ -104,11 +104,13 @@ def fitted(
                 f"checkpoint{after}: " + "; ".join(found)
             )
     optimizers = [n for n, obj in objects.items() if hasattr(obj, "param_groups") and n in states]
-    reordered = bool(after) and bool(optimizers) and _reordered(states, modules)
+    # The model hash is over sorted names: it is the same for a model in another order.
+    reordered = _reordered(states, modules) if optimizers else ""
     if reordered and strict:
         raise ModelMismatch(
-            f"{id}: checkpoint.rename: expected the parameters in the order of the checkpoint,"
-            " found another one; optimizers know their parameters by number only",
+            f"{id}: expected the parameters in the order of the checkpoint, found another one from"
+            f" {reordered} on{after}; optimizers know their parameters by number only, and would"
+            " give each the moments of another one",
             hint="keep the order in which the model makes its parameters, or set"
             " checkpoint.strict: false to go on without the state of the optimizers",
         )
@@ -117,7 +119,7 @@ def fitted(
     fit = renaming.fit(theirs, model)
     for name, module in modules.items():
         states[name] = _fitting(states[name], module.state_dict())
-    changed = bool(fit.skipped or fit.missing) or reordered
+    changed = bool(fit.skipped or fit.missing or reordered)
     return Loading(states, fit, tuple(optimizers) if changed else (), absent)
 
 
@@ -150,8 +152,17 @@ def _shape(value: Any) -> tuple[int, ...] | None:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
 
 
-def _reordered(states: Mapping[str, Any], modules: Mapping[str, torch.nn.Module]) -> bool:
-    return any(list(states[name]) != list(module.state_dict()) for name, module in modules.items())
+def _reordered(states: Mapping[str, Any], modules: Mapping[str, torch.nn.Module]) -> str:
+    """The first parameter of `modules` that is not where it was among its own; empty if none."""
+    for name, module in modules.items():
+        state = states[name]
+        now = [key for key, _ in module.named_parameters(remove_duplicate=False) if key in state]
+        there = set(now)
+        before = [key for key in state if key in there]
+        for ours, theirs in zip(now, before, strict=True):
+            if ours != theirs:
+                return f"{name}.{ours}"
+    return ""
 
 
 def _load_settings(optimizer: Any, state: Any) -> None:

@@ -82,15 +82,13 @@ def _retire(store: Store, how: Checkpointing, snapshot: Snapshot, stay: Set[str]
         with suppress(CheckpointError):
             manifest = store.load_manifest(path)
             if age(path.name) <= age(saved):
-                found.append(Candidate.of(manifest))
+                given_up = superseded(path.name, how.branches) is not None
+                found.append(Candidate.of(manifest, given_up=given_up))
             else:
                 # Of another branch, rejected but not corrupt: it must not make this run's own
                 # checkpoints look old, nor lose what it needs.
                 protected.update(manifest.needs)
-    found.sort(key=lambda each: superseded(each.id, how.branches) is not None)
     gone = retention.doomed(found, how.keep, frozenset(protected), time.time())
-    # What needs another one goes before it, so that a crash in between breaks none.
-    gone.sort(key=age, reverse=True)
     for id in gone:
         store.delete(id)
     return gone

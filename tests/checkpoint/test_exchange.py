@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import zipfile
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -188,6 +189,61 @@ def test_a_truncated_file_is_not_imported(kind: str, length: int, source: Path) 
     out = export(kind, source)
     out.write_bytes(out.read_bytes()[:length])
     with pytest.raises(AutoglmError, match="out"):
+        formats.read(out)
+
+
+def garbage(out: Path, what: str) -> None:
+    match what:
+        case "nothing":
+            out.touch()
+        case "text":
+            out.write_text("hello, this is no checkpoint")
+        case "a header":
+            out.write_bytes((10**6).to_bytes(8, "little") + b'{"a": 1}')
+        case "an archive":
+            with zipfile.ZipFile(out, "w") as archive:
+                archive.writestr("a", "text")
+        case "half an archive":
+            out.write_bytes(b"PK" + bytes(1000))
+        case "a directory":
+            out.mkdir()
+            (out / ".metadata").write_bytes(b"garbage")
+
+
+@pytest.mark.parametrize(
+    ("what", "found"),
+    [
+        ("nothing", "an empty file"),
+        ("text", "a file that begins with b'hello, this is n'"),
+        ("a header", "a safetensors file that cannot be read (Error while deserializing"),
+        ("an archive", "an archive that torch.load does not take ("),
+        ("half an archive", "an archive that torch.load does not take ("),
+        ("a directory", "a directory of DCP that cannot be read ("),
+    ],
+)
+def test_garbage_is_one_line_that_says_what_was_found_and_what_to_do(
+    what: str, found: str, tmp_path: Path
+) -> None:
+    garbage(tmp_path / "out", what)
+    with pytest.raises(AutoglmError) as refused:
+        formats.read(tmp_path / "out")
+    said = refused.value.message
+    assert said.startswith(f"{tmp_path / 'out'}: expected what autoglm export writes")
+    assert f"found {found}" in said
+    assert "\n" not in said
+    assert len(said) < 500
+    assert "export it again" in refused.value.hint
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_directory_that_lacks_data_is_said_to(damage: str, source: Path) -> None:
+    out = export("dcp", source)
+    for data in out.glob("*.distcp"):
+        if damage == "gone":
+            data.unlink()
+        else:
+            data.write_bytes(b"")
+    with pytest.raises(CorruptCheckpoint, match=r"found a directory of DCP that cannot be read \("):
         formats.read(out)
 
 

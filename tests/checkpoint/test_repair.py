@@ -108,6 +108,25 @@ class TestReplicate:
             replicate(store, newest.name, committed(store, {}), {}, storage)
         assert not any(name.startswith(newest.name) for name in storage.names())
 
+    @pytest.mark.parametrize("gone", ["all of it", "half of it"])
+    def test_what_was_retired_meanwhile_is_not_called_damaged(
+        self, store: Store, target: str, gone: str
+    ) -> None:
+        here = committed(store, {})
+        newest = newest_first(here)[0]
+
+        class Slow(Directory):
+            def put(self, name: str, path: Path) -> int:
+                sent = super().put(name, path)
+                if newest in name:
+                    store.delete(newest)
+                return sent
+
+        if gone == "all of it":
+            store.delete(newest)
+        with pytest.raises(FileNotFoundError, match=newest):
+            replicate(store, newest, here, {}, Slow(Path(target), RUN))
+
     def test_a_manifest_is_not_sent_before_the_rest_is_listed(
         self, store: Store, target: str
     ) -> None:

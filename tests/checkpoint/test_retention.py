@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import hypothesis.strategies as st
 import pytest
@@ -20,6 +20,10 @@ def saved(step: int, *needs: int, age: float = 100 * DAY, **metrics: float) -> C
     return Candidate(
         f"c{step}", step, NOW - age, metrics, frozenset(f"c{need}" for need in needs), 1000
     )
+
+
+def left_behind(step: int, *needs: int, **figures: float) -> Candidate:
+    return replace(saved(step, *needs, **figures), given_up=True)
 
 
 FIVE = [saved(step) for step in (5, 4, 3, 2, 1)]
@@ -74,6 +78,35 @@ def test_what_a_kept_one_needs_stays_through_every_link_of_the_chain() -> None:
 
 def test_a_checkpoint_goes_before_the_one_it_needs() -> None:
     assert doomed([saved(3), saved(2, 1), saved(1)], Keep(last=1), NOTHING, NOW) == ["c2", "c1"]
+
+
+BRANCHED = [
+    left_behind(40, loss=0.1),
+    left_behind(30, loss=0.2),
+    saved(25, 10, loss=3.0),
+    saved(20, loss=2.0),
+    saved(10, loss=4.0),
+]
+
+
+@pytest.mark.parametrize(
+    ("keep", "stays"),
+    [
+        (Keep(last=2), {"c25", "c20", "c10"}),
+        (Keep(last=1, best=Best("loss", 1)), {"c25", "c20", "c10"}),
+        (Keep(last=1, every_steps=20), {"c25", "c20", "c10"}),
+        (Keep(last=5), {"c25", "c20", "c10"}),
+        (Keep(last=1, for_seconds=101 * DAY), {"c40", "c30", "c25", "c20", "c10"}),
+    ],
+)
+def test_a_branch_that_was_given_up_takes_no_place_of_the_present_one(
+    keep: Keep, stays: set[str]
+) -> None:
+    assert gone(BRANCHED, keep) == {each.id for each in BRANCHED} - stays
+
+
+def test_where_only_a_given_up_branch_is_left_its_newest_stays() -> None:
+    assert gone([left_behind(2), left_behind(1)], Keep(last=1)) == {"c1"}
 
 
 def test_what_is_needed_but_not_there_is_no_trouble() -> None:
@@ -145,7 +178,8 @@ def chains(draw: st.DrawFn) -> list[Candidate]:
         older = [each.id for each in found]
         needs = draw(st.frozensets(st.sampled_from(older), max_size=3)) if older else NOTHING
         losses = draw(st.just({}) | st.fixed_dictionaries({"loss": st.floats()}))
-        found.append(Candidate(f"c{step}", step, NOW - draw(st.floats(-1, 20)), losses, needs))
+        created, given_up = NOW - draw(st.floats(-1, 20)), draw(st.booleans())
+        found.append(Candidate(f"c{step}", step, created, losses, needs, given_up=given_up))
     return found[::-1]
 
 
@@ -157,7 +191,8 @@ def test_the_newest_and_the_protected_never_go(
     candidates: list[Candidate], keep: Keep, protected: frozenset[str]
 ) -> None:
     deleted = doomed(candidates, keep, protected, NOW)
-    assert not {each.id for each in candidates[: max(1, keep.last)]} & set(deleted)
+    present = [each for each in candidates if not each.given_up] or candidates
+    assert not {each.id for each in present[: max(1, keep.last)]} & set(deleted)
     assert not protected & set(deleted)
 
 
@@ -179,7 +214,7 @@ def test_only_what_no_rule_keeps_goes_and_all_of_it(
     deleted = set(doomed(candidates, keep, protected, NOW))
     assert {id for id, reasons in why.items() if not reasons} == deleted
     # Without the links nothing more stays than the rules want.
-    alone = [Candidate(each.id, each.step, each.created, each.metrics) for each in candidates]
+    alone = [replace(each, needs=NOTHING) for each in candidates]
     wanted = {id for id, reasons in explain(alone, keep, protected, NOW).items() if reasons}
     needed = {id for id, reasons in why.items() if any(r.startswith("needed by") for r in reasons)}
     assert set(why) - deleted == wanted | needed

@@ -76,6 +76,16 @@ def test_every_command_explains_itself_with_examples(command: str) -> None:
         assert f"  autoglm {command}" in shown.stdout
 
 
+@pytest.mark.parametrize("group", [[], ["inspect"]])
+def test_the_help_of_a_group_fits_a_terminal_of_80_columns(
+    group: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = autoglm(*group, "--help").stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line for line in lines if "..." in line.replace("[ARGS]...", "")] == []
+
+
 def test_the_help_lists_the_exit_codes() -> None:
     words = " ".join(autoglm("--help").stdout.split())
     for code in (

@@ -42,7 +42,7 @@ def test_mistakes_are_said_before_anything_is_read(tmp_path: Path) -> None:
         (["export", root, tmp_path / "taken", "--to", "torch"], "there already"),
         (["export", tmp_path / "none", tmp_path / "out", "--to", "torch"], "no such file"),
         (["import", tmp_path / "none", tmp_path / "to"], "no such file"),
-        (["import", tmp_path / "taken", tmp_path / "to"], "not what autoglm exports"),
+        (["import", tmp_path / "taken", tmp_path / "to"], "found an empty file"),
     ):
         done = autoglm(*arguments)
         assert done.returncode in (2, 90)

@@ -45,6 +45,24 @@ def text_of(found: inspection.Inspection) -> str:
     return "\n".join(line for table in tables for line in table.lines())
 
 
+def test_a_target_of_replicas_says_what_it_is_and_how_to_get_at_the_copies(tmp_path: Path) -> None:
+    for run, steps in (("5f2a", (10, 20)), ("77b1", (10,))):
+        for step in steps:
+            checkpoint(tmp_path / "copies" / run, step)
+    runs = r"5f2a \(2 checkpoints\), 77b1 \(1 checkpoint\)"
+    with pytest.raises(UsageError, match=runs) as refused:
+        inspection.find(tmp_path / "copies")
+    assert "checkpoint.replicas" in refused.value.message
+    assert f"autoglm ckpts {tmp_path}/copies/5f2a. To bring copies back" in refused.value.hint
+    assert len(inspection.find(tmp_path / "copies" / "5f2a").paths) == 2
+
+
+def test_a_bucket_is_not_looked_for_on_the_disk() -> None:
+    with pytest.raises(UsageError, match=r"^s3://bucket/copies: expected a directory") as refused:
+        inspection.find(Path("s3://bucket/copies"))
+    assert "checkpoint.replicas" in refused.value.hint
+
+
 def test_a_run_a_directory_and_a_checkpoint_are_all_understood(run: Path) -> None:
     for path in (run, run / "checkpoints", run / "checkpoints" / SECOND):
         found = look(path)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 import multiprocessing
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,6 +70,42 @@ def test_a_machine_that_was_restarted_since_changes_no_figure_either(run: Path) 
     ]
     pruned = {"event": "pruned", "time": events[-1]["time"] + 40, "id": id_of(10)}
     assert summarize([*events, pruned, *later]).down == summarize([*events, *later]).down == 50.0
+
+
+def replicated_to(run: Path, **ids: int) -> None:
+    """Let the journal say that replicas have checkpoints up to these steps."""
+    with (run / "events.jsonl").open("ab") as file:
+        for target, newest in ids.items():
+            for step in range(10, newest + 1, 10):
+                record = {"event": "replicated", "id": id_of(step), "replica": f"/{target}"}
+                file.write(journal.encode(record))
+
+
+def set_checkpoint(run: Path, **fields: Any) -> None:
+    document = json.loads((run / "job.json").read_text())
+    document["checkpoint"] = {**(document.get("checkpoint") or {}), **fields}
+    (run / "job.json").write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("commit", "left"), [("all", [40, 20]), ("quorum", [40, 30, 20]), ("local", [40])]
+)
+def test_the_newest_that_counts_as_committed_stays(run: Path, commit: str, left: list[int]) -> None:
+    set_checkpoint(run, commit=commit, replicas=["/a", "/b"])
+    replicated_to(run, a=30, b=20)
+    assert prune(run, Keep(last=1)) == left
+
+
+def test_what_protected_it_is_said_and_ends_when_the_replicas_have_caught_up(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_checkpoint(run, commit="all", replicas=["/a"])
+    replicated_to(run, a=20)
+    pruning.show(listing.of(inspection.find_all(run), Keep(last=1), 0.0), dry=True)
+    words = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert words[3].endswith("stays the newest that counts (commit: all)")
+    replicated_to(run, a=40)
+    assert prune(run, Keep(last=1)) == [40]
 
 
 def test_nothing_is_deleted_while_a_supervisor_has_the_run(run: Path) -> None:

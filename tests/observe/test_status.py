@@ -50,6 +50,31 @@ def test_a_living_run_shows_the_last_beat_of_every_rank(
     assert status.to_json(found)["ranks"][1]["step"] == 41
 
 
+def test_replicas_say_how_far_behind_they_are_and_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = killed_once()
+    copied = "step-0000000004.a0"
+    script.say("replicated", replica="/nfs/copies", id=copied)
+    script.say("replica_behind", replica="/nfs/copies", behind=2, reason="No space left on device")
+    away = {"checkpoint": {"replicas": ["/nfs/copies", "s3://bucket/copies"]}}
+    found = status.of(RunDirectory(directory(tmp_path / "demo", script.events, **away)))
+    near, far = found.replicas
+    assert (near.newest, near.behind, near.error) == (copied, 2, "No space left on device")
+    assert (far.newest, far.behind, far.error, far.since) == (None, 3, "", None)
+    status.show(found)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert f"/nfs/copies {copied} 2 checkpoints No space left on device" in lines
+    assert status.to_json(found)["replicas"][1]["behind"] == 3
+
+
+def test_a_run_without_replicas_does_not_speak_of_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status.show(status.of(RunDirectory(directory(tmp_path / "demo", killed_once().events))))
+    assert "newest there" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("path", ["", "/proc/1/fd/999999", "/dev/null"])
 def test_a_board_that_cannot_be_read_leaves_the_ranks_out(tmp_path: Path, path: str) -> None:
     run = RunDirectory(directory(tmp_path / "demo", Script().life().events))

@@ -127,6 +127,24 @@ def test_a_refusal_wins_over_everything_else() -> None:
     assert failure.summary.endswith("refused the checkpoint: chunk 3: expected x, found y")
 
 
+@pytest.mark.parametrize(
+    ("kinds", "rank", "final"),
+    [
+        (["WorldSizeMismatch", "WorldSizeMismatch"], 0, True),
+        (["WorldSizeMismatch", "CorruptCheckpoint"], 1, False),
+        (["ModelMismatch", "WorldSizeMismatch"], 0, False),
+        (["CheckpointError"], 0, False),
+    ],
+)
+def test_only_ranks_know_that_a_checkpoint_cannot_be_dealt_to_them(
+    kinds: list[str], rank: int, final: bool
+) -> None:
+    refusals = [Refusal("step-0000000030.a1", 30, kind, "reason") for kind in kinds]
+    ranks = [dataclasses.replace(raised(n, 1.0), refusal=r) for n, r in enumerate(refusals)]
+    failure = conclude(ranks)
+    assert (failure.rank, failure.final) == (rank, final)
+
+
 def test_the_traceback_the_code_and_the_time_are_the_roots() -> None:
     failure = conclude([raised(0, 5.0, "later"), raised(1, 4.0, "first", order=1)])
     assert "first" in failure.traceback

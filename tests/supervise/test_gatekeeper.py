@@ -402,3 +402,10 @@ def test_a_commit_that_nobody_lived_to_report_is_reported_by_the_gate(run: Run) 
     assert not keeper.notice(id, 20), "every rank may say so"
     assert keeper.pass_gate() is not None
     assert len(run.events("committed")) == 1, "a rank reported that one"
+
+
+def test_what_a_branch_left_behind_is_not_present(run: Run) -> None:
+    kept, _ = run.save(10), run.save(20)
+    keeper = run.keeper()
+    keeper.branches = ((10, 1),)
+    assert keeper.present() == [kept]

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given
@@ -92,8 +92,13 @@ def test_a_refused_checkpoint_is_answered_by_another_one_at_once() -> None:
     for count in range(1, 20):
         history = [refusal(str(id)) for id in range(count)]
         assert decide(history, REFUSED, RULES, 0.9) == Restart(
-            0.0, "the gate takes another checkpoint"
+            0.0, "the gate judges the checkpoints anew"
         )
+
+
+def test_a_refusal_that_the_gate_cannot_learn_from_is_not_asked_for_twice() -> None:
+    final = replace(REFUSED, final=True)
+    assert decide([refusal("a")], final, RULES, 0.0) == GiveUp("rank 0 refused", 90)
 
 
 def test_a_checkpoint_that_is_refused_twice_ends_the_run() -> None:

@@ -52,9 +52,11 @@ def trained(tmp_path: Path) -> tuple[Net, restore.RestoredPart]:
     return net, restore.read(store, store.directory(ID), 0)
 
 
-def loaded(restored: restore.RestoredPart, objects: dict[str, Any], **how: Any) -> Loading:
+def loaded(
+    restored: restore.RestoredPart, objects: dict[str, Any], check_model: bool = True, **how: Any
+) -> Loading:
     checkpoint = Checkpointing("nowhere", **how)
-    settings = Settings(0, 1, checkpoint, None, True, (), "a1", None)
+    settings = Settings(0, 1, checkpoint, None, check_model, (), "a1", None)
     loading = fitted(ID, restored, objects, structure_of(objects["model"]), settings)
     loading.into(objects)
     return loading
@@ -86,7 +88,7 @@ def test_parameters_in_another_order_would_get_each_others_moments(
 ) -> None:
     _, restored = trained
     rename = {"first": "end", "second": "begin"}
-    with pytest.raises(ModelMismatch, match="another one; optimizers know"):
+    with pytest.raises(ModelMismatch, match=r"begin\.weight on after checkpoint\.rename; opt"):
         loaded(restored, objects_of(Net(begin=3, end=4)), rename=rename)
     objects = objects_of(Net(begin=3, end=4))
     loading = loaded(restored, objects, rename=rename, strict=False)
@@ -96,6 +98,50 @@ def test_parameters_in_another_order_would_get_each_others_moments(
         "without_state": ["optimizer"],
         "absent": [],
     }
+
+
+@pytest.fixture
+def like_layers(tmp_path: Path) -> restore.RestoredPart:
+    """A checkpoint of two layers of one shape, the second of which was hardly trained."""
+    net = Net(first=4, second=4)
+    tracked = objects_of(net)
+    (net.first.weight.sum() + net.second.weight.sum() / 8).backward()  # type: ignore[operator,union-attr]
+    tracked["optimizer"].step()
+    states = {name: obj.state_dict() for name, obj in tracked.items()}
+    snapshot = capture.take(states, id=ID, rank=0, world_size=1, model=structure_of(net))
+    store = Store(tmp_path)
+    Saver(store).persist(snapshot)
+    return restore.read(store, store.directory(ID), 0)
+
+
+@pytest.mark.parametrize("check_model", [True, False])
+def test_layers_that_change_places_under_their_names_are_refused(
+    like_layers: restore.RestoredPart, check_model: bool
+) -> None:
+    objects = objects_of(Net(second=4, first=4))
+    before = objects["model"].first.weight.detach().clone()
+    assert structure_of(objects["model"]).hash == structure_of(Net(first=4, second=4)).hash
+    with pytest.raises(ModelMismatch, match=r"another one from model\.second\.weight on; optimiz"):
+        loaded(like_layers, objects, check_model=check_model)
+    assert torch.equal(objects["model"].first.weight, before)
+
+
+def test_layers_that_change_places_go_on_without_moments_if_the_job_says_so(
+    like_layers: restore.RestoredPart,
+) -> None:
+    objects = objects_of(Net(second=4, first=4))
+    loading = loaded(like_layers, objects, strict=False)
+    assert loading.without_state == ("optimizer",)
+    assert objects["optimizer"].state_dict()["state"] == {}
+    assert torch.equal(objects["model"].first.weight, like_layers.states["model"]["first.weight"])
+
+
+def test_the_order_of_layers_is_nobodys_business_without_an_optimizer(
+    like_layers: restore.RestoredPart,
+) -> None:
+    net = Net(second=4, first=4)
+    assert not loaded(like_layers, {"model": net}).partial
+    assert torch.equal(net.first.weight, like_layers.states["model"]["first.weight"])  # type: ignore[arg-type,union-attr]
 
 
 def test_what_fits_is_loaded_and_the_rest_is_listed(
