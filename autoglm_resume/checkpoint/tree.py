@@ -40,6 +40,7 @@ _DTYPES: Mapping[str, torch.dtype] = {
     for name in DTYPE_BYTES
     if isinstance(dtype := getattr(torch, name, None), torch.dtype)
 }
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter)
 # Decimal text of huge integers is refused by Python's own JSON reader.
 _LARGEST_PLAIN_INT_BITS = 1024
@@ -47,7 +48,7 @@ _LARGEST_PLAIN_INT_BITS = 1024
 
 def dtype_name(dtype: torch.dtype) -> str:
     """`float32` of `torch.float32`."""
-    return str(dtype).removeprefix("torch.")
+    return _DTYPE_NAMES.get(dtype) or str(dtype).removeprefix("torch.")
 
 
 def dtype_named(name: str) -> torch.dtype:
@@ -375,6 +376,8 @@ def _label(key: object) -> str:
         text = key if isinstance(key, str) else repr(key)
     except ValueError:  # the decimal digits of a huge integer
         text = type(key).__name__
+    if len(text) <= 200 and text.isascii():
+        return text
     return text[:200].encode("utf-8", "replace").decode()
 
 

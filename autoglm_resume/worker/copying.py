@@ -9,12 +9,21 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any, TypeAlias
 
 import torch
 
 from autoglm_resume.checkpoint import tree
 from autoglm_resume.checkpoint.snapshot import layout
+
+Pair: TypeAlias = "tuple[tuple[str, torch.Tensor], torch.Tensor]"
+"""A tensor with its name, and where it goes."""
+
+MARK = 16
+"""Bytes."""
+SLOTS = 2
+"""That snapshots alternate between, at most."""
 
 
 class Changed(Exception):
@@ -38,6 +47,8 @@ def safe_until_step(optimizers: Sequence[torch.optim.Optimizer]) -> frozenset[in
     """Data pointers of what only a step of these optimizers changes: their parameters and state."""
     found: set[int] = set()
     for optimizer in optimizers:
+        if any(group.get("capturable") for group in optimizer.param_groups):
+            continue  # a step that is replayed from a CUDA graph passes no hook
         for group in optimizer.param_groups:
             trained = (p for p in group["params"] if p.requires_grad)
             found.update(tree.local(parameter).data_ptr() for parameter in trained)
@@ -47,47 +58,81 @@ def safe_until_step(optimizers: Sequence[torch.optim.Optimizer]) -> frozenset[in
     return frozenset(found - {0})
 
 
-class Copy:
-    """One copy. Construction copies all that is not safe; `start` lets a thread copy the rest."""
+class Copier:
+    """Makes copies, one after the other, on a thread of its own."""
 
-    def __init__(
+    def __init__(self) -> None:
+        # Thread.start waits until the thread runs, which takes milliseconds on busy processors.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
+        self._marks: dict[tuple[object, ...], _Marks] = {}
+
+    def copy(
         self,
         tensors: Sequence[tuple[str, torch.Tensor]],
         into: Sequence[torch.Tensor],
         safe: frozenset[int],
         done: Callable[[Exception | None], None],
-    ) -> None:
-        """`done` is called in the thread, with None or with what made the copy worthless."""
-        self._done = done
+    ) -> Copy:
+        """Copy what is not safe, now; the rest once the copy returned is started.
+
+        `done` is called in the thread, with None or with what made the copy worthless.
+        """
         pairs = list(zip(tensors, into, strict=True))
-        self._later = [pair for pair in pairs if _safe(pair[0][1], safe)]
-        self._versions = [source._version for (_, source), _ in self._later]
-        self._marks = [_mark(source) for (_, source), _ in self._later]
+        later = [pair for pair in pairs if _safe(pair[0][1], safe)]
+        chosen = {id(target) for _, target in later}
+        _copy([(source, target) for (_, source), target in pairs if id(target) not in chosen])
+        return Copy(later, self._marked(later), done, self._thread)
+
+    def _marked(self, pairs: Sequence[Pair]) -> _Marks:
+        """Of the same tensors as ever, as a rule: finding out where to look is what takes time."""
+        places = tuple(
+            (source.data_ptr(), target.data_ptr(), _nbytes(source), _plain(source))
+            for (_, source), target in pairs
+        )
+        if places not in self._marks:
+            if len(self._marks) >= 2 * SLOTS:
+                self._marks.clear()
+            self._marks[places] = _Marks(pairs)
+        return self._marks[places]
+
+
+class Copy:
+    """One copy, made by a `Copier`; `start` lets the thread copy what is left."""
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        marks: _Marks,
+        done: Callable[[Exception | None], None],
+        thread: Executor,
+    ) -> None:
+        self._pairs = pairs
+        self._versions = [source._version for (_, source), _ in pairs]
+        self._marks = marks
+        self._seen = marks.of_sources()
+        self._done = done
+        self._thread = thread
         self._starting = threading.Lock()
-        self._thread: threading.Thread | None = None
-        chosen = {id(target) for _, target in self._later}
-        _copy([(s, t) for (_, s), t in pairs if id(t) not in chosen])
+        self._finished: Future[None] | None = None
 
     def start(self) -> None:
         """Copy the rest, beside whatever this thread does."""
         with self._starting:  # hooks may be called from several threads
-            if self._thread is None:
+            if self._finished is None:
                 # After whatever is queued on the device by now, such as weights swapped back.
-                self._streams = _Streams(source for (_, source), _ in self._later)
-                thread = threading.Thread(target=self._run, name="snapshot")
-                thread.start()
-                self._thread = thread
+                self._streams = _Streams(source for (_, source), _ in self._pairs)
+                self._finished = self._thread.submit(self._run)
 
     def wait(self) -> None:
         """Until the copy is complete and `done` was called."""
         self.start()
-        assert self._thread is not None
-        self._thread.join()
+        assert self._finished is not None
+        self._finished.result()
 
     def _run(self) -> None:
         try:
             with torch.no_grad():
-                self._streams.copy([(source, target) for (_, source), target in self._later])
+                self._streams.copy([(source, target) for (_, source), target in self._pairs])
             self._require_unchanged()
         except Exception as error:
             self._done(error)
@@ -95,22 +140,59 @@ class Copy:
             self._done(None)
 
     def _require_unchanged(self) -> None:
-        for ((name, source), target), version, mark in zip(
-            self._later, self._versions, self._marks, strict=True
-        ):
-            if source._version != version or (mark and not mark == _mark(source) == _mark(target)):
+        for ((name, source), _), version in zip(self._pairs, self._versions, strict=True):
+            if source._version != version:
                 raise Changed(name)
+        for now in (self._marks.of_sources(), self._marks.of_targets()):
+            if now != self._seen:
+                raise Changed(self._marks.first_difference(self._seen, now))
 
 
-def _mark(tensor: torch.Tensor) -> tuple[bytes, ...]:
-    """A few bytes of a tensor in host memory: its first, middle and last."""
-    size = tensor.numel() * tensor.element_size()
-    plain = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-    if tensor.device.type != "cpu" or not plain or not size:
-        return ()
-    begin, width = tensor.data_ptr(), min(16, size)
+class _Marks:
+    """A few bytes of each tensor in host memory, its first, middle and last, in one look at all.
+
+    Views of memory that others own: good for as long as the tensors are at the same places.
+    """
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        looked_at = [(name, s, t) for (name, s), t in pairs if _plain(s) and _nbytes(s)]
+        self._names = [name for name, _, _ in looked_at]
+        self._widths = [min(MARK, _nbytes(source)) for _, source, _ in looked_at]
+        self._sources = [view for _, source, _ in looked_at for view in _views(source)]
+        self._targets = [view for _, _, target in looked_at for view in _views(target)]
+
+    def of_sources(self) -> bytes:
+        return b"".join(self._sources)
+
+    def of_targets(self) -> bytes:
+        return b"".join(self._targets)
+
+    def first_difference(self, one: bytes, other: bytes) -> str:
+        """Name of a tensor that looks different."""
+        begin = 0
+        for name, width in zip(self._names, self._widths, strict=True):
+            end = begin + 3 * width
+            if one[begin:end] != other[begin:end]:
+                return name
+            begin = end
+        raise ValueError("they are the same")
+
+
+def _views(tensor: torch.Tensor) -> list[ctypes.Array[ctypes.c_char]]:
+    begin, size = tensor.data_ptr(), _nbytes(tensor)
+    width = min(MARK, size)
     places = (begin, begin + (size - width) // 2, begin + size - width)
-    return tuple(ctypes.string_at(place, width) for place in places)
+    return [(ctypes.c_char * width).from_address(place) for place in places]
+
+
+def _plain(tensor: torch.Tensor) -> bool:
+    """Whether its bytes in host memory are its values, in order."""
+    host = tensor.device.type == "cpu"
+    return host and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _safe(tensor: torch.Tensor, safe: frozenset[int]) -> bool:

@@ -67,6 +67,7 @@ class Saving:
         self._client.on_slots = self._map
         self._count = settings.checkpoint.memory
         self._alive = alive
+        self._copier = copying.Copier()
         self._copy: copying.Copy | None = None
         self._under_way: str | None = None
         self._failed: Outcome | None = None
@@ -182,7 +183,7 @@ class Saving:
         self._watch_steps()
         if self._when is When.AT_ONCE:
             safe = frozenset()
-        self._copy = copying.Copy(state.tensors, into, safe, done)
+        self._copy = self._copier.copy(state.tensors, into, safe, done)
         self._under_way = identity.id
         blocked = time.monotonic() - began
         if self._when is not When.NEXT_PASS:

@@ -16,7 +16,7 @@ from autoglm_resume.checkpoint import restore
 from autoglm_resume.checkpoint.snapshot import ALIGNMENT, layout
 from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.worker import copying
-from autoglm_resume.worker.copying import Changed, Copy, safe_until_step, targets
+from autoglm_resume.worker.copying import Changed, Copier, Copy, safe_until_step, targets
 
 Named = list[tuple[str, torch.Tensor]]
 
@@ -32,7 +32,7 @@ def made(tensors: Named, safe: list[torch.Tensor]) -> tuple[Copy, list[torch.Ten
 
     _, end = layout(tensor.numel() * tensor.element_size() for _, tensor in tensors)
     into = targets(tensors, memoryview(bytearray(end + ALIGNMENT)))
-    copy = Copy(tensors, into, frozenset(tensor.data_ptr() for tensor in safe), done)
+    copy = Copier().copy(tensors, into, frozenset(tensor.data_ptr() for tensor in safe), done)
     OUTCOMES[copy] = said
     return copy, into
 
@@ -143,11 +143,39 @@ def test_a_change_while_it_was_copied_is_noticed_by_name(through: str) -> None:
 
 
 def test_a_change_behind_autograds_back_is_noticed_too() -> None:
-    weight = torch.randn(1000)
-    copy, _ = made([("w", weight)], [weight])
+    other, weight = torch.randn(3), torch.randn(1000)
+    copy, _ = made([("other", other), ("w", weight)], [other, weight])
     weight.data.mul_(0.5)
     assert weight._version == 0
-    assert isinstance(run(copy), Changed)
+    error = run(copy)
+    assert isinstance(error, Changed)
+    assert str(error) == "w"
+
+
+def test_the_next_copies_look_at_the_tensors_that_are_there_then() -> None:
+    copier, weight = Copier(), torch.randn(1000)
+    for grown in range(6):
+        sources = [
+            ("w", weight),
+            ("more", torch.randn(10 + grown)),
+            ("turned", weight.view(2, -1).T),
+        ]
+        into = [torch.empty(tensor.shape) for _, tensor in sources]
+        safe = frozenset(tensor.data_ptr() for _, tensor in sources)
+        said: list[Exception | None] = []
+        copier.copy(sources, into, safe, said.append).wait()
+        assert said == [None]
+        assert all(torch.equal(s, t) for (_, s), t in zip(sources, into, strict=True))
+        copy = copier.copy(sources, into, safe, said.append)
+        weight.data.add_(1)
+        copy.wait()
+        assert isinstance(said[1], Changed)
+
+
+def test_steps_that_may_be_replayed_from_a_graph_make_nothing_safe() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    assert safe_until_step([torch.optim.AdamW([weight])])
+    assert not safe_until_step([torch.optim.AdamW([weight], capturable=True)])
 
 
 def test_whatever_goes_wrong_in_the_thread_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
