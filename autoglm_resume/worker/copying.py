@@ -230,7 +230,23 @@ class _Streams:
             event.synchronize()
 
 
-def pin(memory: memoryview, size: int) -> None:
-    """Register host memory with CUDA, so that copies into it need no staging. Best effort."""
-    address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
-    torch.cuda.cudart().cudaHostRegister(address, size, 0)  # type: ignore[no-untyped-call]
+def pin(memory: memoryview, size: int) -> bool:
+    """Register host memory with CUDA, so that copies into it need no staging.
+
+    Returns whether that worked; without, copies are only slower.
+    """
+    return _cudart("cudaHostRegister", _address(memory), size, 0)
+
+
+def unpin(memory: memoryview) -> None:
+    """Undo `pin`, before the memory is given back."""
+    _cudart("cudaHostUnregister", _address(memory))
+
+
+def _address(memory: memoryview) -> int:
+    return torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+
+
+def _cudart(name: str, *arguments: int) -> bool:
+    call = getattr(torch.cuda.cudart(), name)  # type: ignore[no-untyped-call]
+    return bool(int(call(*arguments)) == 0)

@@ -38,6 +38,7 @@ class SaverClient:
         self.slots: Slots | None = None
         self.on_slots: Callable[[Slots], None] = lambda slots: None
         """Called with new slots, before they are used."""
+        self.before_close: Callable[[Slots], None] = lambda slots: None
         self.short: str = ""
         """Why there are fewer slots than were asked for."""
 
@@ -90,12 +91,10 @@ class SaverClient:
         message, fd = found
         if message["op"] == "slots":
             self.short = message.get("reason", "")
-            if not message["count"] and self.slots is not None:
-                self.slots.close()
-                self.slots = None
+            if not message["count"]:
+                self._drop_slots()
         if fd is not None:
-            if self.slots is not None:
-                self.slots.close()
+            self._drop_slots()
             self.slots = Slots(fd, message["bytes"], message["count"])
             self.on_slots(self.slots)
         return message
@@ -108,10 +107,14 @@ class SaverClient:
 
     def _lost(self) -> NoSaver:
         self.close()
+        self._drop_slots()
+        return NoSaver("the saver died")
+
+    def _drop_slots(self) -> None:
         if self.slots is not None:
+            self.before_close(self.slots)
             self.slots.close()
             self.slots = None
-        return NoSaver("the saver died")
 
     def _connect(self) -> socket.socket:
         if self._name is None:

@@ -32,6 +32,8 @@ from autoglm_resume.worker.slots import Slots
 
 SPARE = 1 << 16
 """Bytes by which the description of a snapshot may grow, beyond twice its size."""
+PATIENCE = 30.0
+"""Seconds after `checkpoint.timeout` in which a saver must answer."""
 LOOK = 1.0
 """Seconds between two beats while waiting for the saver."""
 
@@ -65,11 +67,15 @@ class Saving:
         """`name` is the saver's; without one, this process starts its own."""
         self._client = SaverClient(settings, name)
         self._client.on_slots = self._map
+        self._client.before_close = self._unmap
         self._count = settings.checkpoint.memory
         self._alive = alive
         self._copier = copying.Copier()
         self._copy: copying.Copy | None = None
         self._under_way: str | None = None
+        self._deadline = 0.0
+        """Monotonic seconds by which the saver must have said what became of it."""
+        self._timeout = settings.checkpoint.options.timeout
         self._failed: Outcome | None = None
         """Set by the copying thread."""
         self._outcomes: list[Outcome] = []
@@ -77,6 +83,7 @@ class Saving:
         self._pid = os.getpid()
         self._targets: dict[int, tuple[object, list[torch.Tensor]]] = {}
         self._hook: object = None
+        self._pinned = False
         self._newest = -1
         self._spare = SPARE
         self._requested = 0
@@ -121,8 +128,12 @@ class Saving:
         held: Message | None = reply["held"]
         self._newest = held["slot"] if held else -1
         if self._copy is None:
-            self._under_way = reply["persisting"]
+            self._see_under_way(reply["persisting"])
         return held
+
+    def _see_under_way(self, id: str | None) -> None:
+        self._under_way = id
+        self._deadline = time.monotonic() + self._timeout + PATIENCE
 
     def prepare(self, state: State, identity: Identity) -> None:
         """Have the slots made beside the training, before the first save needs them."""
@@ -184,7 +195,7 @@ class Saving:
         if self._when is When.AT_ONCE:
             safe = frozenset()
         self._copy = self._copier.copy(state.tensors, into, safe, done)
-        self._under_way = identity.id
+        self._see_under_way(identity.id)
         blocked = time.monotonic() - began
         if self._when is not When.NEXT_PASS:
             self._copy.start()
@@ -228,6 +239,7 @@ class Saving:
             while self._under_way is not None or self._requested:
                 message = self._client.receive(seconds)
                 if message is None:
+                    self._lose_patience()
                     return
                 if message["op"] == "slots":
                     self._requested = 0
@@ -239,6 +251,12 @@ class Saving:
             self._requested = 0
             if self._under_way is not None and self._copy is None:
                 self._finish(Outcome(self._under_way, False, str(error)))
+
+    def _lose_patience(self) -> None:
+        """With a saver that hangs, in the kernel most likely: it gives up by itself if it can."""
+        if self._under_way is not None and time.monotonic() > self._deadline:
+            reason = f"its saver has not answered for {self._timeout + PATIENCE:.0f} s"
+            self._finish(Outcome(self._under_way, False, f"{self._under_way}: {reason}"))
 
     def _finish(self, outcome: Outcome) -> None:
         if outcome.id == self._under_way:
@@ -283,9 +301,14 @@ class Saving:
         return known[1]
 
     def _map(self, slots: Slots) -> None:
-        self._targets.clear()
         self._newest = -1
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            copying.pin(slots.view(0), slots.size * slots.count)
+            self._pinned = copying.pin(slots.view(0), slots.size * slots.count)
         # Beside the training: it takes a tenth of what the first copy would otherwise.
         threading.Thread(target=slots.touch, name="touch", daemon=True).start()
+
+    def _unmap(self, slots: Slots) -> None:
+        self._targets.clear()
+        if self._pinned:
+            copying.unpin(slots.view(0))
+            self._pinned = False
