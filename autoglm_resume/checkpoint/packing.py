@@ -1,32 +1,31 @@
 """Chunks into a pack: share, encode and write, and prove what was written, all at once.
 
-While one window of the pack is encoded and written, the one before is flushed to the disk, dropped
-from the page cache, read again and decoded.
+While one window of the pack is encoded and written, the ones before are flushed to the disk, read
+from there again and decoded.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import BinaryIO
 
-from autoglm_resume.checkpoint import codec
+from autoglm_resume.checkpoint import codec, proving
 from autoglm_resume.checkpoint.codec import Effort, Encoded
+from autoglm_resume.checkpoint.direct import Output
 from autoglm_resume.checkpoint.document import digest
 from autoglm_resume.checkpoint.options import Compress
-from autoglm_resume.checkpoint.part import CHUNK_BYTES, Chunk
+from autoglm_resume.checkpoint.pace import Pace
+from autoglm_resume.checkpoint.part import CHUNK_BYTES
 from autoglm_resume.checkpoint.previous import Sharing, Table
+from autoglm_resume.checkpoint.proving import Proof, Prover, Written
 from autoglm_resume.checkpoint.snapshot import Snapshot, TensorBytes
-from autoglm_resume.checkpoint.verify import read_exactly
-from autoglm_resume.errors import CorruptCheckpoint
 
 THREADS = 2
-WINDOW_BYTES = 64 << 20
+WINDOW_BYTES = 16 << 20
 AHEAD = 16
 """Chunks that are encoded before they are written."""
 
@@ -59,69 +58,41 @@ def items_of(snapshot: Snapshot) -> list[Item]:
     return [item for tensor in snapshot.tensors for item in chunks_of(tensor)]
 
 
-class Pace:
-    """How fast this machine encodes and this storage takes bytes, as far as was seen."""
-
-    def __init__(self) -> None:
-        self.encoding = 0.0
-        """Raw bytes per second, all threads together."""
-        self.writing = 0.0
-        """Stored bytes per second."""
-
-    def saw(self, raw: int, encoding: float, stored: int, writing: float) -> None:
-        """Seconds that one save spent in either, however much they overlapped."""
-        if encoding > 0 and raw:
-            self.encoding = raw * THREADS / encoding
-        if writing > 0 and stored:
-            self.writing = stored / writing
-
-    def effort(self, compress: Compress) -> Effort:
-        """What pays: compression must not be slower than the storage it saves."""
-        if compress != "auto":
-            return compress
-        if not self.writing or not self.encoding:
-            return "fast"
-        if self.writing > self.encoding:
-            return "off"
-        # A delta takes about twice as long to encode as planes alone.
-        return "small" if self.writing * 4 < self.encoding else "fast"
-
-
-Proof: TypeAlias = "Future[tuple[float, float]]"
-
-
 @dataclass(frozen=True)
 class _Prepared:
     item: Item
     encoded: Encoded | None
     base: int | None
-    seconds: float
-
-
-@dataclass(frozen=True)
-class _Written:
-    chunk: Chunk
-    base: memoryview | None
+    compressing: float
+    """Seconds of a processor; none where it was not tried."""
 
 
 class Packer:
-    """Writes one pack. `peers` are digests that other ranks store."""
+    """Writes one pack into the new file `output`. `peers` are digests that other ranks store.
+
+    `pace` says how hard to compress, and is told what was seen.
+    """
 
     def __init__(
-        self, output: BinaryIO, sharing: Sharing, table: Table, peers: frozenset[str]
+        self,
+        output: BinaryIO,
+        sharing: Sharing,
+        table: Table,
+        peers: frozenset[str],
+        pace: Pace,
     ) -> None:
-        self.encoding = 0.0
-        self.writing = 0.0
-        self.raw = 0
-        self._output = output
+        self._file = output
+        self._output = Output(output.fileno())
         self._sharing = sharing
         self._table = table
         self._peers = peers
-        self._window: list[_Written] = []
-        self._window_bytes = 0
+        self._pace = pace
+        self._window: list[Written] = []
+        self._writing = 0.0
+        """Seconds, since something was learned."""
 
     def write(
-        self, items: Iterable[Item], pool: Executor, effort: Effort, check: Callable[[], None]
+        self, items: Iterable[Item], pool: Executor, compress: Compress, check: Callable[[], None]
     ) -> dict[tuple[str, int], int]:
         """Write and prove all chunks; returns where in the table each item's chunk is.
 
@@ -131,29 +102,33 @@ class Packer:
         found: dict[tuple[str, int], int] = {}
         waiting: deque[Future[_Prepared]] = deque()
 
-        def settle() -> None:
-            check()
-            prepared = waiting.popleft().result()
-            item = prepared.item
-            found[item.tensor, item.place] = self._place(prepared, prover, proofs)
+        with Prover(self._file) as prover:
 
-        proofs: list[Proof] = []
-        with ThreadPoolExecutor(1, thread_name_prefix="read-back") as prover:
+            def settle() -> None:
+                check()
+                prepared = waiting.popleft().result()
+                item = prepared.item
+                found[item.tensor, item.place] = self._place(prepared)
+                if self._window and self._output.end - self._window[0].chunk.offset >= WINDOW_BYTES:
+                    self._prove(prover)
+                self._learn(prover.proofs(wait=False))
+
             try:
-                for item in items:
+                for nth, item in enumerate(items):
+                    effort = self._pace.effort(compress, nth)
                     waiting.append(pool.submit(self._prepare, item, effort))
                     if len(waiting) > AHEAD:
                         settle()
                 while waiting:
                     settle()
-                self._prove_window(prover, proofs)
             finally:
                 for late in waiting:
                     late.cancel()
-            for proof in proofs:
-                flushing, decoding = proof.result()
-                self.writing += flushing
-                self.encoding += decoding
+            began = time.perf_counter()
+            self._output.finish()
+            self._writing += time.perf_counter() - began
+            self._prove(prover)
+            self._learn(prover.proofs(wait=True))
         return found
 
     def _prepare(self, item: Item, effort: Effort) -> _Prepared:
@@ -166,14 +141,10 @@ class Packer:
             base = self._sharing.base(item.tensor, item.place, len(item.raw))
         encoded = codec.encode(item.raw, item.dtype, effort, base[1] if base else None)
         row = base[0] if base and encoded.based else None
-        return _Prepared(item, encoded, row, time.thread_time() - began)
+        seconds = 0.0 if effort == "off" else time.thread_time() - began
+        return _Prepared(item, encoded, row, seconds)
 
-    def _place(
-        self,
-        prepared: _Prepared,
-        prover: ThreadPoolExecutor,
-        proofs: list[Proof],
-    ) -> int:
+    def _place(self, prepared: _Prepared) -> int:
         item, encoded, table = prepared.item, prepared.encoded, self._table
         known = table.find(item.name)
         if known is not None:
@@ -183,11 +154,10 @@ class Packer:
             return table.take(same)
         if encoded is None:
             return table.peers(item.name, len(item.raw))
+        self._pace.encoding.saw(len(item.raw) * THREADS, prepared.compressing)
         began = time.perf_counter()
         self._output.write(encoded.data)
-        self.writing += time.perf_counter() - began
-        self.encoding += prepared.seconds
-        self.raw += len(item.raw)
+        self._writing += time.perf_counter() - began
         index, chunk = table.own(
             item.name, len(item.raw), len(encoded.data), encoded.codec, prepared.base
         )
@@ -195,55 +165,17 @@ class Packer:
         if prepared.base is not None:
             found = self._sharing.base(item.tensor, item.place, len(item.raw))
             base = found[1] if found else None
-        self._window.append(_Written(chunk, base))
-        self._window_bytes += chunk.stored
-        if self._window_bytes >= WINDOW_BYTES:
-            self._prove_window(prover, proofs)
+        self._window.append(Written(chunk, base))
         return index
 
-    def _prove_window(self, prover: ThreadPoolExecutor, proofs: list[Proof]) -> None:
-        self._output.flush()
-        window, self._window, self._window_bytes = self._window, [], 0
-        proofs.append(prover.submit(_prove, self._output, window))
+    def _prove(self, prover: Prover) -> None:
+        window = [written for written in self._window if written.end <= self._output.end]
+        self._window = self._window[len(window) :]
+        prover.begin(window)
 
-
-def _prove(output: BinaryIO, window: list[_Written]) -> tuple[float, float]:
-    """Flush the file, and read `window` back from the disk rather than from the page cache.
-
-    Returns the seconds that flushing took, and those that decoding kept a processor busy.
-    """
-    began = time.perf_counter()
-    os.fdatasync(output.fileno())
-    seconds = time.perf_counter() - began
-    decoding = 0.0
-    if not window:
-        return seconds, decoding
-    start, last = window[0].chunk.offset, window[-1].chunk
-    stored = memoryview(bytearray(CHUNK_BYTES))
-    target = memoryview(bytearray(CHUNK_BYTES))
-    with Path(output.name).open("rb", buffering=0) as file:
-        os.posix_fadvise(
-            file.fileno(), start, last.offset + last.stored - start, os.POSIX_FADV_DONTNEED
-        )
-        for written in window:
-            chunk = written.chunk
-            place = f"{output.name}: reading it back"
-            view = stored[: chunk.stored]
-            count = read_exactly(file.fileno(), view, chunk.offset)
-            if count != chunk.stored:
-                raise CorruptCheckpoint(
-                    f"{place}: expected {chunk.stored} bytes at offset {chunk.offset}, found"
-                    f" {count}"
-                )
-            raw = view
-            if chunk.codec != codec.RAW:
-                raw = target[: chunk.raw]
-                busy = time.thread_time()
-                try:
-                    codec.decode(chunk.codec, view, raw, written.base)
-                except CorruptCheckpoint as error:
-                    raise CorruptCheckpoint(f"{place}: {error.message}") from None
-                decoding += time.thread_time() - busy
-            if (found := digest(raw)) != chunk.digest:
-                raise CorruptCheckpoint(f"{place}: expected {chunk.digest}, found {found}")
-    return seconds, decoding
+    def _learn(self, proofs: Iterable[Proof]) -> None:
+        for proof in proofs:
+            writing, self._writing = self._writing, 0.0
+            self._pace.writing.saw(proof.stored, writing + proof.flushing)
+            self._pace.reading.saw(proof.stored * proving.THREADS, proof.reading)
+            self._pace.decoding.saw(proof.decoded * proving.THREADS, proof.decoding)

@@ -22,7 +22,8 @@ from autoglm_resume.checkpoint import claims, derived, verify
 from autoglm_resume.checkpoint.document import digest_of_digests
 from autoglm_resume.checkpoint.manifest import MANIFEST, Manifest
 from autoglm_resume.checkpoint.options import Options
-from autoglm_resume.checkpoint.packing import THREADS, Item, Pace, Packer, items_of
+from autoglm_resume.checkpoint.pace import Pace
+from autoglm_resume.checkpoint.packing import THREADS, Item, Packer, items_of
 from autoglm_resume.checkpoint.part import (
     CHUNK_BYTES,
     Pack,
@@ -145,25 +146,24 @@ class Saver:
 
         previous = self._previous if self._usable(self._previous) else None
         table = Table(snapshot.id, previous)
-        effort = self._pace.effort(self.options.compress)
+        compress = self.options.compress
         try:
             casts = derived.find(snapshot.tensors, named, pool)
             items = [item for item in named if (item.tensor, item.place) not in casts]
             names = {item.name for item in items}
-            deltas = effort == "small" and previous is not None and bool(previous.tensors)
+            deltas = compress == "small" and previous is not None and bool(previous.tensors)
             limit = self.options.keyframe_every
             sharing = Sharing(previous, limit, names, deltas=deltas)
             peers = frozenset[str]()
             if self._share and snapshot.world_size > 1:
                 peers = self._share_out(snapshot, directory, items, abandoned)
             with files.writing(pack) as output:
-                packer = Packer(output, sharing, table, peers)
-                rows = packer.write(items, pool, effort, check)
+                packer = Packer(output, sharing, table, peers, self._pace)
+                rows = packer.write(items, pool, compress, check)
             for place, each in casts.items():
                 sources = tuple(rows[source] for source in each.sources)
                 item = each.item
                 rows[place] = table.cast(item.name, len(item.raw), item.dtype, sources)
-            self._pace.saw(packer.raw, packer.encoding, table.end, packer.writing)
             # The fingerprint is taken after the rename, which changes the ctime.
             part = part_of(snapshot, table, Pack(snapshot.id, verify.fingerprint(pack)), rows)
             files.write(file, part.encode())

@@ -38,7 +38,8 @@ from autoglm_resume.checkpoint.dcp.paths import (
 from autoglm_resume.checkpoint.document import Json
 from autoglm_resume.checkpoint.manifest import MANIFEST
 from autoglm_resume.checkpoint.options import Compress
-from autoglm_resume.checkpoint.packing import THREADS, Item, Pace, Packer, chunks_of
+from autoglm_resume.checkpoint.pace import Pace
+from autoglm_resume.checkpoint.packing import THREADS, Item, Packer, chunks_of
 from autoglm_resume.checkpoint.part import (
     Pack,
     pack_file,
@@ -178,10 +179,8 @@ class Writer(StorageWriter):
                 # Two saves of one name at once must not make one checkpoint of both.
                 files.writing(pack, replace=False) as output,
             ):
-                packer = Packer(output, Sharing(None, 0, ()), table, frozenset())
-                effort = pace.effort(self._compress)
-                rows = packer.write(source, pool, effort, lambda: None)
-            pace.saw(packer.raw, packer.encoding, table.end, packer.writing)
+                packer = Packer(output, Sharing(None, 0, ()), table, frozenset(), pace)
+                rows = packer.write(source, pool, self._compress, lambda: None)
             snapshot = self._describe(path, planned, source.tensors, world_size)
             written = _Written(snapshot, table, rows)
             if self._coordinator:
