@@ -22,6 +22,7 @@ PURE = [
     *("supervise/drill.py", "supervise/history.py"),
     *("checkpoint/gate.py", "checkpoint/manifest.py", "checkpoint/part.py"),
     *("checkpoint/retention.py", "checkpoint/structure.py", "checkpoint/previous.py"),
+    "checkpoint/pace.py",
     *("checkpoint/options.py", "checkpoint/replica.py", "checkpoint/renaming.py"),
     *("checkpoint/document.py", "observe/goodput.py", "observe/say.py", "errors.py"),
     *("observe/recovery.py", "observe/segments.py"),

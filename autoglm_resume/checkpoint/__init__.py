@@ -14,7 +14,10 @@ store       the directory: commit, examine, quarantine, delete
 reader      chunks, wherever they lie, decoded and verified
 snapshot    a rank's state at one step, as bytes
 claims      which rank stores what several hold alike
-packing     chunks into a pack, proven
+pace        how hard to compress                                           (pure)
+direct      files past the page cache
+proving     what was written, read back
+packing     chunks into a pack
 saver       a snapshot to storage
 sealed      a checkpoint that is only in memory yet
 replica     what has to be copied, and what counts as committed            (pure)

@@ -53,6 +53,8 @@ class Recorder:
         self._flush = {"fsync": os.fsync, "fdatasync": os.fdatasync}
         os.fsync = lambda fd: self._flushing("fsync", fd)  # type: ignore[assignment]
         os.fdatasync = lambda fd: self._flushing("fdatasync", fd)
+        self._write = os.write
+        os.write = self._writing  # type: ignore[assignment]
         sys.addaudithook(self._event)
 
     def mark(self, text: str) -> None:
@@ -117,6 +119,13 @@ class Recorder:
                 continue
             self._written[path] = (found.st_size, found.st_mtime_ns)
             self.ops.append(Op("write", path, data=data))
+
+    def _writing(self, fd: int, data: bytes) -> int:
+        """Between two writes in a row there is a moment, too."""
+        with self._lock:
+            if self._inside(fd) is not None:
+                self._settle()
+        return self._write(fd, data)
 
     def _flushing(self, how: str, fd: int) -> None:
         inside = self._inside(fd)

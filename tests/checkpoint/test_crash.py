@@ -12,6 +12,7 @@ import re
 import shutil
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -25,7 +26,7 @@ from hypothesis import strategies as st
 from lossy import Crashed, Op, Places, Recorder, Tree, lost, record, torn, whole, zeroed
 
 from autoglm_resume import files
-from autoglm_resume.checkpoint import capture, mirror, repair, restore
+from autoglm_resume.checkpoint import capture, direct, mirror, packing, repair, restore
 from autoglm_resume.checkpoint.manifest import checkpoint_id
 from autoglm_resume.checkpoint.options import Options
 from autoglm_resume.checkpoint.previous import Previous
@@ -347,7 +348,11 @@ class Recordings:
             places = Places(Path(tempfile.mkdtemp(dir=self._memory)))
             start, saved = self._start(name)
             root = places.make(start)
-            ops = record(root, lambda recorder: STORIES[name](Run(root, recorder)))
+            with pytest.MonkeyPatch.context() as patch:
+                # So small that even these packs take several.
+                patch.setattr(direct, "BUFFER_BYTES", direct.BLOCK)
+                patch.setattr(packing, "WINDOW_BYTES", direct.BLOCK)
+                ops = record(root, lambda recorder: STORIES[name](Run(root, recorder)))
             self._made[name] = Recording(ops, places, start, saved)
         return self._made[name]
 
@@ -441,5 +446,7 @@ def test_the_stories_tell_of_everything_and_have_thousands_of_points(
     made = [recordings[story] for story in STORIES]
     moved = {op.path for recording in made for op in recording.ops if op.kind == "rename"}
     assert moved >= {f"store/{ID[step]}" for step in (1, 2, 3)}, "retired, and put away"
+    sizes = Counter(op.path for op in made[0].ops if op.kind == "write" and ".pack" in op.path)
+    assert max(sizes.values()) > 1, "a pack grows"
     assert sum(len(recording.ops) for recording in made) > 800
     assert sum(recording.points for recording in made) > 5000

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from autoglm_resume.checkpoint import capture, claims, packing, restore, retention, saver
+from autoglm_resume.checkpoint import capture, claims, direct, packing, restore, retention, saver
 from autoglm_resume.checkpoint.manifest import CHUNK_BYTES, checkpoint_id
 from autoglm_resume.checkpoint.options import Options
 from autoglm_resume.checkpoint.previous import Previous
@@ -373,6 +373,7 @@ def test_a_disk_that_gives_back_other_bytes_is_found_out_before_the_commit(
     store: Store, monkeypatch: pytest.MonkeyPatch, compress: Any, place: int
 ) -> None:
     monkeypatch.setattr(packing, "WINDOW_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(direct, "BUFFER_BYTES", 16 * direct.BLOCK)
     old, new, newer = series(3)
     one = Saver(store, Options(compress))
     before = one.persist(taken(1, old)).part
@@ -385,25 +386,6 @@ def test_a_disk_that_gives_back_other_bytes_is_found_out_before_the_commit(
     assert lying.done
     assert store.latest() == store.directory(before.id)
     assert_holds(store, one.persist(taken(3, newer)).part.id, newer)
-
-
-def test_how_hard_to_compress_follows_what_was_seen() -> None:
-    pace = packing.Pace()
-    assert [pace.effort(asked) for asked in ("off", "small", "fast", "auto")] == [
-        "off",
-        "small",
-        "fast",
-        "fast",
-    ]
-    seen = []
-    for writing in (1e10, 6e8, 4e8, 2e8, 1e8):
-        # Two threads encoded 1 GB in two seconds each: 500 MB/s.
-        pace.saw(10**9, 4.0, 10**8, 10**8 / writing)
-        seen.append(pace.effort("auto"))
-    assert seen == ["off", "off", "fast", "fast", "small"]
-    assert pace.effort("fast") == "fast", "what was asked for is done"
-    pace.saw(0, 0.0, 0, 0.0)
-    assert pace.effort("auto") == "small", "a save of nothing new says nothing"
 
 
 def test_chunks_of_all_tensors_are_in_their_order() -> None:
