@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import signal
 import struct
@@ -70,8 +71,13 @@ def stand_back() -> None:
 
 
 def populate(address: int, size: int) -> None:
-    """Put memory into this process's page table, writable; a kernel before 5.14 does nothing."""
-    _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _MADV_POPULATE_WRITE)
+    """Put the pages that these bytes are in into this process's page table, writable.
+
+    A kernel before 5.14 does nothing; then, as without memory for it, they come when touched.
+    """
+    begin = address // mmap.PAGESIZE * mmap.PAGESIZE
+    length = ctypes.c_size_t(address + size - begin)
+    _libc.madvise(ctypes.c_void_p(begin), length, _MADV_POPULATE_WRITE)
 
 
 class DirectoryWatch:

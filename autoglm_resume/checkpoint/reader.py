@@ -10,7 +10,7 @@ from types import TracebackType
 
 from autoglm_resume.checkpoint import codec, derived
 from autoglm_resume.checkpoint.document import digest
-from autoglm_resume.checkpoint.part import Chunk, Pack, Part, part_file
+from autoglm_resume.checkpoint.part import CHUNK_BYTES, Chunk, Pack, Part, part_file
 from autoglm_resume.checkpoint.verify import fingerprint, read_exactly, reading
 from autoglm_resume.errors import CorruptCheckpoint
 
@@ -25,6 +25,19 @@ def pack_path(path: Path, part: Part, pack: Pack) -> Path:
     return root / pack.id / part.pack
 
 
+class _Room(threading.local):
+    """Each thread's own, the same every time: fresh memory takes longer to touch than to fill."""
+
+    def __init__(self) -> None:
+        self._memory: dict[int, memoryview] = {}
+
+    def of(self, place: int, size: int) -> memoryview:
+        """`size` bytes, until the next call for the same place."""
+        if place not in self._memory or len(self._memory[place]) < size:
+            self._memory[place] = memoryview(bytearray(max(size, CHUNK_BYTES)))
+        return self._memory[place][:size]
+
+
 class Reader:
     """Chunks of the parts of the checkpoint in `path`, from any thread.
 
@@ -34,6 +47,7 @@ class Reader:
     def __init__(self, path: Path, parts: Sequence[Part]) -> None:
         self._path = path
         self._lock = threading.Lock()
+        self._room = _Room()
         self._files: dict[tuple[int, int], int] = {}
         self._shared: dict[str, tuple[Part, Chunk]] = {}
         if any(chunk.with_peer for part in parts for chunk in part.chunks):
@@ -86,24 +100,34 @@ class Reader:
     def _decode(self, part: Part, chunk: Chunk, target: memoryview, what: str) -> None:
         if chunk.cast_of:
             sources = [self._located(part, part.chunks[index], what) for index in chunk.cast_of]
-            master = memoryview(bytearray(sum(source.raw for _, source in sources)))
+            master = self._room.of(3, sum(source.raw for _, source in sources))
             begin = 0
             for owner, source in sources:
                 self._decode(owner, source, master[begin : begin + source.raw], what)
                 begin += source.raw
             derived.cast(chunk.codec, master, target)
             return
-        assert chunk.pack is not None
-        place = f"{self._place(part, chunk)}: {what}"
+        chain = [chunk]
+        while chain[-1].base is not None:
+            chain.append(part.chunks[chain[-1].base])
         base = None
-        if chunk.base is not None:
-            base = memoryview(bytearray(chunk.raw))
-            self._decode(part, part.chunks[chunk.base], base, what)
+        for depth in reversed(range(len(chain))):
+            link = chain[depth]
+            # Of a chain two links are needed at a time.
+            into = target if depth == 0 else self._room.of(depth % 2, link.raw)
+            self._decode_one(part, link, into, base, what)
+            base = into
+
+    def _decode_one(
+        self, part: Part, chunk: Chunk, target: memoryview, base: memoryview | None, what: str
+    ) -> None:
+        assert chunk.pack is not None
+        direct = chunk.codec == codec.RAW and chunk.stored == chunk.raw
         with reading(self._place(part, chunk)):
             fd = self._file(part, chunk.pack)
-            direct = chunk.codec == codec.RAW and chunk.stored == chunk.raw
-            stored = target if direct else memoryview(bytearray(chunk.stored))
+            stored = target if direct else self._room.of(2, chunk.stored)
             count = read_exactly(fd, stored, chunk.offset)
+        place = f"{self._place(part, chunk)}: {what}"
         if count != chunk.stored:
             raise CorruptCheckpoint(
                 f"{place}: expected {chunk.stored} bytes at offset {chunk.offset}, found {count}"

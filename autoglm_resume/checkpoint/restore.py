@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from autoglm_resume import linux
 from autoglm_resume.checkpoint import sealed, tree, verify
 from autoglm_resume.checkpoint.document import digest
 from autoglm_resume.checkpoint.packing import items_of
@@ -166,12 +167,13 @@ def _spread(part: Part, present: Present) -> dict[str, tuple[Arrangement, Shape]
 
 @dataclass(frozen=True)
 class _Piece:
-    """`target` is where `chunk` goes, which is at byte `start` of tensor `name`."""
+    """`target` is where `chunk` goes, at `address`, which is at byte `start` of tensor `name`."""
 
     name: str
     start: int
     chunk: Chunk
     target: memoryview
+    address: int
 
 
 def _from_memory(part: Part, memory: Snapshot, threads: int) -> dict[str, torch.Tensor]:
@@ -203,7 +205,14 @@ def _fill(part: Part, load: Callable[[_Piece], None], threads: int) -> dict[str,
         view = tree.as_bytes(tensor)
         for place, index in enumerate(entry.chunks):
             start, chunk = place * CHUNK_BYTES, part.chunks[index]
-            pieces.append(_Piece(entry.name, start, chunk, view[start : start + chunk.raw]))
-    nothing = memoryview(b"")
-    verify.on_threads(len(pieces), lambda i, _: load(pieces[i]), lambda: nothing, threads)
+            target, address = view[start : start + chunk.raw], tensor.data_ptr() + start
+            pieces.append(_Piece(entry.name, start, chunk, target, address))
+
+    def fill(index: int, _: memoryview) -> None:
+        piece = pieces[index]
+        # One call is cheaper than a page fault for every page of it.
+        linux.populate(piece.address, piece.chunk.raw)
+        load(piece)
+
+    verify.on_threads(len(pieces), fill, lambda: memoryview(b""), threads)
     return tensors
