@@ -1,7 +1,7 @@
 """What `save` compares, each with the options that are best for it on a machine without a GPU.
 
-All save the state of the same training (`model` and `optimizer` of train_gpt.Training) at every
-`every`-th step, flushed to the disk, under the name of the step.
+All save the state of the same training (`model` and `optimizer` of train_gpt.Training) when they
+are told to, flushed to the disk, under the name of the step.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 class Nothing:
     """Training that does not save; what the others derive from."""
 
-    def __init__(self, training: Any, directory: Path, every: int) -> None:
-        self.training, self.directory, self.every = training, directory, every
+    def __init__(self, training: Any, directory: Path) -> None:
+        self.training, self.directory = training, directory
         self.saved = 0
         """The newest step that was to be saved."""
         self.set_up()
@@ -32,9 +32,9 @@ class Nothing:
     def set_up(self) -> None:
         """What is done before training."""
 
-    def step_done(self, step: int) -> None:
-        """Called after every step."""
-        if step % self.every == 0:
+    def step_done(self, step: int, save: bool = False) -> None:
+        """Called after every step, with whether its state is to be saved."""
+        if save:
             self.saved = step
             self.save(self.directory / f"{step:06}")
 
@@ -210,18 +210,15 @@ class Autoglm(Nothing):
     def set_up(self) -> None:
         import autoglm_resume as autoglm
 
-        self.session = autoglm.init(checkpoint_dir=str(self.directory), every_steps=self.every)
+        self.session = autoglm.init(checkpoint_dir=str(self.directory), every_steps=1_000_000)
         self.session.track(model=self.training.model, optimizer=self.training.optimizer)
         self.session.resume()
 
-    def step_done(self, step: int) -> None:
-        if step % self.every == 0:
-            self.saved = step
+    def step_done(self, step: int, save: bool = False) -> None:
         self.session.step_done(step - 1)
+        super().step_done(step, save)
 
-    def save_now(self) -> None:
-        """Save though no save is due; does nothing if one was."""
-        self.saved = self.session.step
+    def save(self, path: Path) -> None:
         self.session.save()
 
     def finished(self) -> bool:

@@ -1,4 +1,4 @@
-"""A GPT of 42 million parameters that saves every few steps: what `save` trains, and `load` loads.
+"""A GPT of 42 million parameters that saves now and then: what `save` trains, and `load` loads.
 
 In fp32 with AdamW that is 504 MB of state. One process, one thread, one contender of contenders.py.
 What every step took, and how long the contender held it up, is written as JSON at the end.
@@ -19,6 +19,8 @@ from contenders import CONTENDERS, Autoglm
 from torch import Tensor, nn
 
 VOCABULARY, WIDTH, LAYERS, HEADS, LENGTH = 8192, 512, 12, 8, 64
+CALM = 4
+"""Undisturbed steps there are between two saves, at least."""
 
 
 class Block(nn.Module):
@@ -88,39 +90,50 @@ class Training:
         self.completed += 1
 
 
-def train(training: Training, saver: Any, steps: int) -> list[dict[str, Any]]:
-    """Figures of `steps` steps.
+def train(training: Training, saver: Any, saves: int, every: int) -> list[dict[str, Any]]:
+    """Figures of all steps: `every` of them, and after each save as many, or more.
+
+    A save is followed by the next when it has been on the disk for CALM steps.
+    """
+    found = []
+    for number in range(saves + 1):
+        if number:
+            found.append(one_step(training, saver, save=True))
+        since = calm = 0
+        while since < every or calm < CALM:
+            found.append(one_step(training, saver))
+            since, calm = since + 1, calm + 1 if found[-1]["done"] else 0
+    return found
+
+
+def one_step(training: Training, saver: Any, save: bool = False) -> dict[str, Any]:
+    """What it took.
 
     Seconds of all, on the processor, of the optimizer with what waits in front of it, and blocked:
     in the contender's own calls.
     """
-    found = []
-    for _ in range(steps):
-        on_processor = time.thread_time()
-        began = time.perf_counter()
-        training.gradients()
-        differentiated = time.perf_counter()
-        saver.fence()
-        fenced = time.perf_counter()
-        training.update()
-        updated = time.perf_counter()
-        saver.step_done(training.completed)
-        ended = time.perf_counter()
-        on_processor = time.thread_time() - on_processor
-        done = saver.finished()
-        if done:
-            saver.tidy()
-        found.append(
-            {
-                "step": training.completed,
-                "seconds": ended - began,
-                "processor": on_processor,
-                "update": updated - differentiated,
-                "blocked": ended - updated + fenced - differentiated,
-                "done": done,
-            }
-        )
-    return found
+    on_processor = time.thread_time()
+    began = time.perf_counter()
+    training.gradients()
+    differentiated = time.perf_counter()
+    saver.fence()
+    fenced = time.perf_counter()
+    training.update()
+    updated = time.perf_counter()
+    saver.step_done(training.completed, save)
+    ended = time.perf_counter()
+    on_processor = time.thread_time() - on_processor
+    done = saver.finished()
+    if done:
+        saver.tidy()
+    return {
+        "save": save,
+        "seconds": ended - began,
+        "processor": on_processor,
+        "update": updated - differentiated,
+        "blocked": ended - updated + fenced - differentiated,
+        "done": done,
+    }
 
 
 def commits(training: Training, saver: Autoglm, times: int) -> list[dict[str, float]]:
@@ -141,8 +154,7 @@ def commits(training: Training, saver: Autoglm, times: int) -> list[dict[str, fl
         training.gradients()
         training.update()
         began = time.perf_counter()
-        saver.step_done(training.completed)
-        saver.save_now()
+        saver.step_done(training.completed, save=True)
         called = time.perf_counter()
         training.optimizer.step()
         await_finished(saver)
@@ -188,19 +200,16 @@ def main() -> None:
     parser.add_argument("--contender", choices=CONTENDERS, required=True)
     parser.add_argument("--directory", type=Path, required=True, help="of its checkpoints")
     parser.add_argument("--figures", type=Path, required=True, help="file to write")
-    parser.add_argument("--every", type=int, required=True, help="steps between checkpoints")
+    parser.add_argument("--every", type=int, required=True, help="steps after each save, or more")
     parser.add_argument("--saves", type=int, required=True, help="after a first one to warm up")
     parser.add_argument("--commits", type=int, default=0, help="saves while it does not train")
     parser.add_argument("--layers", type=int, default=LAYERS)
     args = parser.parse_args()
     training = Training(args.layers)
-    saver = CONTENDERS[args.contender](training, args.directory, args.every)
-    # The first save starts processes and makes room for copies. A step follows every save: some
-    # take the snapshot beside it.
-    train(training, saver, args.every + 1)
-    await_finished(saver)
-    figures: dict[str, Any] = {"steps": train(training, saver, (args.saves + 1) * args.every - 2)}
-    await_finished(saver)
+    saver = CONTENDERS[args.contender](training, args.directory)
+    # The first save starts processes and makes room for copies.
+    train(training, saver, 1, CALM)
+    figures: dict[str, Any] = {"steps": train(training, saver, args.saves, args.every)}
     if args.commits:
         figures["commits"] = commits(training, saver, args.commits)
     saver.close()
