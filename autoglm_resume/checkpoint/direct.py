@@ -1,7 +1,7 @@
 """Files past the page cache: copying into it and out again is most of what a save would cost.
 
 It also is what proves a file: what is read here was read from the storage. Where the file system
-has no such way (some in memory, some on networks), the page cache is used, and dropped to prove.
+has no such way (some in memory, some on networks), the page cache is used, and dropped for that.
 """
 
 from __future__ import annotations
@@ -122,10 +122,9 @@ class Input:
         os.close(self._file.fd)
 
     def read(self, offset: int, size: int) -> memoryview:
-        """These bytes, fewer at the file's end, until the next read. Raises OSError.
+        """These bytes, which were flushed, until the next read; fewer at the file's end.
 
-        Where the page cache cannot be avoided, what is to be read must have been flushed: only
-        then it is dropped.
+        Raises OSError.
         """
         start = offset // BLOCK * BLOCK
         length = -(-(offset + size) // BLOCK) * BLOCK - start
@@ -133,8 +132,9 @@ class Input:
         return self._buffer[offset - start : max(offset - start, min(offset - start + size, done))]
 
     def _fill(self, start: int, length: int) -> int:
-        if not self._file.direct:
-            os.posix_fadvise(self._file.fd, start, length, os.POSIX_FADV_DONTNEED)
+        # Some file systems take the flag and use the cache all the same. Only what was flushed can
+        # be dropped from it.
+        os.posix_fadvise(self._file.fd, start, length, os.POSIX_FADV_DONTNEED)
         done = 0
         while done < length:
             count = os.preadv(self._file.fd, [self._buffer[done:length]], start + done)

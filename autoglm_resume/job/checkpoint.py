@@ -139,8 +139,9 @@ class Checkpoint(Section):
         Literal["auto", "fast", "small", "off"], one_of("auto", "fast", "small", "off")
     ] = Field(
         default="auto",
-        description="How hard to compress, always without loss. `auto`: as hard as the storage "
-        "leaves time for; `small`: as hard as it pays; `fast`: what costs little; `off`: not.",
+        description="How hard to compress, always without loss. `auto`: `fast` where neither "
+        "saving nor loading becomes slower by it than the storage is, else `off`; `small`: as hard "
+        "as it pays; `fast`: what costs little; `off`: not.",
     )
     keyframe_every: Count = Field(
         default=8,
