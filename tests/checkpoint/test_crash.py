@@ -110,7 +110,8 @@ class Run:
         """What follows a save, in every rank."""
         how = Checkpointing(dir=str(self.store.root), keep=Keep(last=keep))
         for snapshot in taken:
-            housekeeping.tidy(self.store, how, snapshot, frozenset(), Events(None, snapshot.rank))
+            tell = Events(None, snapshot.rank).emit
+            housekeeping.tidy(self.store, how, snapshot, frozenset(), tell)
 
     def follow(self, id: str) -> None:
         """Go on from a checkpoint, as savers of a new attempt do."""
