@@ -6,7 +6,7 @@ nothing but the time to read it. A snapshot in shared memory is copied out, neve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from autoglm_resume import linux
 from autoglm_resume.checkpoint import sealed, tree, verify
 from autoglm_resume.checkpoint.document import digest
 from autoglm_resume.checkpoint.packing import items_of
-from autoglm_resume.checkpoint.part import CHUNK_BYTES, Chunk, Part
+from autoglm_resume.checkpoint.part import CHUNK_BYTES, Chunk, Part, Tensor
 from autoglm_resume.checkpoint.reader import Reader
 from autoglm_resume.checkpoint.sharding import (
     Arrangement,
@@ -27,7 +27,7 @@ from autoglm_resume.checkpoint.sharding import (
     Sharding,
     is_sharded,
 )
-from autoglm_resume.checkpoint.snapshot import Snapshot
+from autoglm_resume.checkpoint.snapshot import Snapshot, TensorBytes
 from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.errors import CheckpointError, CorruptCheckpoint
 
@@ -70,13 +70,15 @@ def read(
         tensors = _from_memory(part, memory, threads)
     else:
         with Reader(path, store.parts_for(path, part)) as reader:
+            chunks = _chunks(part)
 
             def load(piece: _Piece) -> None:
-                reader.read(part, piece.chunk, piece.target, piece.name)
+                chunk = chunks[piece.name][piece.place]
+                reader.read(part, chunk, piece.target, piece.name)
                 if progress:
-                    progress(piece.chunk.raw)
+                    progress(chunk.raw)
 
-            tensors = _fill(part, load, threads)
+            tensors = _fill(part.id, part.tensors, load, threads)
     return _restored(part, tensors, spread, device, from_memory=memory is not None)
 
 
@@ -88,25 +90,27 @@ def read_sealed(
     present: Present | None = None,
     threads: int = 2,
 ) -> RestoredPart:
-    """The state in a snapshot in memory that is what `seal` was put on; see sealed.py.
+    """The state in a snapshot in memory, if it is what `seal` was put on; see sealed.py.
 
-    As `read` does it. Raises CorruptCheckpoint if it is not, OtherSharding before anything is read.
+    As `read` does it. Raises CorruptCheckpoint if it is not, and OtherSharding.
     """
-    items = items_of(memory)
-    names = [""] * len(items)
+    content = {tensor.name: tensor.data for tensor in memory.tensors}
+    names: dict[tuple[str, int], str] = {}
 
-    def name(index: int, _: memoryview) -> None:
-        names[index] = digest(items[index].raw)
+    def load(piece: _Piece) -> None:
+        piece.target[:] = content[piece.name][piece.start : piece.start + len(piece.target)]
+        names[piece.name, piece.place] = digest(piece.target)
 
-    verify.on_threads(len(items), name, lambda: memoryview(b""), threads)
-    if (found := sealed.seal(memory, names)) != seal:
+    tensors = _fill(memory.id, memory.tensors, load, threads)
+    named = [names[item.tensor, item.place] for item in items_of(memory)]
+    if (found := sealed.seal(memory, named)) != seal:
         raise CorruptCheckpoint(
             f"{memory.id}: rank {memory.rank}: expected seal {seal} on the snapshot in memory,"
             f" found {found}"
         )
-    part = sealed.part_in_memory(memory, names)
+    part = sealed.part_in_memory(memory, named)
     spread = _spread(part, present) if present else {}
-    return _restored(part, _from_memory(part, memory, threads), spread, device, from_memory=True)
+    return _restored(part, tensors, spread, device, from_memory=True)
 
 
 def _restored(
@@ -167,51 +171,66 @@ def _spread(part: Part, present: Present) -> dict[str, tuple[Arrangement, Shape]
 
 @dataclass(frozen=True)
 class _Piece:
-    """`target` is where `chunk` goes, at `address`, which is at byte `start` of tensor `name`."""
+    """`target` is where chunk `place` of tensor `name` goes, at `address`."""
 
     name: str
-    start: int
-    chunk: Chunk
+    place: int
     target: memoryview
     address: int
+
+    @property
+    def start(self) -> int:
+        """In the tensor."""
+        return self.place * CHUNK_BYTES
+
+
+def _chunks(part: Part) -> dict[str, list[Chunk]]:
+    """Of each tensor."""
+    return {t.name: [part.chunks[index] for index in t.chunks] for t in part.tensors}
 
 
 def _from_memory(part: Part, memory: Snapshot, threads: int) -> dict[str, torch.Tensor]:
     content = {tensor.name: tensor.data for tensor in memory.tensors}
+    chunks = _chunks(part)
 
     def load(piece: _Piece) -> None:
-        size = piece.chunk.raw
+        size, expected = len(piece.target), chunks[piece.name][piece.place].digest
         source = content.get(piece.name, memoryview(b""))[piece.start : piece.start + size]
         if len(source) == size:
             piece.target[:] = source
-        if len(source) != size or digest(piece.target) != piece.chunk.digest:
+        if len(source) != size or digest(piece.target) != expected:
             raise CorruptCheckpoint(
-                f"{part.id}: {piece.name}: expected {piece.chunk.digest} in the snapshot in memory,"
+                f"{part.id}: {piece.name}: expected {expected} in the snapshot in memory,"
                 " found other bytes"
             )
 
-    return _fill(part, load, threads)
+    return _fill(part.id, part.tensors, load, threads)
 
 
-def _fill(part: Part, load: Callable[[_Piece], None], threads: int) -> dict[str, torch.Tensor]:
+def _fill(
+    id: str,
+    entries: Iterable[Tensor | TensorBytes],
+    load: Callable[[_Piece], None],
+    threads: int,
+) -> dict[str, torch.Tensor]:
+    """Fresh tensors, by name, every chunk of which has been `load`ed."""
     tensors: dict[str, torch.Tensor] = {}
     pieces: list[_Piece] = []
-    for entry in part.tensors:
+    for entry in entries:
         try:
             tensor = torch.empty(entry.shape, dtype=tree.dtype_named(entry.dtype))
         except RuntimeError as error:
-            raise CheckpointError(f"{part.id}: {entry.name}: no memory for it: {error}") from error
+            raise CheckpointError(f"{id}: {entry.name}: no memory for it: {error}") from error
         tensors[entry.name] = tensor
         view = tree.as_bytes(tensor)
-        for place, index in enumerate(entry.chunks):
-            start, chunk = place * CHUNK_BYTES, part.chunks[index]
-            target, address = view[start : start + chunk.raw], tensor.data_ptr() + start
-            pieces.append(_Piece(entry.name, start, chunk, target, address))
+        for place, start in enumerate(range(0, entry.nbytes, CHUNK_BYTES)):
+            target = view[start : start + CHUNK_BYTES]
+            pieces.append(_Piece(entry.name, place, target, tensor.data_ptr() + start))
 
     def fill(index: int, _: memoryview) -> None:
         piece = pieces[index]
         # One call is cheaper than a page fault for every page of it.
-        linux.populate(piece.address, piece.chunk.raw)
+        linux.populate(piece.address, len(piece.target))
         load(piece)
 
     verify.on_threads(len(pieces), fill, lambda: memoryview(b""), threads)
