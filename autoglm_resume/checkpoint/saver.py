@@ -99,6 +99,9 @@ class Saver:
         file = self.store.directory(snapshot.id) / pack_file(snapshot.rank)
         with ThreadPoolExecutor(THREADS, thread_name_prefix="encode") as pool:
             items = list(pool.map(Item.named, items_of(snapshot)))
+            # Whoever gave it up may overwrite the snapshot; digests of that would be good ones.
+            if abandoned.is_set():
+                raise _failure(CheckpointError("given up"), file, snapshot.nbytes)
             named([item.name for item in items])
             return retried(
                 lambda: self._persist(snapshot, items, pool, abandoned),

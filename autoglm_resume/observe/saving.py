@@ -49,18 +49,20 @@ class Request:
         if self.settled:
             return
         name, step = event["event"], step_of(event)
+        reached = self.step is not None and step is not None and step >= self.step
         if name == "save_requested":
             # Said once more, for a later step, where a rank was faster than the announcement.
             self.step = step
             if step is None:
                 self.problem = str(event.get("reason") or "the ranks cannot save now")
-        elif self.step is not None and step is not None and step >= self.step:
+        elif reached:
             if name == "committed":
                 self.saved = event
             elif name == "save_failed":
                 rank = event.get("rank", "?")
                 self.problem = f"rank {rank} could not save step {step}: {event.get('reason', '?')}"
-        if not self.settled and name in _OVER:
+        # A restart out of memory goes on with writing what it started from.
+        if not self.settled and name in _OVER and not (name == "attempt_started" and reached):
             self.problem = _OVER[name]
 
 

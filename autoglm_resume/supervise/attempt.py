@@ -250,11 +250,14 @@ class Attempt:
                 return
             case "saved":
                 self._seen.last_saved = max(self._seen.last_saved, event["began"])
-            case "restored":
+            case "restored" if not event["sealed"]:
                 self._seen.checkpointed = max(self._seen.checkpointed, event["step"])
             case "refused":
                 self._seen.refusals[rank] = Refusal(
-                    event["id"], event["step"], event["kind"], event["reason"]
+                    f"{event['id']} in memory" if event["sealed"] else event["id"],
+                    event["step"],
+                    event["kind"],
+                    event["reason"],
                 )
             case "committed":
                 self._seen.checkpointed = max(self._seen.checkpointed, event["step"])

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from autoglm_resume.checkpoint.part import part_file
@@ -81,13 +81,14 @@ class Savers:
         holding = self._ask({"op": "holding"}, began + PATIENCE, hurried)
         under_way = {id for reply in holding.values() for id in reply["ids"]}
         whole = [id for id in under_way if self._can_complete(store, id, holding)]
-        self._send({"op": "finish", "ids": whole})
+        self._send({"op": "finish", "ids": whole}, holding)
         if len(holding) == len(self._ranks):
             claims = self._ask({"op": "claim"}, began + timeout, hurried)
             sealed = Sealed.of([claims.get(rank, {}).get("claim") for rank in self._ranks])
             if sealed is not None and from_memory(sealed.id):
                 return sealed
-        self._ask({"op": "finish", "ids": whole}, began + timeout, hurried)
+        # One that does not even answer hangs, and is not waited for.
+        self._ask({"op": "finish", "ids": whole}, began + timeout, hurried, holding)
         return None
 
     def _can_complete(self, store: Store, id: str, holding: Mapping[int, Message]) -> bool:
@@ -118,10 +119,14 @@ class Savers:
             process.wait()
 
     def _ask(
-        self, message: Message, until: float, hurried: Callable[[], bool]
+        self,
+        message: Message,
+        until: float,
+        hurried: Callable[[], bool],
+        ranks: Collection[int] | None = None,
     ) -> dict[int, Message]:
-        """Their answers, as far as they come in time."""
-        asked = self._send(message)
+        """Their answers, as far as they come in time; of all of them, or of those of `ranks`."""
+        asked = self._send(message, ranks)
 
         def answered() -> bool:
             # One that dies meanwhile has a successor that was not asked.
@@ -135,12 +140,13 @@ class Savers:
         self._pump.wait(answered, until)
         return self._replies
 
-    def _send(self, message: Message) -> set[int]:
+    def _send(self, message: Message, ranks: Collection[int] | None = None) -> set[int]:
         """Ask them something new; returns the process ids of those that will answer."""
         self._replies = {}
         self._questions += 1
         asked = set()
-        for rank, link in enumerate(self._links):
+        for rank in self._ranks if ranks is None else ranks:
+            link = self._links[rank]
             with contextlib.suppress(Closed, OSError):
                 saver_link.send(link, {**message, "question": self._questions})
                 asked.add(self._processes[rank].pid)

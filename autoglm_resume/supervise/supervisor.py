@@ -147,6 +147,8 @@ class Supervisor:
             if self._launcher is not None:
                 self._launcher.close()
             if self._savers is not None:
+                with contextlib.suppress(OSError):
+                    self._settle()
                 self._savers.close()
             if self._replicas is not None:
                 self._replicas.close()
@@ -240,7 +242,8 @@ class Supervisor:
 
     def _saver_said(self, rank: int, event: Event) -> None:
         """Of a save, which may end after the attempt that it is of."""
-        event = {**event, "attempt": age(event["id"])[1]}
+        if event["event"] != "pruned":
+            event = {**event, "attempt": age(event["id"])[1]}
         if self._now is not None:
             self._now.hear(rank, event)
         elif (kept := self._heard(event)) is not None:

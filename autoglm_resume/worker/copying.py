@@ -121,7 +121,12 @@ class Copy:
             if self._finished is None:
                 # After whatever is queued on the device by now, such as weights swapped back.
                 self._streams = _Streams(source for (_, source), _ in self._pairs)
-                self._finished = self._thread.submit(self._run)
+                try:
+                    self._finished = self._thread.submit(self._run)
+                except RuntimeError:  # the interpreter is shutting down
+                    self._finished = Future()
+                    self._run()
+                    self._finished.set_result(None)
 
     def wait(self) -> None:
         """Until the copy is complete and `done` was called."""

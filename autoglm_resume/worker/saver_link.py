@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import fcntl
 import json
 import socket
@@ -42,6 +43,9 @@ def receive(link: socket.socket, *, wait: bool) -> tuple[Message, int | None] | 
     # Not socket.recv_fds: until Python 3.12 it ignores its flags.
     flags = socket.MSG_CMSG_CLOEXEC | (0 if wait else socket.MSG_DONTWAIT)
     try:
+        with contextlib.suppress(ConnectionResetError):
+            # Said once, if the other side died before it read everything; what it sent comes then.
+            link.recv(1, socket.MSG_PEEK | flags)
         link.recv(1, socket.MSG_PEEK | flags)
         (size,) = struct.unpack("i", fcntl.ioctl(link, termios.FIONREAD, bytes(4)))
         data, extra, _, _ = link.recvmsg(max(size, 1), socket.CMSG_LEN(_FD.itemsize), flags)

@@ -13,6 +13,7 @@ Requests, and what answers them:
     slots    bytes and number of slots wanted    slots: those there are (with their fd), or why not
     persist  a snapshot that is complete         saved: whether and, if not, why not; to the rank
                                                  that said hello last
+    give_up  a snapshot that will be overwritten
     protect  (supervisor) ids to keep
     holding  (supervisor) the rank is dead       holding: ids that are being persisted
     claim    (supervisor) what it has in memory  claim: to the snapshot held, once it is sealed
@@ -142,6 +143,9 @@ class SaverProcess:
                 self._start(lambda: self._provide(link, request["bytes"], request["count"]))
             case "persist":
                 self._persist(link, request)
+            case "give_up":
+                if request["id"] in self._abandoned:
+                    self._abandoned[request["id"]].set()
             case "protect":
                 self._protected = frozenset(request["ids"])
             case "holding":
@@ -231,33 +235,35 @@ class SaverProcess:
         self._claim = None
         slot = slots.view(request["slot"])
         text = bytes(slot[request["at"] : request["at"] + request["length"]])
-        self._abandoned[id] = threading.Event()
+        abandoned = self._abandoned[id] = threading.Event()
 
         def job() -> None:
             try:
-                self._save(from_slot(text, slot), request)
-            finally:  # if it was not said, this is news
-                self._later(lambda: self._saved(id, f"{id}: the saver failed, its log says why"))
+                self._save(from_slot(text, slot), request, abandoned)
+            except BaseException:
+                reason = f"{id}: the saver failed, its log says why"
+                self._later(lambda: self._saved(id, abandoned, reason))
+                raise
 
         self._start(job)
 
-    def _save(self, snapshot: Snapshot, request: Message) -> None:
+    def _save(self, snapshot: Snapshot, request: Message, abandoned: threading.Event) -> None:
         assert self._saver is not None
         with turns.persisting(self._saver.store.root):
-            reason = self._persisted(self._saver, snapshot, request)
-            self._later(lambda: self._saved(snapshot.id, reason))
+            reason = self._persisted(self._saver, snapshot, request, abandoned)
+            self._later(lambda: self._saved(snapshot.id, abandoned, reason))
             with contextlib.suppress(OSError, CheckpointError):
                 resumed: str | None = self._request["resume"]
                 stay = self._protected | ({resumed} if resumed else frozenset())
                 housekeeping.tidy(self._saver.store, self._how, snapshot, stay, self._tell)
 
-    def _persisted(self, saver: Saver, snapshot: Snapshot, request: Message) -> str:
+    def _persisted(
+        self, saver: Saver, snapshot: Snapshot, request: Message, abandoned: threading.Event
+    ) -> str:
         """Persist it; returns why that failed, if so."""
         slots = self._slots
         try:
-            saved = saver.persist(
-                snapshot, self._abandoned[snapshot.id], lambda names: self._seal(snapshot, names)
-            )
+            saved = saver.persist(snapshot, abandoned, lambda names: self._seal(snapshot, names))
         except SaveFailed as error:
             reason = str(error)
         except Exception as error:
@@ -287,8 +293,11 @@ class SaverProcess:
             self._claim = claim
         self._say_claim()
 
-    def _saved(self, id: str, reason: str) -> None:
-        if self._abandoned.pop(id, None) is not None and self._rank is not None:
+    def _saved(self, id: str, abandoned: threading.Event, reason: str) -> None:
+        if self._abandoned.get(id) is not abandoned:
+            return  # said before, or tried again meanwhile
+        del self._abandoned[id]
+        if self._rank is not None:
             message = {"op": "saved", "id": id, "ok": not reason, "reason": reason}
             self._reply(self._rank, message)
         self._say_claim()

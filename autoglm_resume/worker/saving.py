@@ -30,6 +30,7 @@ from autoglm_resume.worker.saver_link import Message
 from autoglm_resume.worker.settings import Settings
 from autoglm_resume.worker.slots import Slots
 
+ROUND = 1 << 20
 SPARE = 1 << 16
 """Bytes by which the description of a snapshot may grow, beyond twice its size."""
 PATIENCE = 30.0
@@ -84,6 +85,7 @@ class Saving:
         self._targets: dict[int, tuple[object, list[torch.Tensor]]] = {}
         self._hook: object = None
         self._pinned = False
+        self._touched = False
         self._newest = -1
         self._spare = SPARE
         self._requested = 0
@@ -141,6 +143,8 @@ class Saving:
         if slots is None or slots.size < needed:
             with contextlib.suppress(NoSaver):  # the first save finds out
                 self._ask(needed)
+        else:
+            self._touch()
 
     def begin(self, state: State, identity: Identity, safe: frozenset[int], began: float) -> None:
         """Take a snapshot and have it persisted; `outcomes` will say what became of it.
@@ -202,7 +206,7 @@ class Saving:
 
     def start_copy(self) -> None:
         """A forward pass for training begins: nothing changes until the optimizer's step."""
-        if self._copy is not None:
+        if self._copy is not None and os.getpid() == self._pid:
             self._copy.start()
 
     def fence(self) -> None:
@@ -243,6 +247,7 @@ class Saving:
                     return
                 if message["op"] == "slots":
                     self._requested = 0
+                    self._touch()
                 elif message["op"] == "saved" and message["id"] == self._under_way:
                     self._finish(
                         Outcome(message["id"], message["ok"], message["reason"], told=True)
@@ -255,8 +260,11 @@ class Saving:
     def _lose_patience(self) -> None:
         """With a saver that hangs, in the kernel most likely: it gives up by itself if it can."""
         if self._under_way is not None and time.monotonic() > self._deadline:
-            reason = f"its saver has not answered for {self._timeout + PATIENCE:.0f} s"
-            self._finish(Outcome(self._under_way, False, f"{self._under_way}: {reason}"))
+            id, seconds = self._under_way, self._timeout + PATIENCE
+            with contextlib.suppress(NoSaver):  # its slot will be overwritten
+                self._client.send({"op": "give_up", "id": id})
+            reason = f"{id}: its saver has not answered for {seconds:.0f} s"
+            self._finish(Outcome(id, False, reason))
 
     def _finish(self, outcome: Outcome) -> None:
         if outcome.id == self._under_way:
@@ -265,7 +273,10 @@ class Saving:
 
     def _needed(self, state: State, identity: Identity) -> int:
         _, at = layout(state.sizes())
-        return at + 2 * len(describe(state.snapshot(identity))) + self._spare
+        least = at + 2 * len(describe(state.snapshot(identity))) + self._spare
+        # The next attempt describes the same state in a few bytes more or less, and must not give
+        # slots back for that, with what is in them.
+        return -(-least // ROUND) * ROUND
 
     def _ask(self, size: int) -> None:
         if not self._client.connected:
@@ -304,8 +315,14 @@ class Saving:
         self._newest = -1
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             self._pinned = copying.pin(slots.view(0), slots.size * slots.count)
-        # Beside the training: it takes a tenth of what the first copy would otherwise.
-        threading.Thread(target=slots.touch, name="touch", daemon=True).start()
+        self._touched = False
+
+    def _touch(self) -> None:
+        """Beside the training: it takes a tenth of what the first copy would otherwise."""
+        slots = self._client.slots
+        if slots is not None and not self._touched:
+            self._touched = True
+            threading.Thread(target=slots.touch, name="touch", daemon=True).start()
 
     def _unmap(self, slots: Slots) -> None:
         self._targets.clear()

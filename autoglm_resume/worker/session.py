@@ -39,6 +39,8 @@ from autoglm_resume.worker.requests import FromClock, FromRankZero, FromSupervis
 from autoglm_resume.worker.saves import Saves
 
 RNG = restoring.RNG
+LINEAGE = 8
+"""Checkpoints that a checkpoint names as those before it."""
 
 
 def init(
@@ -239,7 +241,7 @@ class Session:
             self._saves.begin(self._state(), self._identity(), self._safe(), began)
             self._saved_step = self._completed
         finally:
-            self._lineage = (self._id(), *self._lineage)[:8]
+            self._lineage = (self._id(), *self._lineage)[:LINEAGE]
             self._pulse.phase(Phase.DATA)
 
     def _save_for_certain(self) -> saver.SaveFailed | None:
@@ -299,6 +301,7 @@ class Session:
                 "refused",
                 id=point.id,
                 step=point.step,
+                sealed=bool(point.seals),
                 kind=type(error).__name__,
                 reason=error.message,
             )
@@ -312,14 +315,17 @@ class Session:
             count = restored.part.world_size
             said = restoring.resharded(count, self.world_size, self._tracked)
             self._events.emit("resharded", id=point.id, step=point.step, **said)
-        self._completed = self._saved_step = point.step
-        self._lineage = (point.id,)
+        self._completed = point.step
+        # What is only in memory yet may never be written: if no step follows, it is saved again.
+        self._saved_step = -1 if point.seals else point.step
+        self._lineage = (point.id, *restored.part.lineage)[:LINEAGE]
         self._events.emit(
             "restored",
             id=point.id,
             step=point.step,
             seconds=time.monotonic() - began,
             memory=restored.from_memory,
+            sealed=bool(point.seals),
         )
 
     def _model_structure(self) -> structure.Structure | None:

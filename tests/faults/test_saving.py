@@ -141,3 +141,52 @@ def test_a_supervisor_killed_in_the_middle_of_a_save_leaves_no_process_and_no_me
     assert resumed.code == 0, resumed
     assert shared_memory() == before
     assert rehearsal.final() == undisturbed
+
+
+def test_a_run_is_not_complete_before_its_last_checkpoint_is_on_storage(
+    rehearsal: Rehearsal, undisturbed: dict[str, str]
+) -> None:
+    rehearsal.checkpoints.mkdir(parents=True)
+    (rehearsal.checkpoints / "step-0000000040.a0").write_text("a file is in the way")
+    finished = rehearsal.run(checkpoint=checkpoint())
+    assert finished.code == 0, finished
+    restored = rehearsal.events("restored")[0]
+    assert (restored["step"], restored["sealed"]) == (40, True)
+    assert rehearsal.events("committed")[-1]["id"] == "step-0000000040.a1"
+    assert rehearsal.final() == undisturbed
+
+
+def test_what_was_never_on_storage_is_not_missed_there(
+    rehearsal: Rehearsal, undisturbed: dict[str, str]
+) -> None:
+    rehearsal.checkpoints.mkdir(parents=True)
+    for step in range(5, 40, 5):
+        (rehearsal.checkpoints / f"step-{step:010d}.a0").write_text("a file is in the way")
+    process = rehearsal.start("--pause", "0.03", checkpoint=checkpoint(5))
+    rehearsal.wait_for("save_failed")
+    savers = rehearsal.savers()
+    for saver in savers:
+        saver.suspend()
+    os.kill(rehearsal.events("attempt_started")[0]["pids"]["0"], signal.SIGKILL)
+    for saver in savers:  # without having said what they hold
+        saver.kill()
+    assert process.wait(60) == 0
+    assert rehearsal.events("attempt_started")[1]["step"] == 0, "nothing was ever committed"
+    assert rehearsal.final() == undisturbed
+
+
+def test_a_snapshot_in_memory_serves_as_often_as_ranks_die(
+    rehearsal: Rehearsal, undisturbed: dict[str, str]
+) -> None:
+    rehearsal.checkpoints.mkdir(parents=True)
+    for attempt in range(3):
+        (rehearsal.checkpoints / f"step-0000000010.a{attempt}").write_text("a file is in the way")
+    finished = rehearsal.run(
+        *("--pause", "0.03"),
+        drill=("kill:rank=0,step=12", "kill:rank=1,step=13"),
+        checkpoint=checkpoint(10, on_busy="wait"),
+    )
+    assert finished.code == 0, finished
+    starts = [(e["step"], e["sealed"]) for e in rehearsal.events("restored") if e["rank"] == 0]
+    assert starts == [(10, True), (10, True)]
+    assert rehearsal.final() == undisturbed

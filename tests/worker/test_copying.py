@@ -276,3 +276,13 @@ def test_what_is_changed_behind_our_back_fails_that_save_and_no_later_one(
     said = capfd.readouterr().err
     assert "model/weight was changed before optimizer.step(), while it was copied" in said
     assert "training goes on" in said
+
+
+def test_a_copy_is_made_even_when_the_interpreter_is_shutting_down() -> None:
+    weight, copier = torch.ones(1000), Copier()
+    copier._thread.shutdown()
+    into, said = torch.zeros(1000), list[Exception | None]()
+    copy = copier.copy([("w", weight)], [into], frozenset([weight.data_ptr()]), said.append)
+    copy.wait()
+    assert said == [None]
+    assert into.eq(1).all()

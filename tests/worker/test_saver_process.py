@@ -22,12 +22,14 @@ from autoglm_resume.checkpoint import capture, restore
 from autoglm_resume.checkpoint.manifest import checkpoint_id
 from autoglm_resume.checkpoint.options import Options
 from autoglm_resume.checkpoint.retention import Keep
+from autoglm_resume.checkpoint.saver import Saver
 from autoglm_resume.checkpoint.snapshot import Snapshot, describe, from_slot, layout
 from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.worker import saver_link
 from autoglm_resume.worker.contract import Checkpointing
 from autoglm_resume.worker.saver_link import Closed, Message
 from autoglm_resume.worker.slots import Slots, room
+from autoglm_resume.worker.turns import settled
 
 SIZE = 1 << 20
 
@@ -487,3 +489,59 @@ def test_a_long_message_is_understood(place: Place) -> None:
     link, _ = place.start()
     rename = {f"layer.{number}.weight": f"block.{number}.weight" for number in range(2000)}
     assert place.hello(link, rename=rename)["op"] == "hello"
+
+
+def test_a_save_is_tried_again_while_the_saver_still_tidies_up_after_the_first_try(
+    place: Place,
+) -> None:
+    for step in range(1, 40):
+        Saver(place.store).persist(taken(step))
+    owner, _ = place.start(listening=True)
+    rank = place.connect()
+    place.hello(rank, keep=Keep(last=1))
+    rank.ask(op="slots", bytes=SIZE, count=2)
+    (place.store.root / id_of(50)).touch()
+    rank.put(taken(50), 0)
+    first = rank.receive()
+    assert not first["ok"]
+    rank.put(taken(50), 1)
+    second = rank.receive()
+    assert not second["ok"]
+    assert "File exists" in second["reason"], "as the first time"
+    (place.store.root / id_of(50)).unlink()
+    rank.put(taken(50), 0)
+    assert rank.receive()["ok"]
+    owner.finish(id_of(50))
+    assert equal(place.held(50), 50)
+
+
+def test_a_snapshot_that_was_given_up_and_overwritten_is_never_stored(place: Place) -> None:
+    link, _ = place.start()
+    place.hello(link)
+    link.ask(op="slots", bytes=SIZE, count=2)
+    place.store.root.mkdir()
+    with settled(place.store.root):  # the saver waits, as it would for a file server
+        link.put(taken(1), 0)
+        link.send(op="give_up", id=id_of(1))
+        link.put(taken(2), 0)
+        assert place.hello(link)["persisting"] == id_of(2)
+    answers = [link.receive(), link.receive()]
+    assert [(answer["id"], answer["ok"]) for answer in answers] == [
+        (id_of(1), False),
+        (id_of(2), True),
+    ]
+    assert "given up" in answers[0]["reason"]
+    assert [path.name for path in place.store.committed()] == [id_of(2)]
+
+
+def test_what_a_rank_sent_counts_even_if_it_died_before_it_read_everything() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    saver_link.send(ours, {"op": "slots"})
+    saver_link.send(theirs, {"op": "persist"})
+    saver_link.send(theirs, {"op": "persist again"})
+    theirs.close()
+    assert saver_link.receive(ours, wait=False) == ({"op": "persist"}, None)
+    assert saver_link.receive(ours, wait=True) == ({"op": "persist again"}, None)
+    with pytest.raises(Closed):
+        saver_link.receive(ours, wait=True)
+    ours.close()
