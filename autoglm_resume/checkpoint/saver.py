@@ -70,6 +70,8 @@ class Saver:
         self.store = store
         self.options = options or Options()
         self._share = share
+        self.between: Callable[[], None] = lambda: None
+        """Called between two chunks; may take its time, and raise."""
         self._pace = Pace()
         self._previous: Previous | None = None
 
@@ -142,6 +144,7 @@ class Saver:
         deadline = time.monotonic() + self.options.timeout
 
         def check() -> None:
+            self.between()
             if abandoned.is_set():
                 raise CheckpointError("given up, because another rank has no snapshot of it")
             if time.monotonic() > deadline:

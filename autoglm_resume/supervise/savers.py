@@ -74,8 +74,9 @@ class Savers:
         """The ranks are dead: see to it that what they left in memory is not lost.
 
         Returns the newest checkpoint that is `from_memory`, by its id, if all savers have it there;
-        they go on writing it. Else returns when what they have is on storage, or, at once, when
-        `hurried` turns true. Snapshots that one of the ranks has not completed are given up.
+        they write on when told to `work_on`. Else returns when what they have is on storage, or, at
+        once, when `hurried` turns true. Snapshots that one of the ranks has not completed are given
+        up.
         """
         began = time.monotonic()
         holding = self._ask({"op": "holding"}, began + PATIENCE, hurried)
@@ -83,13 +84,21 @@ class Savers:
         whole = [id for id in under_way if self._can_complete(store, id, holding)]
         self._send({"op": "finish", "ids": whole}, holding)
         if len(holding) == len(self._ranks):
-            claims = self._ask({"op": "claim"}, began + timeout, hurried)
+            claims = holding
+            if any(reply["sealing"] for reply in holding.values()):
+                claims = self._ask({"op": "claim"}, began + timeout, hurried)
             sealed = Sealed.of([claims.get(rank, {}).get("claim") for rank in self._ranks])
             if sealed is not None and from_memory(sealed.id):
+                # With as many ranks as processors, savers cost a restart up to half of its time.
+                self._send({"op": "rest"})
                 return sealed
         # One that does not even answer hangs, and is not waited for.
         self._ask({"op": "finish", "ids": whole}, began + timeout, hurried, holding)
         return None
+
+    def work_on(self) -> None:
+        """The ranks that were started after `settle` train."""
+        self._send({"op": "work_on"})
 
     def _can_complete(self, store: Store, id: str, holding: Mapping[int, Message]) -> bool:
         return all(
@@ -148,7 +157,7 @@ class Savers:
         for rank in self._ranks if ranks is None else ranks:
             link = self._links[rank]
             with contextlib.suppress(Closed, OSError):
-                saver_link.send(link, {**message, "question": self._questions})
+                saver_link.send(link, {**message, "question": self._questions}, wait=False)
                 asked.add(self._processes[rank].pid)
         return asked
 

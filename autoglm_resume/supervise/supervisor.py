@@ -263,6 +263,8 @@ class Supervisor:
                 if rank != 0:  # a large model's structure is written down once
                     return {**event, "model": None}
             case "first_step":
+                if self._savers is not None:
+                    self._savers.work_on()
                 self._gate.clean()
                 self._journal.sync()
             case "imports":

@@ -15,10 +15,13 @@ Requests, and what answers them:
                                                  that said hello last
     give_up  a snapshot that will be overwritten
     protect  (supervisor) ids to keep
-    holding  (supervisor) the rank is dead       holding: ids that are being persisted
-    claim    (supervisor) what it has in memory  claim: to the snapshot held, once it is sealed
+    holding  (supervisor) the rank is dead       holding: ids that are being persisted, and the
+                                                 claim to what it has in memory, if it is sealed
+    claim    (supervisor) what it has in memory  claim: the same, when it is sealed
     finish   (supervisor) which of them to go    idle: when nothing is being persisted
              on with, the others lack a rank
+    rest     (supervisor) ranks start: leave them the processors for a while
+    work_on  (supervisor) they have started
 
 The supervisor is told, unasked, what became of saves: `said`, with an event for the journal.
 """
@@ -56,6 +59,8 @@ from autoglm_resume.worker.rank import drop_own_path
 from autoglm_resume.worker.saver_link import Closed, Message
 from autoglm_resume.worker.slots import Slots, room
 
+REST = 10.0
+"""Seconds that a save is left alone at most, while ranks start."""
 MARGIN = 0.9
 """Of the memory that is free, what slots may take."""
 
@@ -81,6 +86,8 @@ class SaverProcess:
         self._allocating = 0
         self._abandoned: dict[str, threading.Event] = {}
         """Of the saves under way, oldest first: set when one is to be given up."""
+        self._work_on = threading.Event()
+        self._work_on.set()
         self._protected: frozenset[str] = frozenset()
         self._waiting: list[tuple[socket.socket, int]] = []
         """Who wants to know when it is idle, and the number of that question."""
@@ -144,6 +151,7 @@ class SaverProcess:
             case "persist":
                 self._persist(link, request)
             case "give_up":
+                self._work_on.set()
                 if request["id"] in self._abandoned:
                     self._abandoned[request["id"]].set()
             case "protect":
@@ -151,12 +159,25 @@ class SaverProcess:
             case "holding":
                 for other in [other for other in self._links if other is not link]:
                     self._readable(other)
-                ids = list(self._abandoned)
-                self._reply(link, {"op": "holding", "question": request["question"], "ids": ids})
+                self._reply(
+                    link,
+                    {
+                        "op": "holding",
+                        "question": request["question"],
+                        "ids": list(self._abandoned),
+                        "claim": self._claim,
+                        "sealing": self._sealing,
+                    },
+                )
             case "claim":
                 self._asked.append((link, request["question"]))
                 self._say_claim()
+            case "rest":
+                self._work_on.clear()
+            case "work_on":
+                self._work_on.set()
             case "finish":
+                self._work_on.set()
                 for id, abandoned in self._abandoned.items():
                     if id not in request["ids"]:
                         abandoned.set()
@@ -186,9 +207,14 @@ class SaverProcess:
         if self._saver is None or self._saver.store.root != store.root:
             self._saver = Saver(store)
         self._saver.options = how.options
+        self._saver.between = self._rest
         if follows:
             rank, world_size = request["rank"], request["world_size"]
             self._saver.follow(_previous(store, request["resume"], rank, world_size))
+
+    def _rest(self) -> None:
+        if not self._work_on.wait(REST):
+            self._work_on.set()
 
     def _provide(self, link: socket.socket, size: int, count: int) -> None:
         slots, reason = self._slots, ""
@@ -288,6 +314,12 @@ class SaverProcess:
     def _several_slots(self) -> bool:
         return self._slots is not None and self._slots.count > 1
 
+    @property
+    def _sealing(self) -> bool:
+        """Whether there will be a claim soon."""
+        held = self._held["id"] if self._held is not None else None
+        return self._claim is None and held in self._abandoned and self._several_slots
+
     def _sealed(self, claim: Message) -> None:
         if self._held is not None and self._held["id"] == claim["id"]:
             self._claim = claim
@@ -336,9 +368,8 @@ class SaverProcess:
         self._say_idle()
 
     def _say_claim(self) -> None:
-        held = self._held["id"] if self._held is not None else None
-        if self._claim is None and held in self._abandoned and self._several_slots:
-            return  # it is being sealed
+        if self._sealing:
+            return
         for link, question in self._asked:
             self._reply(link, {"op": "claim", "question": question, "claim": self._claim})
         self._asked.clear()
@@ -410,6 +441,8 @@ def main(arguments: list[str]) -> None:
         listener.bind(saver_link.address(arguments[2]))
         listener.listen()
     linux.stand_back()
+    # Jobs that compute must not keep the loop from answering for 5 ms each: ranks wait for it.
+    sys.setswitchinterval(0.0005)
     SaverProcess().serve(owner, listener)
 
 

@@ -545,3 +545,23 @@ def test_what_a_rank_sent_counts_even_if_it_died_before_it_read_everything() -> 
     with pytest.raises(Closed):
         saver_link.receive(ours, wait=True)
     ours.close()
+
+
+def test_a_saver_leaves_the_processors_to_ranks_that_start_until_they_have(place: Place) -> None:
+    owner, _ = place.start(listening=True)
+    rank = place.connect()
+    place.hello(rank)
+    rank.ask(op="slots", bytes=SIZE, count=2)
+    owner.send(op="rest")
+    assert owner.holding() == [], "it has heard that"
+    rank.put(taken(1), 0)
+    assert owner.holding() == [id_of(1)]
+    assert owner.claim() is not None, "sealed all the same"
+    assert not place.store.committed()
+    owner.send(op="work_on")
+    assert rank.receive()["ok"]
+    owner.send(op="rest")
+    assert owner.holding() == []
+    rank.put(taken(2), 1)
+    owner.finish(id_of(2))
+    assert equal(place.held(2), 2)
