@@ -43,7 +43,8 @@ class Saves:
 
     def held(self, id: str | None) -> Snapshot | None:
         """This rank's snapshot of checkpoint `id`, if it is still in memory."""
-        return self._saving.held(id) if self._saving else None
+        # Without a supervisor the saver is this process's own, and new: no use to wait for it.
+        return self._saving.held(id) if self._saving and self._together else None
 
     def prepare(self, state: Callable[[], State], identity: Identity) -> None:
         """Get ready for saves of states like this one."""
