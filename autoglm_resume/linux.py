@@ -53,13 +53,15 @@ def outlive_parent() -> None:
 
 
 def stand_back() -> None:
-    """Give this process, which leads a session of its own, low priority.
+    """Give this process, which should lead a session of its own, low priority.
 
     Where the kernel groups processes by session (autogroup, most desktops and servers), niceness
     only counts within a session, and the group has one of its own. There it is not the lowest:
     beside ranks that use every core, a saver at 19 would get a hundredth of one.
     """
     os.nice(NICE)
+    if os.getsid(0) != os.getpid():
+        return  # the group is also that of others
     for _ in range(3):  # others than root may only do so ten times a second
         try:
             Path("/proc/self/autogroup").write_text(str(GROUP_NICE))
