@@ -41,6 +41,7 @@ from autoglm_resume.errors import AutoglmError, CheckpointError
 
 T = TypeVar("T")
 
+GIVEN_UP = "given up, because not all ranks have a snapshot of it"
 RETRIES = (0.5, 2.0)
 """Seconds before each further try of a write that failed for a reason that may pass."""
 
@@ -103,7 +104,7 @@ class Saver:
             items = list(pool.map(Item.named, items_of(snapshot)))
             # Whoever gave it up may overwrite the snapshot; digests of that would be good ones.
             if abandoned.is_set():
-                raise _failure(CheckpointError("given up"), file, snapshot.nbytes)
+                raise _failure(CheckpointError(GIVEN_UP), file, snapshot.nbytes)
             named([item.name for item in items])
             return retried(
                 lambda: self._persist(snapshot, items, pool, abandoned),
@@ -146,7 +147,7 @@ class Saver:
         def check() -> None:
             self.between()
             if abandoned.is_set():
-                raise CheckpointError("given up, because another rank has no snapshot of it")
+                raise CheckpointError(GIVEN_UP)
             if time.monotonic() > deadline:
                 raise CheckpointError(f"not done within {self.options.timeout:.0f} s")
 

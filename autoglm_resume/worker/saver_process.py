@@ -47,8 +47,9 @@ from typing import Any
 from autoglm_resume import linux
 from autoglm_resume.checkpoint import sealed
 from autoglm_resume.checkpoint.manifest import MANIFEST
+from autoglm_resume.checkpoint.part import age
 from autoglm_resume.checkpoint.previous import Previous
-from autoglm_resume.checkpoint.saver import SaveFailed, Saver
+from autoglm_resume.checkpoint.saver import GIVEN_UP, SaveFailed, Saver
 from autoglm_resume.checkpoint.snapshot import Snapshot, from_slot
 from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.errors import CheckpointError
@@ -104,7 +105,7 @@ class SaverProcess:
         if listener is not None:
             self._supervisor = owner
             self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener))
-        while owner in self._links or self._running:
+        while owner in self._links or self._running or self._abandoned:
             for key, _ in self._selector.select():
                 if key.fd in self._selector.get_map():
                     key.data()
@@ -264,14 +265,18 @@ class SaverProcess:
         abandoned = self._abandoned[id] = threading.Event()
 
         def job() -> None:
+            reason = f"{id}: the saver failed, its log says why"
             try:
-                self._save(from_slot(text, slot), request, abandoned)
-            except BaseException:
-                reason = f"{id}: the saver failed, its log says why"
+                if abandoned.is_set():
+                    reason = f"{id}: {GIVEN_UP}"
+                    self._tell("save_failed", id=id, step=age(id)[0], reason=reason)
+                else:
+                    self._save(from_slot(text, slot), request, abandoned)
+            finally:  # if it was not said, this is news
                 self._later(lambda: self._saved(id, abandoned, reason))
-                raise
 
-        self._start(job)
+        # After what there is to read: it may say that this snapshot was given up, and overwritten.
+        self._later(lambda: self._start(job))
 
     def _save(self, snapshot: Snapshot, request: Message, abandoned: threading.Event) -> None:
         assert self._saver is not None
@@ -375,7 +380,7 @@ class SaverProcess:
         self._asked.clear()
 
     def _say_idle(self) -> None:
-        if not self._running:
+        if not self._running and not self._abandoned:
             for link, question in self._waiting:
                 self._reply(link, {"op": "idle", "question": question})
             self._waiting.clear()

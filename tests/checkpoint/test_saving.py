@@ -252,7 +252,7 @@ def test_a_save_that_is_given_up_leaves_nothing(store: Store) -> None:
     (tensors,) = series(1)
     given_up = threading.Event()
     given_up.set()
-    with pytest.raises(SaveFailed, match="given up, because another rank has no snapshot of it"):
+    with pytest.raises(SaveFailed, match="given up, because not all ranks have a snapshot of it"):
         Saver(store).persist(taken(1, tensors), given_up)
     assert files_in(store.root) == []
 
