@@ -157,7 +157,10 @@ def commits(training: Training, saver: Autoglm, times: int) -> list[dict[str, fl
         saver.step_done(training.completed, save=True)
         called = time.perf_counter()
         training.optimizer.step()
-        await_finished(saver)
+        own = 0
+        while not saver.finished():
+            own = max(own, saver.memory()["own"])
+            time.sleep(0.005)
         ended = time.perf_counter()
         checkpoint = saver.committed()
         assert checkpoint is not None
@@ -168,6 +171,8 @@ def commits(training: Training, saver: Autoglm, times: int) -> list[dict[str, fl
                 "copy": taken - called,
                 "seconds": ended - taken,
                 "stored": len(stored),
+                "own": own,
+                "shared": saver.memory()["shared"],
                 "plain": plain_write(checkpoint.parent.with_name("plain"), stored),
             }
         )
