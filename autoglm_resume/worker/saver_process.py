@@ -29,7 +29,6 @@ The supervisor is told, unasked, what became of saves: `said`, with an event for
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import selectors
 import signal
@@ -38,7 +37,7 @@ import struct
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -58,12 +57,10 @@ from autoglm_resume.worker import housekeeping, saver_link, turns
 from autoglm_resume.worker.contract import Checkpointing
 from autoglm_resume.worker.rank import drop_own_path
 from autoglm_resume.worker.saver_link import Closed, Message
-from autoglm_resume.worker.slots import Slots, room
+from autoglm_resume.worker.slots import Slots, slots_fitting
 
 REST = 10.0
 """Seconds that a save is left alone at most, while ranks start."""
-MARGIN = 0.9
-"""Of the memory that is free, what slots may take."""
 
 
 class SaverProcess:
@@ -247,10 +244,8 @@ class SaverProcess:
                 self._saver.forget_memory()
             self._slots.close()
             self._slots = None
-        # One after the other, or all savers of a machine would count on the same memory. They
-        # share a log, which is as good a thing to lock as any.
-        with _locked(sys.stdout.fileno()):
-            self._slots, reason = _new_slots(size, count)
+        # All savers share a log, which is as good a thing to lock as any.
+        self._slots, reason = slots_fitting(size, count, sys.stdout.fileno())
         return reason
 
     def _persist(self, link: socket.socket, request: Message) -> None:
@@ -384,35 +379,6 @@ class SaverProcess:
             for link, question in self._waiting:
                 self._reply(link, {"op": "idle", "question": question})
             self._waiting.clear()
-
-
-@contextlib.contextmanager
-def _locked(fd: int) -> Iterator[None]:
-    with contextlib.suppress(OSError):  # a terminal or a pipe has no lock
-        fcntl.flock(fd, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_UN)
-
-
-def _new_slots(size: int, count: int) -> tuple[Slots | None, str]:
-    """As many as there is room for, and why not all."""
-    free = int(room() * MARGIN)
-    fitting = min(count, free // max(size, 1))
-    reason = ""
-    if fitting < count:
-        reason = (
-            f"{count} slots of {size:,} bytes were asked for, there is room for {fitting}:"
-            f" {free:,} bytes"
-        )
-    if not fitting:
-        return None, reason
-    try:
-        return Slots.create(size, fitting), reason
-    except OSError as error:
-        return None, f"{fitting} slots of {size:,} bytes: {error.strerror}"
 
 
 def _previous(store: Store, id: str | None, rank: int, world_size: int) -> Previous | None:

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
 from autoglm_resume import linux
 
+MARGIN = 0.9
+"""Of the memory that is free, what slots may take."""
 _UNLIMITED = 1 << 60
 
 
@@ -56,6 +60,40 @@ class Slots:
         with contextlib.suppress(BufferError):
             self._view.release()
             self.memory.close()
+
+
+def slots_fitting(size: int, count: int, lock: int) -> tuple[Slots | None, str]:
+    """New slots, as many as there is room for, and why not all.
+
+    `lock` is a descriptor of the same file for all savers of a machine: they must take their memory
+    one after the other, or all would count on the same.
+    """
+    with _locked(lock):
+        free = int(room() * MARGIN)
+        fitting = min(count, free // max(size, 1))
+        reason = ""
+        if fitting < count:
+            reason = (
+                f"{count} slots of {size:,} bytes were asked for, there is room for {fitting}:"
+                f" {free:,} bytes"
+            )
+        if not fitting:
+            return None, reason
+        try:
+            return Slots.create(size, fitting), reason
+        except OSError as error:
+            return None, f"{fitting} slots of {size:,} bytes: {error.strerror}"
+
+
+@contextlib.contextmanager
+def _locked(fd: int) -> Iterator[None]:
+    with contextlib.suppress(OSError):  # a terminal or a pipe has no lock
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_UN)
 
 
 def room() -> int:
