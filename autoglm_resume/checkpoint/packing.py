@@ -128,7 +128,9 @@ class Packer:
             self._output.finish()
             self._writing += time.perf_counter() - began
             self._prove(prover)
-            self._learn(prover.proofs(wait=True))
+            for proof in prover.proofs(wait=True):
+                check()
+                self._learn([proof])
         return found
 
     def _prepare(self, item: Item, effort: Effort) -> _Prepared:

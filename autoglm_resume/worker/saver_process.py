@@ -251,7 +251,9 @@ class SaverProcess:
     def _persist(self, link: socket.socket, request: Message) -> None:
         slots, id = self._slots, request["id"]
         if slots is None:  # a saver before this one gave them
-            self._reply(link, {"op": "saved", "id": id, "ok": False, "reason": "the saver died"})
+            reason = "the saver died"
+            self._tell("save_failed", id=id, step=age(id)[0], reason=reason)
+            self._reply(link, {"op": "saved", "id": id, "ok": False, "reason": reason})
             return
         self._held = {key: request[key] for key in ("id", "slot", "at", "length")}
         self._claim = None
@@ -260,15 +262,13 @@ class SaverProcess:
         abandoned = self._abandoned[id] = threading.Event()
 
         def job() -> None:
-            reason = f"{id}: the saver failed, its log says why"
+            reason = f"{id}: {GIVEN_UP}"
             try:
-                if abandoned.is_set():
-                    reason = f"{id}: {GIVEN_UP}"
-                    self._tell("save_failed", id=id, step=age(id)[0], reason=reason)
-                else:
+                if not abandoned.is_set():
+                    reason = f"{id}: the saver failed, its log says why"
                     self._save(from_slot(text, slot), request, abandoned)
-            finally:  # if it was not said, this is news
-                self._later(lambda: self._saved(id, abandoned, reason))
+            finally:
+                self._later(lambda: self._not_saved(id, abandoned, reason))
 
         # After what there is to read: it may say that this snapshot was given up, and overwritten.
         self._later(lambda: self._start(job))
@@ -333,6 +333,12 @@ class SaverProcess:
             message = {"op": "saved", "id": id, "ok": not reason, "reason": reason}
             self._reply(self._rank, message)
         self._say_claim()
+
+    def _not_saved(self, id: str, abandoned: threading.Event, reason: str) -> None:
+        """What is left to say of a save of which nothing was said."""
+        if self._abandoned.get(id) is abandoned:
+            self._tell("save_failed", id=id, step=age(id)[0], reason=reason)
+            self._saved(id, abandoned, reason)
 
     def _tell(self, event: str, **fields: Any) -> None:
         """Have the supervisor put an event into the journal."""

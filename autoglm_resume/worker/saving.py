@@ -135,7 +135,10 @@ class Saving:
 
     def _see_under_way(self, id: str | None) -> None:
         self._under_way = id
-        self._deadline = time.monotonic() + self._timeout + PATIENCE
+        self._deadline = self._patience()
+
+    def _patience(self) -> float:
+        return time.monotonic() + self._timeout + PATIENCE
 
     def prepare(self, state: State, identity: Identity) -> None:
         """Have the slots made beside the training, before the first save needs them."""
@@ -167,6 +170,7 @@ class Saving:
                 text = describe(state.snapshot(identity))
                 slots.view(number)[at : at + len(text)] = text
                 self._newest = number
+                self._deadline = self._patience()
                 self._client.send(
                     {
                         "op": "persist",
@@ -259,6 +263,8 @@ class Saving:
 
     def _lose_patience(self) -> None:
         """With a saver that hangs, in the kernel most likely: it gives up by itself if it can."""
+        if self._copy is not None:
+            return  # the snapshot may not even be complete
         if self._under_way is not None and time.monotonic() > self._deadline:
             id, seconds = self._under_way, self._timeout + PATIENCE
             with contextlib.suppress(NoSaver):  # its slot will be overwritten

@@ -71,3 +71,21 @@ def test_a_saver_that_hangs_is_not_waited_for_for_ever(
     assert (failed.id, failed.ok) == (id, False)
     assert "has not answered" in failed.reason
     saver.resume()
+
+
+def test_an_evaluation_between_a_save_and_the_next_step_is_no_reason_to_lose_patience(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, "PATIENCE", -1e9)
+    saving = make()
+    saving._when = module.When.NEXT_PASS
+    weight = torch.ones(1000)
+    state = capture.gather({"m": {"w": weight}})
+    identity = Identity(checkpoint_id(1, "a0"), 0, 1)
+    saving.begin(state, identity, frozenset([weight.data_ptr()]), 0.0)
+    assert saving.busy
+    assert saving.outcomes() == []
+    monkeypatch.undo()
+    saving.start_copy()
+    saving.wait()
+    assert [(outcome.id, outcome.ok) for outcome in saving.outcomes()] == [(identity.id, True)]
