@@ -256,5 +256,6 @@ CONTENDERS = {
 
 def installed() -> list[str]:
     """Those that can be run here."""
-    there = importlib.util.find_spec("dlrover") is not None
+    # Version 0.6.1 does not bring all that it imports.
+    there = all(importlib.util.find_spec(name) for name in ("dlrover", "grpc"))
     return [name for name in CONTENDERS if there or name != "dlrover"]
