@@ -12,7 +12,6 @@ import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import TypeVar
 
 from autoglm_resume.checkpoint.document import Buffer
@@ -110,15 +109,8 @@ class Input:
         self._file = _File(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         self._buffer = _memory((largest // BLOCK + 2) * BLOCK)
 
-    def __enter__(self) -> Input:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Give up the descriptor."""
         os.close(self._file.fd)
 
     def read(self, offset: int, size: int) -> memoryview:

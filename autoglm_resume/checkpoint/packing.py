@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
@@ -102,7 +103,7 @@ class Packer:
         found: dict[tuple[str, int], int] = {}
         waiting: deque[Future[_Prepared]] = deque()
 
-        with Prover(self._file) as prover:
+        with closing(Prover(self._file)) as prover:
 
             def settle() -> None:
                 check()

@@ -8,11 +8,10 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from types import TracebackType
 from typing import BinaryIO
 
 from autoglm_resume.checkpoint import codec
@@ -64,19 +63,12 @@ class Prover:
         self._proofs: deque[Future[Proof]] = deque()
         with ExitStack() as opening:
             for _ in range(THREADS):
-                self._inputs.put(opening.enter_context(Input(self._path, RUN_BYTES)))
+                self._inputs.put(opening.enter_context(closing(Input(self._path, RUN_BYTES))))
             self._pool = opening.enter_context(ThreadPoolExecutor(THREADS, "read-back"))
             self._open = opening.pop_all()
 
-    def __enter__(self) -> Prover:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Give up what has not begun, and wait for what has."""
         for proof in self._proofs:
             proof.cancel()
         self._open.close()

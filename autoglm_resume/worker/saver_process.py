@@ -187,18 +187,14 @@ class SaverProcess:
         self._how = how = Checkpointing.from_json(request["checkpoint"])
         follows = self._held is None or self._held["id"] != request["resume"]
         self._start(lambda: self._begin(request, how, follows))
+        persisting = next(reversed(self._abandoned), None)
+        self._give_slots(link, {"op": "hello", "held": self._held, "persisting": persisting})
+
+    def _give_slots(self, link: socket.socket, message: Message) -> None:
         slots = self._slots
-        self._reply(
-            link,
-            {
-                "op": "hello",
-                "held": self._held,
-                "persisting": next(reversed(self._abandoned), None),
-                "bytes": slots.size if slots else 0,
-                "count": slots.count if slots else 0,
-            },
-            slots.fd if slots else None,
-        )
+        size, count = (slots.size, slots.count) if slots else (0, 0)
+        fd = slots.fd if slots else None
+        self._reply(link, {**message, "bytes": size, "count": count}, fd)
 
     def _begin(self, request: Message, how: Checkpointing, follows: bool) -> None:
         store = Store(Path(how.dir))
@@ -224,17 +220,7 @@ class SaverProcess:
 
     def _provided(self, link: socket.socket, reason: str) -> None:
         self._allocating -= 1
-        slots = self._slots
-        self._reply(
-            link,
-            {
-                "op": "slots",
-                "bytes": slots.size if slots else 0,
-                "count": slots.count if slots else 0,
-                "reason": reason,
-            },
-            slots.fd if slots else None,
-        )
+        self._give_slots(link, {"op": "slots", "reason": reason})
 
     def _allocate(self, size: int, count: int) -> str:
         """New slots, as many as there is room for; returns why not all."""

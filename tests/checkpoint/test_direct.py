@@ -6,6 +6,7 @@ import errno
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def test_what_is_written_is_what_is_read_anywhere(place: Path, sizes: list[int])
     fd = os.open(path, os.O_RDONLY)
     os.fdatasync(fd)
     os.close(fd)
-    with Input(path, 1 << 20) as source:
+    with closing(Input(path, 1 << 20)) as source:
         for start in range(0, len(data), 999_983):
             size = min(1 << 20, len(data) - start)
             assert source.read(start, size) == data[start : start + size]
@@ -116,7 +117,7 @@ def test_any_piece_can_be_read_and_ends_where_the_file_does(
 ) -> None:
     path = tmp_path_factory.mktemp("pieces") / "file"
     data = written(path, [length])
-    with Input(path, 2 * BLOCK) as source:
+    with closing(Input(path, 2 * BLOCK)) as source:
         for offset, size in reads:
             assert source.read(offset, size) == data[offset : offset + size]
 
@@ -126,7 +127,7 @@ def test_reading_goes_to_the_storage_where_the_file_system_has_one(tmp_path: Pat
         pytest.skip("no way past the page cache here")
     path = tmp_path / "file"
     data = written(path, [BUFFER_BYTES + 1])
-    with Input(path, len(data)) as source:
+    with closing(Input(path, len(data))) as source:
         assert source.read(0, len(data)) == data
         assert source._file.direct
 
