@@ -25,6 +25,7 @@ PURE = [
     "checkpoint/pace.py",
     *("checkpoint/options.py", "checkpoint/replica.py", "checkpoint/renaming.py"),
     *("checkpoint/document.py", "observe/goodput.py", "observe/say.py", "errors.py"),
+    "kinds.py",
     *("observe/recovery.py", "observe/segments.py"),
 ]
 IMPURE = {

@@ -119,7 +119,7 @@ def _cause(failure: Event, drills: Sequence[Event]) -> float | None:
     """
     known = number(failure, "cause_mono")
     struck = [mono(d) for d in drills if d.get("kind") != "exit"]
-    if struck and failure.get("kind") in ("signal", "hang"):
+    if struck and failure.get("kind") in ("killed", "crashed", "hang"):
         return max(struck)
     return known
 

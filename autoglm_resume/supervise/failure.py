@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import enum
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autoglm_resume.errors import Interrupted, WorldSizeMismatch
+from autoglm_resume.kinds import Kind
 from autoglm_resume.worker.board import NEVER, Beat, Phase
+
+_OWN = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
+"""Signals that a process brings upon itself."""
 
 
 @dataclass(frozen=True)
@@ -58,18 +61,6 @@ class RankEvidence:
         )
 
 
-class Kind(enum.Enum):
-    """Failure classes."""
-
-    SIGNAL = "signal"
-    EXIT = "exit"
-    EXCEPTION = "exception"
-    HANG = "hang"
-    REFUSED = "refused"
-    PORT = "port in use"
-    LAUNCH = "launch"
-
-
 @dataclass(frozen=True)
 class Failure:
     """The conclusion."""
@@ -88,6 +79,12 @@ class Failure:
     """Id of the checkpoint that the rank would not load."""
     final: bool = False
     """Whether these ranks would refuse it again, and the gate has nothing to learn from that."""
+    place: str = ""
+    """Where it happened, alike for failures that are the same: “train.py:31 in step”."""
+    evidence: tuple[str, ...] = ()
+    """What the class was concluded from, a sentence each."""
+    tail: str = ""
+    """Last lines of the root rank's log."""
 
 
 def conclude(ranks: Sequence[RankEvidence], hung: Sequence[int] = (), agent: str = "") -> Failure:
@@ -116,14 +113,15 @@ def conclude(ranks: Sequence[RankEvidence], hung: Sequence[int] = (), agent: str
         return Failure(Kind.LAUNCH, None, summary, step)
     root = min(failed, key=_precedence)
     if root.signal is not None:
-        kind, what = Kind.SIGNAL, f"died by {signal_name(root.signal)}"
+        kind = Kind.CRASHED if root.signal in _OWN else Kind.KILLED
+        what = f"died by {signal_name(root.signal)}"
     elif root.error is not None:
         taken = "EADDRINUSE" in root.error.message or "already in use" in root.error.message
         kind = Kind.PORT if taken else Kind.EXCEPTION
         first = root.error.message.strip().splitlines()
         what = f"failed with {root.error.type}" + (f": {first[0][:300]}" if first else "")
     else:
-        kind, what = Kind.EXIT, f"exited with code {root.code}"
+        kind, what = Kind.EXITED, f"exited with code {root.code}"
     summary = f"rank {root.rank} {what} {where(root.beat)}"
     trace = root.error.traceback if root.error else ""
     return Failure(kind, root.rank, summary, step, _cause(root), trace, root.code, root.signal)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autoglm_resume.errors import AutoglmError, CheckpointError, DoNotRequeue
-from autoglm_resume.supervise.failure import Failure, Kind
+from autoglm_resume.kinds import Kind
+from autoglm_resume.supervise.failure import Failure
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,10 @@ def test_a_drill_changes_nothing_in_the_result(
     ("how", "kind", "words"),
     [
         ("raise", "exception", "rank 1 failed with ValueError: the data is on fire"),
-        ("segv", "signal", "rank 1 died by SIGSEGV"),
-        ("abort", "signal", "rank 1 died by SIGABRT"),
-        ("exit", "exit", "rank 1 exited with code 17"),
-        ("steal-port", "port in use", "rank 0 failed with"),
+        ("segv", "crashed", "rank 1 died by SIGSEGV"),
+        ("abort", "crashed", "rank 1 died by SIGABRT"),
+        ("exit", "exited", "rank 1 exited with code 17"),
+        ("steal-port", "port_in_use", "rank 0 failed with"),
     ],
 )
 def test_a_rank_that_fails_by_itself_is_named_and_the_result_is_the_same(

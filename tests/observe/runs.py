@@ -56,7 +56,7 @@ class Script:
 
     def fails(self, attempt: int, step: int, rank: int = 1, **fields: Any) -> Script:
         summary = f"rank {rank} died by SIGKILL at step {step}, in backward"
-        failure = {"kind": "signal", "root_rank": rank, "summary": summary, "step": step}
+        failure = {"kind": "killed", "root_rank": rank, "summary": summary, "step": step}
         return self.say("failure", attempt=attempt, **{**failure, **fields})
 
     def gate(

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autoglm_resume.kinds import Kind
 from autoglm_resume.supervise.failure import (
     ErrorRecord,
-    Kind,
     RankEvidence,
     Refusal,
     conclude,
@@ -39,27 +39,27 @@ def gone(rank: int, code: int | None, **more: object) -> RankEvidence:
 @pytest.mark.parametrize(
     ("ranks", "kind", "root", "summary"),
     [
-        ([killed(0)], Kind.SIGNAL, 0, "rank 0 died by SIGKILL at step 41, in backward"),
-        ([killed(0, 11)], Kind.SIGNAL, 0, "rank 0 died by SIGSEGV at step 41, in backward"),
-        ([killed(0, 99)], Kind.SIGNAL, 0, "died by signal 99"),
+        ([killed(0)], Kind.KILLED, 0, "rank 0 died by SIGKILL at step 41, in backward"),
+        ([killed(0, 11)], Kind.CRASHED, 0, "rank 0 died by SIGSEGV at step 41, in backward"),
+        ([killed(0, 99)], Kind.KILLED, 0, "died by signal 99"),
         # A peer's exception follows from the signal, whichever was seen first.
-        ([raised(0, 5.0), killed(1, order=1)], Kind.SIGNAL, 1, "SIGKILL"),
-        ([killed(0, order=1), killed(1, 11, order=0)], Kind.SIGNAL, 1, "SIGSEGV"),
+        ([raised(0, 5.0), killed(1, order=1)], Kind.KILLED, 1, "SIGKILL"),
+        ([killed(0, order=1), killed(1, 11, order=0)], Kind.CRASHED, 1, "SIGSEGV"),
         # Watchdogs abort victims: that may have come after somebody's exception or death.
-        ([killed(0, order=1), killed(1, 6, order=0)], Kind.SIGNAL, 0, "SIGKILL"),
+        ([killed(0, order=1), killed(1, 6, order=0)], Kind.KILLED, 0, "SIGKILL"),
         ([raised(0, 5.0, order=1), killed(1, 6, order=0)], Kind.EXCEPTION, 0, "ValueError"),
-        ([killed(0, 6)], Kind.SIGNAL, 0, "SIGABRT"),
+        ([killed(0, 6)], Kind.CRASHED, 0, "SIGABRT"),
         # The earliest record is the root, not the earliest exit.
         ([raised(0, 5.2, order=0), raised(1, 5.1, order=1)], Kind.EXCEPTION, 1, "ValueError: bad"),
         # Code 1 without a record may be a victim's; another code is somebody's own doing.
         ([gone(0, 1), raised(1, 5.1, order=1)], Kind.EXCEPTION, 1, "ValueError"),
-        ([raised(0, 5.0), gone(1, 3, order=1)], Kind.EXIT, 1, "rank 1 exited with code 3"),
-        ([gone(0, 0), gone(1, 1)], Kind.EXIT, 1, "rank 1 exited with code 1 at step 41"),
+        ([raised(0, 5.0), gone(1, 3, order=1)], Kind.EXITED, 1, "rank 1 exited with code 3"),
+        ([gone(0, 0), gone(1, 1)], Kind.EXITED, 1, "rank 1 exited with code 1 at step 41"),
         # Those that we ended ourselves are victims, however they ended.
         ([killed(0, order=0, by_us=True), raised(1, 9.0, order=1)], Kind.EXCEPTION, 1, "bad"),
-        ([gone(0, 3, by_us=True), gone(1, 4, order=1)], Kind.EXIT, 1, "code 4"),
+        ([gone(0, 3, by_us=True), gone(1, 4, order=1)], Kind.EXITED, 1, "code 4"),
         # 75 is a rank that stopped as asked.
-        ([gone(0, 75), gone(1, 2)], Kind.EXIT, 1, "code 2"),
+        ([gone(0, 75), gone(1, 2)], Kind.EXITED, 1, "code 2"),
         ([gone(0, 0), gone(1, 75)], Kind.LAUNCH, None, "ended without a failed rank"),
         ([gone(0, None), gone(1, None)], Kind.LAUNCH, None, "ended without a failed rank"),
         (

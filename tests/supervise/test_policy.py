@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoglm_resume.supervise.failure import Failure, Kind
+from autoglm_resume.kinds import Kind
+from autoglm_resume.supervise.failure import Failure
 from autoglm_resume.supervise.policy import Decision, Ended, GiveUp, Restart, Rules, decide
 
 RULES = Rules(max_restarts=4, backoff=1.0, max_backoff=60.0, without_progress=3)
-KILLED = Failure(Kind.SIGNAL, 1, "rank 1 died by SIGKILL", 30, signal=9)
+KILLED = Failure(Kind.KILLED, 1, "rank 1 died by SIGKILL", 30, signal=9)
 FROM_START = Ended(0, 10, 0)
 
 
@@ -70,7 +71,7 @@ def test_steps_that_were_run_before_are_no_progress_even_after_falling_back() ->
 
 @pytest.mark.parametrize("history", [[FROM_START], stuck(9), [Ended(0, 5, 5)]])
 def test_a_rank_that_exits_93_is_not_run_again_whatever_is_left(history: list[Ended]) -> None:
-    failure = Failure(Kind.EXIT, 0, "rank 0 exited with code 93", 5, code=93)
+    failure = Failure(Kind.EXITED, 0, "rank 0 exited with code 93", 5, code=93)
     decision = decide(history, failure, RULES, 0.0)
     assert isinstance(decision, GiveUp)
     assert decision.code == 93
