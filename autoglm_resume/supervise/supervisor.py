@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import signal
@@ -10,18 +9,16 @@ import socket
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import autoglm_resume
 from autoglm_resume import linux
 from autoglm_resume.checkpoint.part import age
-from autoglm_resume.checkpoint.sealed import Sealed
 from autoglm_resume.checkpoint.structure import Structure
 from autoglm_resume.errors import (
     AutoglmError,
-    CheckpointError,
     CorruptCheckpoint,
     Interrupted,
     NoAcceptableCheckpoint,
@@ -35,14 +32,13 @@ from autoglm_resume.supervise.attempt import Attempt, Outcome, hurried
 from autoglm_resume.supervise.drill import Drill
 from autoglm_resume.supervise.gatekeeper import Gatekeeper
 from autoglm_resume.supervise.group import end_orphans
+from autoglm_resume.supervise.keepers import Keepers
 from autoglm_resume.supervise.launcher import Launcher, Torchrun, Warm
 from autoglm_resume.supervise.pump import Pump, Signals
 from autoglm_resume.supervise.rehearse import Rehearsal
-from autoglm_resume.supervise.replicas import FLUSH_SECONDS, Replicas, restore
+from autoglm_resume.supervise.replicas import restore
 from autoglm_resume.supervise.rundir import Lock, RunDirectory
-from autoglm_resume.supervise.savers import Savers
 from autoglm_resume.worker.contract import ResumePoint
-from autoglm_resume.worker.slots import room
 
 if TYPE_CHECKING:  # a presenter is handed in; this layer does not depend on it
     from autoglm_resume.observe.live import Screen
@@ -50,8 +46,6 @@ if TYPE_CHECKING:  # a presenter is handed in; this layer does not depend on it
 SAVE = signal.SIGRTMIN
 """Asks for a checkpoint, and to go on."""
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-COMMIT_SECONDS = 60.0
-"""To wait, at the end, for replicas that the last checkpoint must be in to count."""
 RECENT = 20
 """Saves that tell what the next will cost."""
 NOTABLE = 1.2
@@ -90,10 +84,8 @@ class Supervisor:
         self._costs: deque[float] = deque(maxlen=RECENT)
         self._writing: deque[float] = deque(maxlen=RECENT)
         self._interval: float | None = None
-        self._room_known = False
         self._launcher: Launcher | None = None
-        self._savers: Savers | None = None
-        self._replicas: Replicas | None = None
+        self._keepers: Keepers | None = None
         self._resume: ResumePoint | None = None
         """What the present attempt began with."""
         self._began = time.monotonic()
@@ -128,12 +120,20 @@ class Supervisor:
             self._bring_back()
             self._introduce()
             self._choose_interval()
-            self._savers = self._start_savers()
-            self._replicas = self._make_replicas()
-            self._replicas.start()
-            self._protect()
-            self._launcher = launcher = self._make_launcher()
-            return self._bring_to_end(launcher, began)
+            self._keepers = keepers = Keepers(
+                self._pump,
+                self._job,
+                self._run.path,
+                self._run_id,
+                self._world_size,
+                self._gate,
+                self._past,
+                self._stops,
+                self._tell,
+                self._saver_said,
+            )
+            self._launcher = launcher = self._make_launcher(keepers)
+            return self._bring_to_end(launcher, keepers, began)
         except AutoglmError as error:
             self._tell("run_failed", code=error.exit_code, reason=error.message)
             raise
@@ -146,28 +146,24 @@ class Supervisor:
         finally:
             if self._launcher is not None:
                 self._launcher.close()
-            if self._savers is not None:
-                with contextlib.suppress(OSError):
-                    self._settle()
-                self._savers.close()
-            if self._replicas is not None:
-                self._replicas.close()
+            if self._keepers is not None:
+                self._keepers.close()
             end_orphans(frozenset())
             signals.close()
             self._journal.close()
             self._pump.close()
 
-    def _bring_to_end(self, launcher: Launcher, began: float) -> int:
+    def _bring_to_end(self, launcher: Launcher, keepers: Keepers, began: float) -> int:
         while True:
             # No rank is alive here, so this is the moment to judge and to clean up.
-            resume = self._gate.pass_gate(self._settle(self._gate.may_take_from_memory))
+            resume = self._gate.pass_gate(keepers.settle(self._gate.may_take_from_memory))
             if self._stops:
-                return self._interrupted()
-            outcome = self._attempt(launcher, resume)
+                return self._interrupted(keepers)
+            outcome = self._attempt(launcher, keepers, resume)
             self._gate.checkpointed = max(self._gate.checkpointed, outcome.checkpointed)
             if outcome.completed:
-                self._settle()
-                self._flush_replicas()
+                keepers.settle()
+                keepers.flush()
                 self._tell(
                     "run_completed",
                     step=outcome.step,
@@ -176,7 +172,7 @@ class Supervisor:
                 )
                 return 0
             if self._stops or outcome.failure is None:
-                return self._interrupted()
+                return self._interrupted(keepers)
             self._ended.append(
                 policy.Ended(
                     resume.step if resume else 0,
@@ -188,25 +184,16 @@ class Supervisor:
             )
             decision = policy.decide(self._ended, outcome.failure, self._rules(), random.random())
             if isinstance(decision, policy.GiveUp):
-                self._settle()
+                keepers.settle()
                 self._tell("decision", action="give_up", delay=0, reason=decision.reason)
                 self._tell("run_failed", code=decision.code, reason=decision.reason)
                 return decision.code
             self._tell("decision", action="restart", delay=decision.delay, reason=decision.reason)
             self._pump.wait(lambda: bool(self._stops), time.monotonic() + decision.delay)
 
-    def _settle(self, from_memory: Callable[[str], bool] = lambda id: False) -> Sealed | None:
-        """Have what the ranks left in memory on storage, or what may be taken `from_memory`."""
-        if self._savers is None:
-            return None
-        timeout = self._job.checkpoint.timeout
-        return self._savers.settle(
-            self._gate.store, timeout, lambda: hurried(self._stops), from_memory
-        )
-
-    def _attempt(self, launcher: Launcher, resume: ResumePoint | None) -> Outcome:
+    def _attempt(self, launcher: Launcher, keepers: Keepers, resume: ResumePoint | None) -> Outcome:
         self._resume = resume
-        self._look_for_room(resume)
+        keepers.look_for_room(resume)
         number, self._number = self._number, self._number + 1
         self._run.attempt(number).mkdir(parents=True, exist_ok=True)
         fixed = self._job.env.get("MASTER_PORT")
@@ -219,7 +206,7 @@ class Supervisor:
             screen=self._screen,
             rehearsal=self._rehearsal,
             stops=self._stops,
-            helpers=self._helpers,
+            helpers=lambda: keepers.pids,
             between_saves=lambda: self._interval,
         )
         self._lock.describe(attempt.board_path)
@@ -232,7 +219,7 @@ class Supervisor:
             endpoint,
             resume,
             attempt.board_path,
-            self._savers.names if self._savers else (),
+            keepers.names,
             self._gate.branches,
         )
         try:
@@ -251,6 +238,8 @@ class Supervisor:
 
     def _heard(self, event: Event) -> Event | None:
         """Keep what a rank said that outlives its attempt; returns what the journal should keep."""
+        keepers = self._keepers
+        assert keepers is not None  # there are ranks
         match event["event"]:
             case "model":
                 rank, known = event["rank"], self._reported.get(event["rank"])
@@ -263,8 +252,7 @@ class Supervisor:
                 if rank != 0:  # a large model's structure is written down once
                     return {**event, "model": None}
             case "first_step":
-                if self._savers is not None:
-                    self._savers.work_on()
+                keepers.work_on()
                 self._gate.clean()
                 self._journal.sync()
             case "imports":
@@ -280,9 +268,9 @@ class Supervisor:
                 # Ranks' files are read in any order, and an older one may come last.
                 if event["step"] >= self._objects_step:
                     self._objects, self._objects_step = event["objects"], event["step"]
-                self._copies.notice()
+                keepers.notice()
             case "pruned":
-                self._copies.notice()
+                keepers.notice()
             case "refused" if event["kind"] == CorruptCheckpoint.__name__ and self._resume:
                 # Only damage is the checkpoint's own fault. A model that differs is judged by the
                 # gate itself, for every checkpoint.
@@ -330,36 +318,6 @@ class Supervisor:
             self._gate.branches = (*self._gate.branches, (step, self._number))
             self._gate.checkpointed = self._objects_step = step
 
-    def _start_savers(self) -> Savers | None:
-        if not self._job.checkpoint.memory:
-            return None
-        return Savers(
-            self._pump,
-            environment(self._job),
-            self._run_id,
-            self._world_size,
-            self._run.path / "savers.log",
-            self._tell,
-            self._saver_said,
-        )
-
-    def _look_for_room(self, resume: ResumePoint | None) -> None:
-        """Say at the start, rather than at the first save, that snapshots do not fit."""
-        if resume is None or self._savers is None or self._room_known:
-            return
-        self._room_known = True
-        with contextlib.suppress(CheckpointError):
-            manifest = self._gate.store.load_manifest(self._gate.store.directory(resume.id))
-            slots = self._job.checkpoint.memory
-            needed, free = slots * manifest.raw, room()
-            if needed > free:
-                text = (
-                    f"checkpoint.memory: {slots} snapshots of {len(manifest.parts)} ranks take"
-                    f" {needed:,} bytes of memory, {free:,} are free: saves may have to wait for"
-                    " the disk"
-                )
-                self._tell("warning", text=text)
-
     def _bring_back(self) -> None:
         """Where no checkpoint is left, the newest that a replica has."""
         replicas, store = self._job.checkpoint.replicas, self._gate.store
@@ -376,58 +334,7 @@ class Supervisor:
             self._run_id = restored.run
             self._tell_next("brought_back", id=restored.id, files=restored.files)
 
-    @property
-    def _copies(self) -> Replicas:
-        assert self._replicas is not None  # from the start of `run` to its end
-        return self._replicas
-
-    def _make_replicas(self) -> Replicas:
-        checkpoint = self._job.checkpoint
-        replicas = Replicas(
-            self._pump,
-            environment(self._job),
-            self._gate.store.root,
-            self._run_id,
-            checkpoint.replicas,
-            checkpoint.commit,
-            self._run.path / "replicator.log",
-            self._replica_said,
-            self._past.replicated,
-        )
-        if checkpoint.replicas:
-            self._gate.repair = lambda id, digest: replicas.repair(
-                id, digest, lambda: bool(self._stops)
-            )
-        return replicas
-
-    def _replica_said(self, event: str, /, **fields: Any) -> None:
-        self._tell(event, **fields)
-        if event == "replicated":
-            self._protect()
-
-    def _protect(self) -> None:
-        """Retention must keep the newest checkpoint that counts by the job's commit policy."""
-        if self._savers is not None:
-            self._savers.protect(self._copies.protected(self._gate.present()))
-
-    def _flush_replicas(self) -> None:
-        """At the end: copy what is left, and say so if the last checkpoint does not count."""
-        policy = self._job.checkpoint.commit
-        patience = FLUSH_SECONDS if policy == "local" else COMMIT_SECONDS
-        self._copies.flush(0.0 if hurried(self._stops) else patience)
-        newest = self._gate.store.latest()
-        if newest is not None and not self._copies.counts(newest.name):
-            text = (
-                f"{newest.name} is here, but not in enough replicas (checkpoint.commit: {policy})"
-            )
-            self._tell("warning", text=text)
-
-    def _helpers(self) -> frozenset[int]:
-        """Children of this process that are no ranks."""
-        helpers = (self._replicas, self._savers)
-        return frozenset(pid for helper in helpers if helper for pid in helper.pids)
-
-    def _make_launcher(self) -> Launcher:
+    def _make_launcher(self, keepers: Keepers) -> Launcher:
         if self._job.launcher == "torchrun":
             return Torchrun(environment(self._job))
         return Warm(
@@ -436,13 +343,13 @@ class Supervisor:
             [*self._job.preload, *self._past.imports],
             self._run.path / "zygote.log",
             self._tell,
-            others=self._helpers,
+            others=lambda: keepers.pids,
         )
 
-    def _interrupted(self) -> int:
-        self._settle()
+    def _interrupted(self, keepers: Keepers) -> int:
+        keepers.settle()
         newest = self._gate.newest()
-        self._flush_replicas()
+        keepers.flush()
         number = self._stops[0] if self._stops else signal.SIGTERM
         if hurried(self._stops):
             code, reason = died_by_signal(signal.SIGINT), "stopped at once, as asked twice"
