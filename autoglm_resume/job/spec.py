@@ -71,8 +71,8 @@ class Restart(Section):
         description="Give up after this many attempts in a row that came no further than before.",
     )
     grace: Duration = Field(
-        default=0.5,
-        description="From SIGTERM to SIGKILL for the other ranks when one has failed.",
+        default=0.0,
+        description="From SIGTERM to SIGKILL for the other ranks when one has failed; 0: at once.",
     )
 
     @field_validator("max_backoff")

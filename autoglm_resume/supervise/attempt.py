@@ -15,7 +15,7 @@ from autoglm_resume import files
 from autoglm_resume.errors import Interrupted
 from autoglm_resume.job.spec import Job
 from autoglm_resume.journal import Event
-from autoglm_resume.supervise import liveness, node
+from autoglm_resume.supervise import liveness, node, stacks
 from autoglm_resume.supervise.failure import (
     ErrorRecord,
     Failure,
@@ -25,9 +25,11 @@ from autoglm_resume.supervise.failure import (
 )
 from autoglm_resume.supervise.follow import Follower
 from autoglm_resume.supervise.group import Exit, Group, end_orphans
+from autoglm_resume.supervise.history import Silences
 from autoglm_resume.supervise.launcher import AGENT, Launcher, torchrun_exits, torchrun_log
 from autoglm_resume.supervise.pump import Pump
 from autoglm_resume.supervise.rehearse import Rehearsal
+from autoglm_resume.supervise.vigil import Vigil
 from autoglm_resume.worker.board import Beat, Board, Control, Phase
 from autoglm_resume.worker.contract import Assignment
 
@@ -36,9 +38,8 @@ if TYPE_CHECKING:  # a presenter is handed in; this layer does not depend on it
 
 TICK = 0.25
 """Seconds between looks at the board; exits and events are noticed at once, without it."""
-
-FROZEN = 5.0
-"""Seconds between two ticks after which this machine must have stood still."""
+TEARDOWN = 5.0
+"""Seconds for the interpreter of a rank to end whose script failed."""
 
 Hear = Callable[[Event], "Event | None"]
 
@@ -69,6 +70,9 @@ class _Seen:
     refusals: dict[int, Refusal] = field(default_factory=dict)
     hung: list[int] = field(default_factory=list)
     states: dict[int, str] = field(default_factory=dict)
+    beats: tuple[Beat, ...] = ()
+    """As they were when ranks were found to hang."""
+    stacks: dict[int, tuple[str, ...]] = field(default_factory=dict)
     broken_at: float | None = None
     """Monotonic seconds of the first failure."""
     total: int | None = None
@@ -97,6 +101,7 @@ class Attempt:
         stops: Sequence[signal.Signals],
         helpers: Callable[[], frozenset[int]],
         between_saves: Callable[[], float | None],
+        past: Silences,
     ) -> None:
         self._pump = pump
         self._helpers = helpers
@@ -114,7 +119,10 @@ class Attempt:
         self._group = Group(pump, self._exited)
         self._stop_deadline: float | None = None
         self._pace = liveness.Pace()
-        self._ticked = self._awake = time.monotonic()
+        limits = liveness.Limits(job.heartbeat.timeout, job.heartbeat.startup)
+        self._vigil = Vigil(self._board, limits, past)
+        self.silences: Silences = {}
+        """How long its ranks were silent between beats; known when it has ended."""
 
     def run(self, task: Assignment, launcher: Launcher, hear: Hear) -> Outcome:
         """Run it to its end. `hear` gets every event of a rank and returns what to keep of it."""
@@ -200,17 +208,12 @@ class Attempt:
             stepping = all(beat.first_step_time for beat in beats)
             if stepping and not 0 <= furthest <= self._control.save_at:
                 self._announce("save_at")
-        heartbeat = self._job.heartbeat
-        if now - self._ticked > FROZEN:
-            self._awake = now  # a suspended machine: nobody had a chance to beat
-        self._ticked = now
-        seen = [replace(beat, time=max(beat.time, int(self._awake * 1e9))) for beat in beats]
-        hung = liveness.hung(seen, now, heartbeat.timeout, heartbeat.startup)
-        hung = [rank for rank in hung if rank in self._group.alive]
-        if hung and self._seen.broken_at is None:
-            self._seen.hung = hung
-            self._seen.states = {rank: node.state(self._group.pids[rank]) for rank in hung}
-            self._break(now)
+        if self._seen.broken_at is None:
+            hung = self._vigil.look(now, {r: self._group.pids[r] for r in self._group.alive})
+            if hung:
+                self._hangs(hung, now)
+            for rank, ratio in self._vigil.find_stragglers(now, furthest).items():
+                self._tell("straggler", rank=rank, ratio=ratio)
         self._end_stuck(now)
         if furthest >= 0:
             self._screen.status(
@@ -222,6 +225,13 @@ class Attempt:
                 total=self._seen.total,
             )
 
+    def _hangs(self, ranks: list[int], now: float) -> None:
+        seen, pids = self._seen, self._group.pids
+        seen.hung = ranks
+        seen.states = {rank: node.state(pids[rank]) for rank in ranks}
+        seen.beats = self._board.beats()  # one that was stopped goes on to write its stacks
+        self._break(now)
+
     def _end_stuck(self, now: float) -> None:
         """Kill ranks that hang in the interpreter's own end; their scripts' results count.
 
@@ -229,7 +239,7 @@ class Attempt:
         """
         for rank, at in self._seen.ended_at.items():
             well = self._seen.codes[rank] in (0, Interrupted.exit_code)
-            patience = self._job.heartbeat.timeout if well else self._job.restart.grace
+            patience = self._job.heartbeat.timeout if well else TEARDOWN
             if rank in self._group.alive and now - at > patience and rank not in self._seen.stuck:
                 self._seen.stuck.add(rank)
                 text = f"rank {rank} did not end within {patience:.1f} s of its script; killed"
@@ -287,6 +297,9 @@ class Attempt:
     # When it has ended
 
     def _conclude(self, launcher: Launcher) -> Outcome:
+        if self._seen.hung:
+            alive = [rank for rank in self._group.alive if rank != AGENT]
+            self._seen.stacks = stacks.collect(self._pump, self._group, alive, self._task.stacks)
         began = time.monotonic()
         grace = 0.0 if hurried(self._stops) else self._job.restart.grace
         self._group.stop(grace, linger=frozenset([AGENT]))
@@ -299,6 +312,9 @@ class Attempt:
         if self._seen.broken_at is not None and not self._stops:
             failure = self._failure(stopped - began)
         self._follower.quiet = False
+        stacks.tidy(map(self._task.stacks, range(self._world_size)))
+        self.silences = self._vigil.silences()
+        self._tell("gaps", silences=self.silences)
         codes = [how.code for rank, how in self._group.exits.items() if rank != AGENT]
         completed = (
             failure is None
@@ -338,6 +354,7 @@ class Attempt:
             traceback=failure.traceback,
             cause_mono=failure.cause_mono,
             refused=failure.refused,
+            stacks={str(rank): list(frames) for rank, frames in self._seen.stacks.items()},
             lived=self._lived(self._board.beats()),
             step=failure.step,
         )
@@ -371,7 +388,7 @@ class Attempt:
                     order=how.order if how else 0,
                     ended=how.mono if how else float("inf"),
                     by_us=how.by_us if how else False,
-                    beat=self._board.beat(rank),
+                    beat=self._seen.beats[rank] if self._seen.beats else self._board.beat(rank),
                     error=self._error(rank),
                     refusal=self._seen.refusals.get(rank),
                     state=self._seen.states.get(rank, ""),

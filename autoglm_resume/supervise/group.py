@@ -18,6 +18,8 @@ from autoglm_resume.supervise.pump import Pump
 
 STUCK = 5.0
 """Seconds to wait for the end of a killed orphan."""
+REPORT = 5.0
+"""Seconds for torchrun to say how its ranks ended; it looks ten times a second."""
 UNKILLABLE = 60.0
 """Seconds after SIGKILL when a rank must be stuck in the kernel."""
 
@@ -74,8 +76,8 @@ class Group:
     def stop(self, grace: float, linger: frozenset[int] = frozenset()) -> None:
         """End every rank: SIGTERM, and SIGKILL after `grace` seconds.
 
-        The processes in `linger` are given the same grace to end by themselves after the ranks:
-        torchrun reports exit codes that only it can know.
+        The processes in `linger` are given time to end by themselves after the ranks: torchrun
+        reports exit codes that only it can know.
         """
         self.stopping = True
         if grace > 0:
@@ -87,7 +89,7 @@ class Group:
         for rank in self._but(linger):
             self.signal(rank, signal.SIGKILL)
         self._await_end(lambda: not self._but(linger))
-        self._pump.wait(lambda: not self._pidfds, time.monotonic() + grace)
+        self._pump.wait(lambda: not self._pidfds, time.monotonic() + max(grace, REPORT))
         for rank in self.alive:
             self.signal(rank, signal.SIGKILL)
         self._await_end(lambda: not self._pidfds)

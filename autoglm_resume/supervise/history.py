@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 from autoglm_resume.checkpoint.structure import Structure, combined
 from autoglm_resume.errors import CheckpointError
 from autoglm_resume.journal import Event
 from autoglm_resume.supervise.policy import Ended
+from autoglm_resume.worker.gaps import Counts, merged
+
+Silences: TypeAlias = Mapping[int, Mapping[int, Counts]]
+"""Histograms by rank and phase; see worker/gaps.py."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class History:
     """Seconds that all attempts took."""
     replicated: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Ids of the checkpoints that each replica has."""
+    silences: Silences = field(default_factory=dict)
+    """How long ranks were silent between beats, by rank and phase."""
 
 
 def recall(events: Iterable[Event]) -> History:
@@ -59,6 +66,7 @@ def recall(events: Iterable[Event]) -> History:
     branches: list[tuple[int, int]] = []
     failures, trained, began = 0, 0.0, 0.0
     replicated: dict[str, tuple[str, ...]] = {}
+    silences: Silences = {}
     for event in events:
         # A line of another version, or one that was damaged, must not lose the rest.
         with contextlib.suppress(KeyError, TypeError, ValueError, CheckpointError):
@@ -70,6 +78,8 @@ def recall(events: Iterable[Event]) -> History:
                     started_from, began = int(event["step"]), float(event["time"])
                 case "attempt_ended":
                     trained += max(0.0, float(event["time"]) - began)
+                case "gaps":
+                    silences = added(silences, event["silences"])
                 case "model":
                     structure = event["model"] and Structure.from_json(event["model"])
                     reported[int(event["rank"])] = Model(event["hash"], structure or None)
@@ -109,7 +119,17 @@ def recall(events: Iterable[Event]) -> History:
         failures,
         trained,
         replicated,
+        silences,
     )
+
+
+def added(silences: Silences, more: Mapping[Any, Mapping[Any, Mapping[Any, int]]]) -> Silences:
+    """`silences` and those of another attempt, whose keys may be text as JSON has them."""
+    found = dict(silences)
+    for rank, phases in more.items():
+        new = {int(p): {int(at): int(n) for at, n in c.items()} for p, c in phases.items()}
+        found[int(rank)] = merged([found.get(int(rank), {}), new])
+    return found
 
 
 def model_of(reported: Mapping[int, Model], world_size: int) -> Model | None:

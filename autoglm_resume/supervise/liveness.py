@@ -1,31 +1,177 @@
-"""Which ranks have stopped making progress. Pure: beats and `now` go in, ranks come out."""
+"""Which rank has stopped making progress, and which is slow. Pure: looks and `now` go in.
+
+A phi-accrual detector (Hayashibara et al., “The φ accrual failure detector”, SRDS 2004) over the
+run's own silences between beats, phase by phase, as a log-normal distribution. What it cannot know
+(a pause that this run never made before, in a phase in which scripts do pause) is left to the
+limits of the job.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from autoglm_resume.worker import gaps
 from autoglm_resume.worker.board import Beat, Phase
+from autoglm_resume.worker.gaps import Counts
+
+FLOOR = 1.0
+"""Seconds of silence that are never held against a rank."""
+ENOUGH = 20
+"""Silences that make a distribution."""
+PHI = 12.0
+"""A rank is suspected when so long a silence would come up once in 10^PHI."""
+_Z = 7.03
+"""Standard deviations to that, of a normal distribution."""
+BEYOND = 4.0
+"""Nor is a rank suspected before its silence is so many times the longest one seen."""
+NARROWEST = 0.3
+"""Standard deviation of the logarithm of a silence at least: a bucket is that coarse."""
+IDLE = 30.0
+"""Seconds after which a rank between two steps that uses no processor may be suspected."""
+STARTING = 60.0
+"""Seconds after which a start may be suspected that takes many times longer than those before."""
+SLOW = 1.5
+"""A rank is a straggler when its own work takes so many times what its peers' takes."""
+
+_COMPUTES = (Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER, Phase.EVALUATE)
+_STARTS = (Phase.NONE, Phase.START, Phase.RESTORE)
+_OWN = (Phase.DATA, Phase.FORWARD, Phase.OPTIMIZER)
+"""Phases in which a rank does not wait for others."""
+_ORDER = {Phase.FORWARD: 1, Phase.BACKWARD: 2, Phase.OPTIMIZER: 3}
+"""Within a step; all else is before."""
 
 
-def hung(beats: Sequence[Beat], now: float, timeout: float, startup: float) -> list[int]:
-    """Ranks whose last beat is too old; times in CLOCK_MONOTONIC seconds.
+@dataclass(frozen=True)
+class Limits:
+    """The job's `heartbeat`, in seconds."""
 
-    A rank has `startup` seconds until its first completed step, where compilation and loading
-    take their time, and for a save; else `timeout`. A rank without a session never beats after its
-    first line, and one that is past its last step owes no more beats: neither is ever hung.
+    timeout: float
+    startup: float
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is known of one rank now."""
+
+    beat: Beat
+    silences: Mapping[int, Counts]
+    """Its own, by phase, those of earlier attempts included."""
+    waited: int = 0
+    """How many of the longest ones in its present phase were spent waiting for others."""
+    stopped: bool = False
+    """Whether its process is stopped (SIGSTOP)."""
+    idle: bool = False
+    """Whether neither its process nor a child has used a processor since it fell silent."""
+
+
+def hung(looks: Sequence[Look], now: float, limits: Limits, load: float = 1.0) -> list[int]:
+    """Ranks that have been silent for longer than they may, at monotonic time `now`.
+
+    One that is ahead of another waits for it in a collective, so only those count that keep the
+    others waiting. A script without a session never beats, and is not judged; but where other
+    ranks have one, this rank is late with its own. `load` is that of the machine, per processor.
     """
+    started = any(look.beat.phase is not Phase.NONE for look in looks)
+    if not started:
+        return []
+    judged = [rank for rank, look in enumerate(looks) if look.beat.phase is not Phase.DONE]
+    least = min((_position(looks[rank].beat) for rank in judged), default=(0, 0))
     return [
         rank
-        for rank, beat in enumerate(beats)
-        if beat.phase not in (Phase.NONE, Phase.DONE)
-        and now - beat.time / 1e9 > (timeout if _is_stepping(beat) else startup)
+        for rank in judged
+        if silence(looks[rank].beat, now) > patience(looks[rank], limits, load)
+        and (looks[rank].stopped or _position(looks[rank].beat) == least)
     ]
 
 
-def _is_stepping(beat: Beat) -> bool:
-    # Large checkpoints take minutes, and nothing beats while one is written.
-    return bool(beat.first_step_time) and beat.phase is not Phase.SAVE
+def waiting(looks: Sequence[Look]) -> list[int]:
+    """Ranks that others are behind of: their silence is not of their own making."""
+    judged = [look.beat for look in looks if look.beat.phase is not Phase.DONE]
+    least = min(map(_position, judged), default=(0, 0))
+    return [
+        rank
+        for rank, look in enumerate(looks)
+        if look.beat.phase is not Phase.DONE and _position(look.beat) > least
+    ]
+
+
+def silence(beat: Beat, now: float) -> float:
+    """Seconds since the last beat, 0 if there was none."""
+    return max(0.0, now - beat.time / 1e9) if beat.time else 0.0
+
+
+def patience(look: Look, limits: Limits, load: float = 1.0) -> float:
+    """Seconds for which this rank may be silent where it is."""
+    beat = look.beat
+    if look.stopped and beat.phase is not Phase.NONE:
+        return min(FLOOR, limits.timeout)
+    slower = max(1.0, load)
+    if beat.phase in _STARTS or not beat.first_step_time:
+        known = look.silences.get(int(Phase.START))
+        long = max(STARTING, 10 * _longest(known, 0)) * slower if known and _is_known(look) else 0.0
+        return min(limits.startup, long) if long else limits.startup
+    if beat.phase is Phase.SAVE:
+        return limits.startup  # large checkpoints take minutes, and nothing beats meanwhile
+    counts = look.silences.get(int(beat.phase), {})
+    if beat.phase in _COMPUTES:
+        return min(limits.timeout, max(FLOOR, expected(counts, look.waited)) * slower)
+    if look.idle:
+        long = max(IDLE, 2 * BEYOND * _longest(counts, look.waited), expected(counts, look.waited))
+        return min(limits.timeout, long * slower)
+    return limits.timeout
+
+
+def expected(counts: Counts, waited: int = 0) -> float:
+    """Seconds that no silence is expected to last, infinite if that cannot be known yet.
+
+    The `waited` longest ones do not count.
+    """
+    own = without_longest(counts, waited)
+    if sum(own.values()) < ENOUGH:
+        return math.inf
+    mean, deviation = _fit(own)
+    return max(math.exp(mean + _Z * deviation), BEYOND * _longest(own, 0))
+
+
+def phi(seconds: float, counts: Counts, waited: int = 0) -> float:
+    """-log10 of the probability that a silence lasts longer; 0 if that cannot be known yet."""
+    own = without_longest(counts, waited)
+    if sum(own.values()) < ENOUGH or seconds <= 0:
+        return 0.0
+    mean, deviation = _fit(own)
+    z = (math.log(seconds) - mean) / deviation
+    chance = 0.5 * math.erfc(z / math.sqrt(2))
+    return -math.log10(chance) if chance > 0 else 300.0
+
+
+def health(look: Look, now: float, limits: Limits, load: float = 1.0) -> float:
+    """From 1, a rank that beats as ever, to 0, one that counts as hung."""
+    if look.beat.phase in (Phase.NONE, Phase.DONE):
+        return 1.0
+    silent = silence(look.beat, now)
+    return max(0.0, 1.0 - silent / patience(look, limits, load)) if silent > FLOOR else 1.0
+
+
+def stragglers(spent: Sequence[Mapping[int, float]], steps: int) -> dict[int, float]:
+    """Ranks whose own work takes SLOW times the median of their peers', and how many times.
+
+    `spent` are the seconds of each rank by phase during the last `steps` steps. In its backward
+    pass a rank waits for slower ones, so that phase tells nothing. What is less than a tenth of a
+    step does not slow anybody down.
+    """
+    if len(spent) < 2 or steps <= 0:
+        return {}
+    own = [sum(rank.get(int(phase), 0.0) for phase in _OWN) / steps for rank in spent]
+    step = statistics.median(sum(rank.values()) / steps for rank in spent)
+    found = {}
+    for rank, mine in enumerate(own):
+        peers = statistics.median(own[:rank] + own[rank + 1 :])
+        if mine > SLOW * peers and mine - peers > 0.1 * step:
+            found[rank] = mine / peers if peers > 0 else math.inf
+    return found
 
 
 def agreed_step(beats: Sequence[Beat], step_seconds: float, ahead: float = 0.25) -> int:
@@ -58,3 +204,36 @@ class Pace:
     def rate(self) -> float:
         """Steps per second, 0 if unknown."""
         return 1 / self.seconds if self.seconds > 0 else 0.0
+
+
+def _position(beat: Beat) -> tuple[int, int]:
+    return beat.step, _ORDER.get(beat.phase, 0)
+
+
+def _is_known(look: Look) -> bool:
+    """Whether this script was seen to come through its start, here or in an earlier attempt."""
+    return any(int(phase) in look.silences for phase in (Phase.DATA, *_COMPUTES))
+
+
+def without_longest(counts: Counts, number: int) -> Counts:
+    """`counts` without the `number` longest silences."""
+    left = dict(sorted(counts.items()))
+    for at in sorted(left, reverse=True):
+        taken = min(number, left[at])
+        left[at] -= taken
+        number -= taken
+    return {at: count for at, count in left.items() if count}
+
+
+def _longest(counts: Counts | None, waited: int) -> float:
+    own = without_longest(counts or {}, waited)
+    return gaps.longest(max(own)) if own else 0.0
+
+
+def _fit(counts: Counts) -> tuple[float, float]:
+    """Mean and standard deviation of the logarithm of the silences, in seconds."""
+    total = sum(counts.values())
+    logs = {at: math.log(max(gaps.longest(at), 1e-9)) for at in counts}
+    mean = sum(logs[at] * count for at, count in counts.items()) / total
+    variance = sum((logs[at] - mean) ** 2 * count for at, count in counts.items()) / total
+    return mean, max(NARROWEST, math.sqrt(variance))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -71,6 +72,21 @@ def state(pid: int) -> str:
         return str(psutil.Process(pid).status())
     except psutil.Error:
         return ""
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time of a process and all its descendants so far; 0 if it is gone."""
+    total = 0.0
+    try:
+        root = psutil.Process(pid)
+        family = [root, *root.children(recursive=True)]
+    except psutil.Error:
+        return 0.0
+    for process in family:
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            total += times.user + times.system + times.children_user + times.children_system
+    return total
 
 
 def check_directory(path: Path, free_bytes: int) -> None:

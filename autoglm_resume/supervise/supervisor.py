@@ -78,6 +78,7 @@ class Supervisor:
         self._ended = list(self._past.ended)
         self._run_id = self._past.run_id or uuid.uuid4().hex[:12]
         self._reported = dict(self._past.models)
+        self._silences = self._past.silences
         self._objects = self._past.objects or {}
         self._objects_step = self._past.checkpointed
         self._stops: list[signal.Signals] = []
@@ -208,6 +209,7 @@ class Supervisor:
             stops=self._stops,
             helpers=lambda: keepers.pids,
             between_saves=lambda: self._interval,
+            past=self._silences,
         )
         self._lock.describe(attempt.board_path)
         self._now = attempt
@@ -226,6 +228,7 @@ class Supervisor:
             return attempt.run(task, launcher, self._heard)
         finally:
             self._now = None
+            self._silences = history.added(self._silences, attempt.silences)
 
     def _saver_said(self, rank: int, event: Event) -> None:
         """Of a save, which may end after the attempt that it is of."""

@@ -9,7 +9,8 @@ The memory is an anonymous file (memfd) of the supervisor: full disks do not tou
 is left behind, whoever dies. Others open it as `/proc/<supervisor>/fd/<n>`.
 
 Layout: a 64-byte header, one control record (written by the supervisor, read by every rank at
-each step boundary), then one record per rank. A record is two copies of 64 bytes.
+each step boundary), one for what ranks agree on, one record per rank, and one histogram of silences
+per rank (see gaps.py). A record is two copies of 64 bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-_MAGIC = b"autoglm board 1\0"
+from autoglm_resume.worker import gaps
+from autoglm_resume.worker.gaps import Gaps
+
+_MAGIC = b"autoglm board 2\0"
 _HEADER = struct.Struct("<16sI")
 _COPY = 64
 _RECORD = 2 * _COPY
@@ -52,6 +56,7 @@ class Phase(enum.IntEnum):
     OPTIMIZER = 6
     SAVE = 7
     DONE = 8
+    EVALUATE = 9
 
     @property
     def label(self) -> str:
@@ -59,6 +64,7 @@ class Phase(enum.IntEnum):
         return _LABELS[self]
 
 
+_START = int(Phase.START)
 _LABELS = {
     Phase.NONE: "before its first beat",
     Phase.START: "in start-up",
@@ -69,6 +75,7 @@ _LABELS = {
     Phase.OPTIMIZER: "in the optimizer",
     Phase.SAVE: "while saving",
     Phase.DONE: "after its last step",
+    Phase.EVALUATE: "in evaluation",
 }
 
 
@@ -142,6 +149,10 @@ class _Record:
         return None
 
 
+def _size(world_size: int) -> int:
+    return _FIRST + (_RECORD * (2 + world_size)) + gaps.SIZE * world_size
+
+
 class Board:
     """The supervisor's side: reads beats, writes requests."""
 
@@ -154,12 +165,17 @@ class Board:
         self._beats = [
             _Record(memory, _FIRST + _RECORD * (2 + rank), _BEAT) for rank in range(world_size)
         ]
+        view = memoryview(memory)
+        first = _FIRST + _RECORD * (2 + world_size)
+        self.gaps = [Gaps(view, first + gaps.SIZE * rank) for rank in range(world_size)]
+        """How long each rank was silent between beats."""
+        view.release()
 
     @classmethod
     def create(cls, world_size: int) -> tuple[Board, int]:
         """A new board and the descriptor that keeps it alive."""
         fd = os.memfd_create("autoglm-board", os.MFD_CLOEXEC)
-        size = _FIRST + _RECORD * (2 + world_size)
+        size = _size(world_size)
         os.ftruncate(fd, size)
         memory = mmap.mmap(fd, size)
         memory[: _HEADER.size] = _HEADER.pack(_MAGIC, world_size)
@@ -172,7 +188,7 @@ class Board:
         memory = mmap.mmap(fd, 0)
         header = memory[: _HEADER.size].ljust(_HEADER.size, b"\0")
         magic, world_size = _HEADER.unpack(header)
-        if magic != _MAGIC or len(memory) < _FIRST + _RECORD * (2 + world_size):
+        if magic != _MAGIC or len(memory) < _size(world_size):
             raise ValueError(f"{path} is not a heartbeat board")
         return cls(memory, world_size, fd)
 
@@ -232,19 +248,24 @@ class Board:
 
     def pulse(self, rank: int) -> Pulse:
         """The rank's own side."""
-        return Pulse(self, self._beats[rank])
+        return Pulse(self, self._beats[rank], self.gaps[rank])
 
     def close(self) -> None:
         """Unmap the memory."""
+        for each in self.gaps:
+            each.release()
         self._memory.close()
 
 
 class Pulse:
     """A rank's side: writes its own beats, reads the requests."""
 
-    def __init__(self, board: Board, record: _Record) -> None:
+    def __init__(self, board: Board, record: _Record, silences: Gaps) -> None:
         self._board = board
         self._write = record.write
+        self._silent = silences.add
+        self._last = 0
+        self._was = _START
         self._pid = os.getpid()
         self._phase = int(Phase.START)
         self._step = -1
@@ -294,6 +315,10 @@ class Pulse:
         return self._board.agree(step)
 
     def _beat(self, now: int) -> None:
+        if self._last:
+            self._silent(self._was, now - self._last)
+        # Until its first step is complete all that a rank does is to start.
+        self._last, self._was = now, self._phase if self._first else _START
         self._write(
             self._pid,
             self._phase,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,10 @@ from autoglm_resume.checkpoint.options import Options
 from autoglm_resume.checkpoint.retention import Keep
 
 ASSIGNMENT = "AUTOGLM_ASSIGNMENT"
+RANK = str(Path(__file__).with_name("rank.py"))
+"""The file whose frames are below those of a script."""
+STACKS = signal.SIGRTMAX - 3
+"""Asks a rank to write the stacks of its threads; a signal that nobody else is known to use."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,10 @@ class Assignment:
     def error(self, rank: int) -> Path:
         """The exception that ended `rank`, written before the process ends."""
         return Path(self.directory) / f"rank-{rank}.error.json"
+
+    def stacks(self, rank: int) -> Path:
+        """Stacks of the threads of `rank`, if it hung."""
+        return Path(self.directory) / f"rank-{rank}.stacks.txt"
 
     @property
     def path(self) -> Path:

@@ -34,9 +34,9 @@ class _Beat:
         self._with_grad = with_grad
 
     def __call__(self, called: Any, *_: Any) -> None:
-        # An optimizer has no `training`; a model that is evaluated is alive, but not in a step.
+        # An optimizer has no `training`.
         if not getattr(called, "training", True):
-            self._pulse.alive()
+            self._pulse.phase(Phase.EVALUATE)
         elif not self._with_grad or torch.is_grad_enabled():
             self._pulse.phase(self._phase)
 

@@ -19,16 +19,18 @@ import types
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 from autoglm_resume import files, linux
 from autoglm_resume.errors import Interrupted
 from autoglm_resume.worker import imports
 from autoglm_resume.worker.board import Board, Phase
-from autoglm_resume.worker.contract import ASSIGNMENT, Assignment, Source
+from autoglm_resume.worker.contract import ASSIGNMENT, STACKS, Assignment, Source
 from autoglm_resume.worker.events import Events
 
 UNDER_TORCHRUN = "--under-torchrun"
 
+_kept: list[TextIO] = []
 _OWN_FILES = (__file__, runpy.__file__, "<frozen runpy>")
 
 
@@ -50,6 +52,10 @@ def settle(assignment: Assignment, rank: int, environment: Mapping[str, str]) ->
     os.environ.update(environment)
     os.chdir(assignment.source.workdir)
     faulthandler.enable(all_threads=True)
+    with contextlib.suppress(OSError):
+        stacks = assignment.stacks(rank).open("w")
+        faulthandler.register(STACKS, file=stacks, all_threads=True)
+        _kept.append(stacks)  # faulthandler knows only its descriptor
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed()  # forked ranks would all share the zygote's state

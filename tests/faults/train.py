@@ -60,7 +60,16 @@ for step in session.steps(args.steps):
         os.kill(os.getpid(), signal.SIGKILL)
     batches = batches or iter(sampler)
     x = data[next(batches)]
+    if failing and step == args.at and args.fail == "sleepy-data":
+        time.sleep(1000)
+    if session.rank == 1 and args.fail == "slow":
+        time.sleep(0.1)
     loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+    if failing and step == args.at:
+        if args.fail == "hold-lock":
+            sum(range(10**13))
+        if args.fail == "deadlock":
+            dist.all_reduce(torch.zeros(3))
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

@@ -1,38 +1,251 @@
 from __future__ import annotations
 
+import math
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoglm_resume.supervise.liveness import Pace, agreed_step, hung
+from autoglm_resume.supervise.liveness import (
+    PHI,
+    Limits,
+    Look,
+    Pace,
+    agreed_step,
+    expected,
+    health,
+    hung,
+    patience,
+    phi,
+    stragglers,
+    waiting,
+    without_longest,
+)
+from autoglm_resume.worker import gaps
 from autoglm_resume.worker.board import NEVER, Beat, Phase
+from autoglm_resume.worker.gaps import Counts
 
 SECOND = 10**9
+LIMITS = Limits(timeout=300.0, startup=900.0)
+TENTH = {gaps.bucket(SECOND // 10): 1000}
+"""A thousand silences of a tenth of a second."""
+USUAL = {int(phase): TENTH for phase in (Phase.DATA, Phase.FORWARD, Phase.BACKWARD)}
 
 
-def beat(phase: Phase, at: float, first: float = 0, step: int = 0) -> Beat:
+def beat(phase: Phase, at: float, first: float = 1, step: int = 5) -> Beat:
     return Beat(1, phase, step, int(at * SECOND), int(first * SECOND))
 
 
+def look(
+    phase: Phase,
+    at: float = 100,
+    first: float = 1,
+    step: int = 5,
+    silences: Mapping[int, Counts] = USUAL,
+    **known: Any,
+) -> Look:
+    return Look(beat(phase, at, first, step), silences, **known)
+
+
+UNKNOWN: Mapping[int, Counts] = {}
+STARTED = {**USUAL, int(Phase.START): {gaps.bucket(5 * SECOND): 2}}
+PAUSED = {**USUAL, int(Phase.DATA): {**TENTH, gaps.bucket(20 * SECOND): 1}}
+
+
 @pytest.mark.parametrize(
-    ("one", "now", "is_hung"),
+    ("one", "least", "most"),
     [
-        (NEVER, 1e9, False),
-        (beat(Phase.NONE, 0), 1e9, False),  # no session: nothing is owed
-        (beat(Phase.START, 100), 190, False),
-        (beat(Phase.START, 100), 191, True),
-        (beat(Phase.FORWARD, 100), 190, False),  # still the first step: compilation takes time
-        (beat(Phase.FORWARD, 100, first=50), 110, False),
-        (beat(Phase.FORWARD, 100, first=50), 111, True),
-        (beat(Phase.SAVE, 100, first=50), 190, False),  # nothing beats while a part is written
-        (beat(Phase.SAVE, 100, first=50), 191, True),
-        (beat(Phase.RESTORE, 100), 111, False),
-        (beat(Phase.DONE, 100, first=50), 1e9, False),
+        # What this run does all the time is known well.
+        (look(Phase.FORWARD), 1.0, 2.0),
+        (look(Phase.BACKWARD), 1.0, 2.0),
+        # Too little is known: the job's limit.
+        (look(Phase.FORWARD, silences=UNKNOWN), 300, 300),
+        (look(Phase.EVALUATE), 300, 300),
+        # Scripts pause between steps, and the first pause comes unannounced.
+        (look(Phase.DATA), 300, 300),
+        (look(Phase.DATA, idle=True), 30, 30),
+        (look(Phase.DATA, idle=True, silences=PAUSED), 160, 300),
+        (look(Phase.DATA, idle=True, silences=PAUSED, waited=1), 30, 30),
+        # Starts, and large saves.
+        (look(Phase.START, first=0, silences=UNKNOWN), 900, 900),
+        (look(Phase.FORWARD, first=0, silences=UNKNOWN), 900, 900),
+        (look(Phase.RESTORE, first=0, silences=STARTED), 60, 80),
+        (look(Phase.SAVE), 900, 900),
+        # A stopped process is.
+        (look(Phase.DATA, stopped=True), 1, 1),
+        (look(Phase.START, first=0, stopped=True), 1, 1),
     ],
 )
-def test_a_rank_is_hung_when_its_last_beat_is_too_old(one: Beat, now: float, is_hung: bool) -> None:
-    fine = beat(Phase.FORWARD, now, first=1)
-    assert hung([fine, one, fine], now, timeout=10, startup=90) == [1] * is_hung
+def test_patience_is_what_this_run_taught_within_the_limits_of_the_job(
+    one: Look, least: float, most: float
+) -> None:
+    assert least <= patience(one, LIMITS) <= most
+    now = one.beat.time / SECOND
+    assert hung([one], now + least * 0.99, LIMITS) == []
+    assert hung([one], now + most * 1.01, LIMITS) == [0]
+    assert patience(one, Limits(0.5, 0.5)) <= 0.5
+
+
+@pytest.mark.parametrize("phase", list(Phase))
+def test_a_loaded_machine_is_given_more_time_but_never_more_than_the_limits(phase: Phase) -> None:
+    one = look(phase)
+    calm, busy = patience(one, LIMITS, 0.5), patience(one, LIMITS, 4.0)
+    assert calm <= busy <= max(LIMITS.timeout, LIMITS.startup)
+
+
+@pytest.mark.parametrize(
+    ("looks", "expected"),
+    [
+        # Who waits in a collective for another is not the suspect.
+        ([look(Phase.BACKWARD), look(Phase.FORWARD)], [1]),
+        ([look(Phase.FORWARD, step=6), look(Phase.OPTIMIZER, step=5)], []),  # too little known
+        ([look(Phase.BACKWARD, step=6), look(Phase.BACKWARD, step=5)], [1]),
+        ([look(Phase.BACKWARD), look(Phase.DATA, stopped=True)], [1]),
+        # One evaluates or saves, and may: nobody hangs.
+        ([look(Phase.BACKWARD), look(Phase.DATA)], []),
+        ([look(Phase.BACKWARD), look(Phase.SAVE)], []),
+        # A collective that all are in, and that never ends.
+        ([look(Phase.BACKWARD), look(Phase.BACKWARD)], [0, 1]),
+        # A rank that waits may itself be stopped.
+        ([look(Phase.BACKWARD, stopped=True), look(Phase.DATA)], [0]),
+        # A rank that is done owes nothing, and nobody waits for it.
+        ([look(Phase.DONE, step=9), look(Phase.FORWARD)], [1]),
+        # Without a session nothing is owed; beside ranks with one it is.
+        ([look(Phase.NONE, step=-1), look(Phase.NONE, step=-1)], []),
+        ([Look(NEVER, {}), Look(NEVER, {})], []),
+    ],
+)
+def test_the_suspect_is_the_one_that_did_not_arrive(looks: list[Look], expected: list[int]) -> None:
+    assert hung(looks, 110.0, LIMITS) == expected
+
+
+def test_a_rank_that_never_begins_its_session_while_others_wait_is_late_at_start_up() -> None:
+    looks = [look(Phase.START, first=0, step=-1), look(Phase.NONE, first=0, step=-1)]
+    silent = [replace(each, silences=UNKNOWN) for each in looks]
+    assert hung(silent, 100 + 899, LIMITS) == []
+    assert 1 in hung(silent, 100 + 901, LIMITS)
+
+
+def test_those_that_are_ahead_wait_and_those_that_are_done_do_not() -> None:
+    looks = [look(Phase.BACKWARD), look(Phase.DATA), look(Phase.DONE, step=9)]
+    assert waiting(looks) == [0]
+    assert waiting([look(Phase.NONE, step=-1)] * 2) == []
+
+
+@given(st.floats(1e-3, 10.0), st.floats(0.01, 1.0), st.integers(0, 2**32 - 1))
+@settings(max_examples=25, deadline=None)
+def test_phi_grows_with_silence_and_an_expected_one_never_reaches_the_limit(
+    median: float, sigma: float, seed: int
+) -> None:
+    order = random.Random(seed)
+    counts: Counts = {}
+    for _ in range(500):
+        at = gaps.bucket(int(order.lognormvariate(math.log(median), sigma) * SECOND))
+        counts[at] = counts.get(at, 0) + 1
+    values = [phi(median * factor, counts) for factor in (0.1, 1, 2, 5, 10, 100)]
+    assert values == sorted(values)
+    assert values[1] < 1.0
+    assert phi(expected(counts) * 1.01, counts) > PHI * 0.95
+
+
+def test_too_few_silences_tell_nothing() -> None:
+    few = {60: 19}
+    assert expected(few) == math.inf
+    assert phi(1000.0, few) == 0.0
+    assert expected({60: 30}, waited=15) == math.inf
+
+
+@given(st.dictionaries(st.integers(0, 100), st.integers(1, 50)), st.integers(0, 3000))
+def test_leaving_out_the_longest_leaves_out_so_many_and_no_shorter_one_before_a_longer(
+    counts: dict[int, int], number: int
+) -> None:
+    left = without_longest(counts, number)
+    assert sum(left.values()) == max(0, sum(counts.values()) - number)
+    if left:
+        assert all(counts[at] == left[at] for at in left if at < max(left))
+
+
+@pytest.mark.parametrize(
+    ("phase", "silent", "score"),
+    [(Phase.FORWARD, 0.9, 1.0), (Phase.DATA, 150, 0.5), (Phase.DATA, 400, 0.0), (Phase.DONE, 9, 1)],
+)
+def test_health_goes_from_one_to_nothing_as_patience_runs_out(
+    phase: Phase, silent: float, score: float
+) -> None:
+    assert health(look(phase), 100 + silent, LIMITS) == pytest.approx(score)
+
+
+def spent(own: float, waiting: float) -> dict[int, float]:
+    return {int(Phase.FORWARD): own, int(Phase.BACKWARD): waiting}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "slow"),
+    [
+        ([spent(1, 9), spent(1, 9)], []),
+        ([spent(2, 1), spent(9, 1)], [1]),
+        ([spent(4, 9), spent(4, 9), spent(8, 5), spent(4, 9)], [2]),
+        ([spent(0.01, 9), spent(0.1, 9)], []),  # ten times slower at next to nothing
+        ([spent(4, 9)], []),
+        ([], []),
+    ],
+)
+def test_a_straggler_is_slow_at_its_own_work_by_a_part_of_a_step_that_counts(
+    ranks: list[dict[int, float]], slow: list[int]
+) -> None:
+    assert list(stragglers(ranks, 100)) == slow
+    assert stragglers(ranks, 0) == {}
+
+
+class Simulated:
+    """A rank with steps of 50 ms and log-normal jitter, on a clock of its own."""
+
+    def __init__(self, seed: int, sigma: float) -> None:
+        self.order, self.sigma, self.now = random.Random(seed), sigma, 1.0
+        self.silences: dict[int, Counts] = {}
+        self.beat = beat(Phase.DATA, 1.0)
+
+    def silent(self, phase: Phase, median: float) -> Iterator[tuple[float, float]]:
+        """The silence as (begin, end), counted when it is over."""
+        begin = self.now
+        self.now += self.order.lognormvariate(math.log(median), self.sigma)
+        yield begin, self.now
+        counts = self.silences.setdefault(int(phase), {})
+        at = gaps.bucket(int((self.now - begin) * SECOND))
+        counts[at] = counts.get(at, 0) + 1
+
+    def life(self, seconds: float) -> Iterator[tuple[Phase, float, float]]:
+        step = 0
+        while self.now < seconds:
+            step += 1
+            plan = [(Phase.DATA, 0.005), (Phase.FORWARD, 0.015), (Phase.BACKWARD, 0.03)]
+            if step % 2000 == 0:
+                plan.append((Phase.DATA, 25.0))  # an evaluation of which no beat tells
+            if step % 900 == 0:
+                plan.append((Phase.SAVE, 8.0))
+            if step % 1500 == 0:
+                plan += [(Phase.EVALUATE, 0.08)] * 200
+            for phase, median in plan:
+                for begin, end in self.silent(phase, median):
+                    yield phase, begin, end
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_thirty_minutes_of_jitter_evaluation_and_saves_raise_no_alarm_and_a_stop_is_seen_in_2_s(
+    sigma: float, seed: int
+) -> None:
+    rank = Simulated(seed, sigma)
+    for phase, begin, end in rank.life(1800):
+        one = look(phase, at=begin, silences=rank.silences, idle=phase is Phase.EVALUATE)
+        assert hung([one], end, LIMITS) == [], (phase, end - begin)
+    for phase in (Phase.DATA, Phase.FORWARD, Phase.BACKWARD):
+        one = look(phase, at=rank.now, silences=rank.silences, stopped=True)
+        assert hung([one], rank.now + 1.75, LIMITS) == [0]  # and a look every quarter of a second
 
 
 @given(

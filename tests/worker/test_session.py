@@ -337,7 +337,7 @@ def test_evaluation_does_not_beat_as_training() -> None:
 
     model.eval()
     model(torch.ones(2))
-    assert phase() is Phase.DATA
+    assert phase() is Phase.EVALUATE
     model.train()
     assert not passes
     loss = model(torch.ones(2)).sum()
