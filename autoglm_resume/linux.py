@@ -60,11 +60,16 @@ def stand_back() -> None:
     beside ranks that use every core, a saver at 19 would get a hundredth of one.
     """
     os.nice(NICE)
+    set_group_nice(GROUP_NICE)
+
+
+def set_group_nice(nice: int) -> None:
+    """The niceness of this process's session, if it leads one of its own and the kernel does so."""
     if os.getsid(0) != os.getpid():
         return  # the group is also that of others
     for _ in range(3):  # others than root may only do so ten times a second
         try:
-            Path("/proc/self/autogroup").write_text(str(GROUP_NICE))
+            Path("/proc/self/autogroup").write_text(str(nice))
         except BlockingIOError:
             time.sleep(0.15)
         except OSError:

@@ -164,6 +164,12 @@ class Job(Section):
     preload: Annotated[tuple[ModuleName, ...], BeforeValidator(as_list)] = Field(
         default=(), description="More modules for the warm launcher to import before it forks."
     )
+    spares: CountOrZero = Field(
+        default=0,
+        description="Processes kept past the script's imports (past its setup(), where it calls "
+        "autoglm.launch) to become ranks when some have failed; as many as ranks, or it is of "
+        "little use. Each takes the memory of what it has built.",
+    )
     checkpoint: Checkpoint = Field(description="Where, when and how many.")
     heartbeat: Heartbeat = Field(
         default_factory=Heartbeat, description="When a silent rank counts as hung."
@@ -204,12 +210,12 @@ class Job(Section):
             )
         return nnodes
 
-    @field_validator("preload")
+    @field_validator("preload", "spares")
     @classmethod
-    def _only_warm(cls, preload: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        if preload and info.data.get("launcher") == "torchrun":
-            raise problem("only the warm launcher preloads, and launcher is torchrun")
-        return preload
+    def _only_warm(cls, asked: Any, info: ValidationInfo) -> Any:
+        if asked and info.data.get("launcher") == "torchrun":
+            raise problem("only the warm launcher does that, and launcher is torchrun")
+        return asked
 
 
 def dump(job: Job) -> dict[str, Any]:

@@ -29,6 +29,12 @@ def environment(job: Job) -> dict[str, str]:
     return {**os.environ, **shared_environment(world_size(job)), **job.env}
 
 
+def source(job: Job) -> Source:
+    """What to run."""
+    script = str(job.script) if job.script else None
+    return Source(script, job.module, tuple(job.args), str(job.workdir))
+
+
 def checkpointing(job: Job, branches: tuple[tuple[int, int], ...] = ()) -> Checkpointing:
     """What a rank and its saver need to know of the job's `checkpoint`."""
     asked = job.checkpoint
@@ -69,9 +75,7 @@ def assignment(
         supervisor=os.getpid(),
         directory=str(run.attempt(number)),
         board=board,
-        source=Source(
-            str(job.script) if job.script else None, job.module, tuple(job.args), str(job.workdir)
-        ),
+        source=source(job),
         checkpoint=checkpointing(job, branches),
         resume=resume,
         savers=savers,

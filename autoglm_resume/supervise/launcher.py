@@ -17,8 +17,9 @@ from autoglm_resume import linux
 from autoglm_resume.supervise.group import Group, end_orphans
 from autoglm_resume.supervise.node import free_port
 from autoglm_resume.supervise.pump import Pump
+from autoglm_resume.supervise.spares import Spares
 from autoglm_resume.supervise.zygote import HOME, State, StoreProcess, Zygote
-from autoglm_resume.worker.contract import ASSIGNMENT, Assignment
+from autoglm_resume.worker.contract import ASSIGNMENT, Assignment, Source
 
 AGENT = -1
 """Key of the torchrun process itself in a group."""
@@ -32,6 +33,17 @@ class Endpoint(NamedTuple):
     port: int
     served: bool
     """Whether a store listens there already; otherwise rank 0 has to open one."""
+
+
+class Seen(NamedTuple):
+    """What a rank did to come to its first step."""
+
+    modules: Sequence[str]
+    """Installed ones that it imported."""
+    own: Sequence[str] = ()
+    """The project's own."""
+    staged: bool = False
+    """Whether the script is split (`autoglm.launch`)."""
 
 
 class Launcher(Protocol):
@@ -48,8 +60,8 @@ class Launcher(Protocol):
         """Start every rank into `group`, unless `cancelled` turns true first."""
         ...
 
-    def learn(self, modules: Sequence[str]) -> None:
-        """The script was seen to import these: have them ready for the next attempt."""
+    def learn(self, seen: Seen) -> None:
+        """The script was seen to do this: have it ready for the next attempt."""
         ...
 
     def own(self) -> frozenset[int]:
@@ -77,8 +89,12 @@ class Warm:
         log: Path,
         tell: Callable[..., object],
         others: Callable[[], frozenset[int]],
+        source: Source,
+        spares: int = 0,
     ) -> None:
-        """`others` are children of this process that are no ranks either."""
+        """`others` are children of this process that are no ranks either; `source` is what spares,
+        if any, prepare themselves for.
+        """
         self._pump = pump
         self._others = others
         self._environment = environment
@@ -91,6 +107,9 @@ class Warm:
         self._stores: list[StoreProcess] = []
         self._serving: list[StoreProcess] = []
         """Of the present attempt, and of earlier ones that are not reaped yet."""
+        self._source = source
+        self._seen = Seen(())
+        self._spares = Spares(pump, spares, self._raise_spare, tell)
         self._zygote: Zygote | None = self._spawn()
 
     def rendezvous(self, fixed: int | None, cancelled: Callable[[], bool]) -> Endpoint:
@@ -123,32 +142,40 @@ class Warm:
         self._settle(cancelled)
         if cancelled():
             return
-        pids = self._zygote.fork(assignment.path, ranks) if self._zygote else None
+        warmest = self._spares.take(assignment.path, ranks)
+        rest = [rank for rank in ranks if rank not in warmest]
+        pids = self._zygote.fork(assignment.path, rest) if self._zygote and rest else None
+        if not rest:
+            pids = {}
         if pids is None:
             self._tell("cold_start", reason="there is no zygote to fork from")
-            end_orphans(
-                self.own() | self._others()
-            )  # ranks that a zygote forked but did not live to report
-            pids = {rank: self._exec(assignment, rank) for rank in ranks}
+            # Ranks that a zygote forked but did not live to report.
+            end_orphans(self.own() | self._others() | frozenset(warmest.values()))
+            pids = {rank: self._exec(assignment, rank) for rank in rest}
         else:
             self._losses = 0
-        for rank, pid in pids.items():
+        for rank, pid in {**warmest, **pids}.items():
             group.add(rank, pid)
 
-    def learn(self, modules: Sequence[str]) -> None:
-        new = [name for name in modules if name not in self._modules]
+    def learn(self, seen: Seen) -> None:
+        self._seen = seen
+        new = [name for name in seen.modules if name not in self._modules]
         self._modules += new
         if self._zygote is not None and new:
             self._zygote.preload(new)
         if self._zygote is not None and not self._stores and self._fixed is None:
             self._zygote.open_store(0)
+        if self._zygote is not None:
+            self._spares.fill()
 
     def own(self) -> frozenset[int]:
         zygote = [self._zygote.pid] if self._zygote is not None else []
         self._serving = [store for store in self._serving if _lives(store)]
-        return frozenset([*zygote, *(s.pid for s in (*self._stores, *self._serving))])
+        stores = (store.pid for store in (*self._stores, *self._serving))
+        return frozenset([*zygote, *stores]) | self._spares.pids
 
     def close(self) -> None:
+        self._spares.close()
         if self._zygote is not None:
             self._zygote.close()
 
@@ -170,13 +197,20 @@ class Warm:
             tell=self._tell,
             lost=self._replace,
             opened=lambda store: self._stores.append(store),
+            spared=self._spares.add,
         )
+
+    def _raise_spare(self) -> None:
+        assert self._zygote is not None
+        seen, log = self._seen, self._log.with_name("spares.log")
+        self._zygote.spare(self._source, seen.own, log, split=seen.staged)
 
     def _replace(self) -> None:
         """The zygote is gone: raise another at once, so that the next restart is warm again."""
         if self._zygote is None:
             return
         self._losses += 1
+        self._spares.forget_expected()
         unfit = self._zygote.unfit_module
         if unfit in self._modules:
             self._modules.remove(unfit)
@@ -243,7 +277,7 @@ class Torchrun:
         self._processes.append(process)
         group.add(AGENT, process.pid)
 
-    def learn(self, modules: Sequence[str]) -> None:
+    def learn(self, seen: Seen) -> None:
         """Nothing is kept between attempts."""
 
     def own(self) -> frozenset[int]:

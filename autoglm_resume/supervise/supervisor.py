@@ -27,13 +27,13 @@ from autoglm_resume.errors import (
 from autoglm_resume.job.spec import Job, dump
 from autoglm_resume.journal import Event, Journal, stamped
 from autoglm_resume.supervise import history, interval, policy
-from autoglm_resume.supervise.assign import assignment, environment, world_size
+from autoglm_resume.supervise.assign import assignment, environment, source, world_size
 from autoglm_resume.supervise.attempt import Attempt, Outcome, hurried
 from autoglm_resume.supervise.drill import Drill
 from autoglm_resume.supervise.gatekeeper import Gatekeeper
 from autoglm_resume.supervise.group import end_orphans
 from autoglm_resume.supervise.keepers import Keepers
-from autoglm_resume.supervise.launcher import Launcher, Torchrun, Warm
+from autoglm_resume.supervise.launcher import Launcher, Seen, Torchrun, Warm
 from autoglm_resume.supervise.pump import Pump, Signals
 from autoglm_resume.supervise.rehearse import Rehearsal
 from autoglm_resume.supervise.replicas import restore
@@ -260,7 +260,7 @@ class Supervisor:
                 self._journal.sync()
             case "imports":
                 assert self._launcher is not None
-                self._launcher.learn(event["modules"])
+                self._launcher.learn(Seen(event["modules"], event["own"], event["staged"]))
             case "saved":
                 self._costs.append(event["blocked"])
                 self._writing.append(event["seconds"])
@@ -347,6 +347,8 @@ class Supervisor:
             self._run.path / "zygote.log",
             self._tell,
             others=lambda: keepers.pids,
+            source=source(self._job),
+            spares=self._job.spares,
         )
 
     def _interrupted(self, keepers: Keepers) -> int:

@@ -11,12 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import autoglm_resume
 from autoglm_resume.supervise.failure import signal_name
 from autoglm_resume.supervise.pump import Pump
+from autoglm_resume.worker.contract import Source
 
 MESSAGE = 1 << 20
 BATCH = 1000
@@ -47,7 +49,8 @@ class Zygote:
     """One zygote process, which answers one request after the other.
 
     `tell` hears what it says, as (event, fields) for the journal; `opened` gets every store that
-    was asked for; `lost` is called once when it can fork no more.
+    was asked for, `spared` every spare with the socket to it; `lost` is called once when it can
+    fork no more.
     """
 
     def __init__(
@@ -59,11 +62,13 @@ class Zygote:
         tell: Callable[..., object],
         lost: Callable[[], None],
         opened: Callable[[StoreProcess], None],
+        spared: Callable[[int, socket.socket], None],
     ) -> None:
         self._pump = pump
         self._tell = tell
         self._lost = lost
         self._opened = opened
+        self._spared = spared
         self._requests: list[dict[str, Any]] = []
         self.state = State.BUSY
         self.unfit_module: str | None = None
@@ -101,6 +106,11 @@ class Zygote:
         """Serve a store at `port`, any free one for 0, in a process of its own."""
         self._ask({"op": "store", "port": port, "supervisor": os.getpid()})
 
+    def spare(self, source: Source, modules: Sequence[str], log: Path, *, split: bool) -> None:
+        """Raise a spare; see worker/spare.py."""
+        known = {"source": asdict(source), "modules": list(modules), "log": str(log)}
+        self._ask({"op": "spare", **known, "split": split, "supervisor": os.getpid()})
+
     def fork(self, assignment: Path, ranks: Sequence[int]) -> dict[int, int] | None:
         """Pids of freshly forked ranks; None if the zygote is not or no longer able to."""
         if self.state is not State.READY:
@@ -133,9 +143,9 @@ class Zygote:
 
     def _readable(self) -> None:
         try:
-            message = self._socket.recv(MESSAGE)
+            message, fds, _, _ = socket.recv_fds(self._socket, MESSAGE, 1)
         except ConnectionResetError:
-            message = b""
+            message, fds = b"", []
         if not message:
             # The socket closes a moment before the process has an exit code.
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -153,6 +163,8 @@ class Zygote:
         self._send_next()
         if reply["op"] == "store" and reply["port"]:
             self._opened(StoreProcess(reply["pid"], reply["port"]))
+        if reply["op"] == "spare" and fds:
+            self._spared(reply["pid"], socket.socket(fileno=fds[0]))
         if reply["op"] == "ready" and not self._introduced:
             self._introduced = True
             fields = {key: reply[key] for key in ("seconds", "modules", "skipped")}

@@ -32,6 +32,11 @@ class Source:
     args: tuple[str, ...]
     workdir: str
 
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Source:
+        """What `dataclasses.asdict` made of it."""
+        return cls(**{**data, "args": tuple(data["args"])})
+
 
 @dataclass(frozen=True)
 class ResumePoint:
@@ -128,7 +133,7 @@ class Assignment:
         source = data.pop("source")
         resume = data.pop("resume")
         return cls(
-            source=Source(**{**source, "args": tuple(source["args"])}),
+            source=Source.from_json(source),
             resume=ResumePoint(**{**resume, "seals": tuple(resume["seals"])}) if resume else None,
             checkpoint=Checkpointing.from_json(data.pop("checkpoint")),
             config_files=tuple(data.pop("config_files")),

@@ -11,13 +11,14 @@ import sys
 import sysconfig
 from pathlib import Path
 
+_HERE = str(Path(__file__).parents[1]) + os.sep
 _known: frozenset[str] = frozenset()
 
 
 def begin() -> None:
     """Remember what is imported now."""
     global _known
-    _known = frozenset(sys.modules)
+    _known = _known or frozenset(sys.modules)  # a spare imports before the script begins
 
 
 def imported_since_start() -> list[str]:
@@ -28,6 +29,28 @@ def imported_since_start() -> list[str]:
         for name, module in list(sys.modules.items())
         if name not in _known and name != "__main__" and _is_installed(module, stdlib)
     ]
+
+
+def own_since_start() -> list[str]:
+    """Names of the project's own modules, in the order in which they were imported.
+
+    Only a process that is made anew for every attempt may import these ahead of it.
+    """
+    return [name for name in list(sys.modules) if name not in _known and _own_file(name)]
+
+
+def own_files() -> list[str]:
+    """The files of all modules that are the project's own."""
+    return [file for name in list(sys.modules) if (file := _own_file(name))]
+
+
+def _own_file(name: str) -> str:
+    module = sys.modules.get(name)
+    origin = getattr(getattr(module, "__spec__", None), "origin", None)
+    stdlib = sysconfig.get_path("stdlib") + os.sep
+    if name == "__main__" or not isinstance(origin, str) or _is_installed(module, stdlib):
+        return ""
+    return "" if origin.startswith(_HERE) else origin
 
 
 def _is_installed(module: object, stdlib: str) -> bool:

@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -42,59 +42,77 @@ def drop_own_path() -> None:
 
 def settle(assignment: Assignment, rank: int, environment: Mapping[str, str]) -> None:
     """Make this process rank `rank`: session, logs, `environment`, signals."""
+    detach(assignment.log(rank), assignment.source.workdir)
+    assume(assignment, rank, environment)
+
+
+def detach(log: Path, workdir: str) -> None:
+    """Make this process one of its own: session, signals, random numbers, directory, output."""
     if os.getsid(0) != os.getpid():
         os.setsid()  # so that the supervisor can end what the rank started, with the rank
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.set_wakeup_fd(-1)
+    _redirect(log)
+    os.chdir(workdir)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed()  # forked ranks would all share the zygote's state
+
+
+def assume(assignment: Assignment, rank: int, environment: Mapping[str, str]) -> None:
+    """Make this process, which is detached, rank `rank` of an attempt."""
     _redirect(assignment.log(rank))
     os.environ.update(environment)
-    os.chdir(assignment.source.workdir)
     faulthandler.enable(all_threads=True)
     with contextlib.suppress(OSError):
         stacks = assignment.stacks(rank).open("w")
         faulthandler.register(STACKS, file=stacks, all_threads=True)
         _kept.append(stacks)  # faulthandler knows only its descriptor
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed()  # forked ranks would all share the zygote's state
     with contextlib.suppress(OSError, ValueError):
         Board.open(Path(assignment.board)).pulse(rank).phase(Phase.NONE)
     Events(assignment.events(rank), rank).emit("rank_started", pid=os.getpid())
 
 
 def run(assignment: Assignment, rank: int) -> int:
-    """Run the user's script to its end and return the exit code of this process.
-
-    An exception that ends it is recorded beside the logs before anything else happens, so that
-    the *first* failing rank can be told from the ones that failed because of it.
-    """
-    code = 0
-    try:
-        _execute(assignment.source)
-    except SystemExit as end:
-        code = _exit_code(end)
-    except BaseException as error:
-        _record(assignment, rank, error)
-        code = 130 if isinstance(error, KeyboardInterrupt) else 1
+    """Run the user's script to its end and return the exit code of this process."""
+    code = execute(assignment.source, lambda error: record(assignment, rank, error))
     # Below torchrun nobody but torchrun can reap this process and see its code.
     Events(assignment.events(rank), rank).emit("rank_ended", code=code)
     return code
 
 
+def execute(source: Source, failed: Callable[[BaseException], None]) -> int:
+    """Run the user's script and return the exit code; `failed` gets an exception that ends it."""
+    try:
+        _execute(source)
+    except SystemExit as end:
+        return _exit_code(end)
+    except BaseException as error:
+        failed(error)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
+    return 0
+
+
+def home_of(source: Source) -> str:
+    """Where the script's own modules lie: the first place on its path."""
+    if source.script is None:
+        return source.workdir
+    return str(Path(source.script).resolve().parent)  # as Python does for a link
+
+
 def _execute(source: Source) -> None:
     if source.module is not None:
         sys.argv = [source.module, *source.args]
-        sys.path.insert(0, source.workdir)
+        sys.path.insert(0, home_of(source))
         imports.begin()
         runpy.run_module(source.module, run_name="__main__", alter_sys=True)
         return
     script = source.script
     assert script is not None
     sys.argv = [script, *source.args]
-    home = str(Path(script).resolve().parent)  # as Python does for a link
-    sys.path.insert(0, home)
+    sys.path.insert(0, home_of(source))
     imports.begin()
     # Not runpy.run_path: it takes the module away again when the script ends, while its
     # exit handlers and threads still need it, and multiprocessing could not find __main__.
@@ -105,7 +123,11 @@ def _execute(source: Source) -> None:
     exec(code, main.__dict__)
 
 
-def _record(assignment: Assignment, rank: int, error: BaseException) -> None:
+def record(assignment: Assignment, rank: int, error: BaseException) -> None:
+    """Keep the exception that ended the script, beside the logs, before anything else happens.
+
+    So the *first* failing rank can be told from the ones that failed because of it.
+    """
     trace = _script_part(error)
     lines = traceback.format_exception(type(error), error, trace)
     print("".join(lines), file=sys.stderr, end="", flush=True)

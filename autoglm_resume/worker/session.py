@@ -29,12 +29,21 @@ from autoglm_resume.errors import (
     Interrupted,
     UsageError,
 )
-from autoglm_resume.worker import copying, fitting, hooks, restoring, rng, settings, tracked
+from autoglm_resume.worker import (
+    copying,
+    fitting,
+    hooks,
+    imports,
+    restoring,
+    rng,
+    settings,
+    spare,
+    tracked,
+)
 from autoglm_resume.worker.board import Board, Phase, Pulse
 from autoglm_resume.worker.contract import Assignment, ResumePoint
 from autoglm_resume.worker.data import ResumableSampler
 from autoglm_resume.worker.events import Events
-from autoglm_resume.worker.imports import imported_since_start
 from autoglm_resume.worker.requests import FromClock, FromRankZero, FromSupervisor, Requests
 from autoglm_resume.worker.saves import Saves
 
@@ -56,6 +65,7 @@ def init(
     under plain torchrun or alone: where checkpoints go (default `checkpoints/<script>`), how often
     (default every 300 s), and how many are kept.
     """
+    spare.refuse_session()
     assignment = Assignment.from_environment()
     if assignment is not None:
         return Session(settings.supervised(assignment), assignment)
@@ -186,7 +196,12 @@ class Session:
             self._stepped = True
             self._events.emit("first_step", step=completed)
             if self.rank == 0:
-                self._events.emit("imports", modules=imported_since_start())
+                self._events.emit(
+                    "imports",
+                    modules=imports.imported_since_start(),
+                    own=imports.own_since_start(),
+                    staged=spare.staged,
+                )
             self._saves.prepare(self._state, self._identity())
         self._saves.look()
         assert self._requests is not None

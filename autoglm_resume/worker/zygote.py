@@ -23,7 +23,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 from autoglm_resume import linux
 from autoglm_resume.worker import rank as rank_process
-from autoglm_resume.worker.contract import Assignment
+from autoglm_resume.worker.contract import Assignment, Source
+from autoglm_resume.worker.spare import Spare
 
 ALWAYS = (
     "torch",
@@ -67,7 +68,23 @@ class StoreServer(NamedTuple):
             signal.pause()
 
 
-Role: TypeAlias = "Rank | StoreServer"
+class SpareRank(NamedTuple):
+    """In a forked child: become a spare."""
+
+    link: int
+    """Descriptor of its end of a socket to the supervisor."""
+    source: Source
+    modules: Sequence[str]
+    log: Path
+    split: bool
+
+    def be(self) -> int:
+        """The whole life of the spare, and of the rank it becomes."""
+        link = socket.socket(fileno=self.link)
+        return Spare(link, self.source).live(self.modules, self.log, split=self.split)
+
+
+Role: TypeAlias = "Rank | StoreServer | SpareRank"
 
 
 def threads() -> int:
@@ -150,6 +167,23 @@ def serve(control: socket.socket) -> Role | None:
             port = int.from_bytes(os.read(told, 2), "little")
             os.close(told)
             reply = {"op": "store", "pid": pids[0], "port": port}
+        elif request["op"] == "spare":
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            source = Source.from_json(request["source"])
+            modules, log = request["modules"], Path(request["log"])
+            made = SpareRank(theirs.fileno(), source, modules, log, request["split"])
+            role, pids = _fork(request["supervisor"], [made])
+            if role:
+                ours.close()
+                theirs.detach()
+                control.close()
+                return role
+            theirs.close()
+            with contextlib.suppress(BrokenPipeError):
+                reply = {"op": "spare", "pid": pids[0]}
+                socket.send_fds(control, [json.dumps(reply).encode()], [ours.fileno()])
+            ours.close()
+            continue
         else:
             assignment = Assignment.load(Path(request["assignment"]))
             wanted = [Rank(assignment, rank) for rank in request["ranks"]]

@@ -95,29 +95,40 @@ parser.add_argument("--every", type=int, default=5, help="steps between checkpoi
 parser.add_argument("--checkpoint", type=Path, help="file of the checkpoint (torch)")
 args = parser.parse_args()
 MARKS = os.open(args.marks, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-mark("first line", FIRST_LINE)
-mark("import torch", TORCH)
 
-dist.init_process_group("gloo")
-mark("process group")
 
-torch.manual_seed(0)
-decoder = Decoder()
-optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-4)
-model = DistributedDataParallel(decoder)
-mark("model", parameters=sum(p.numel() for p in decoder.parameters()))
+def setup() -> tuple[Decoder, torch.optim.Optimizer]:
+    """What needs no rank: a warm spare has done it before."""
+    torch.manual_seed(0)
+    decoder = Decoder()
+    return decoder, torch.optim.AdamW(decoder.parameters(), lr=3e-4)
 
-if args.library == "autoglm":
-    import autoglm_resume as autoglm
 
-    session = autoglm.init()
-    session.track(model=model, optimizer=optimizer)
-    session.resume()
-    mark("load")
-    for step in session.steps(args.steps):
-        train_step(model, optimizer, step)
-        mark("step", step=step + 1)
-else:
+def train(ready: tuple[Decoder, torch.optim.Optimizer]) -> None:
+    """All the rest."""
+    built = time.monotonic_ns()
+    decoder, optimizer = ready
+    mark("first line", FIRST_LINE)
+    mark("import torch", TORCH)
+    mark("model", built, parameters=sum(p.numel() for p in decoder.parameters()))
+    dist.init_process_group("gloo")
+    model = DistributedDataParallel(decoder)
+    mark("process group")
+    if args.library == "autoglm":
+        session = autoglm.init()
+        session.track(model=model, optimizer=optimizer)
+        session.resume()
+        mark("load")
+        for step in session.steps(args.steps):
+            train_step(model, optimizer, step)
+            mark("step", step=step + 1)
+    else:
+        with_torch_save(model, decoder, optimizer)
+    dist.destroy_process_group()
+
+
+def with_torch_save(model: nn.Module, decoder: Decoder, optimizer: torch.optim.Optimizer) -> None:
+    """Load and save as scripts for torchrun do."""
     start = 0
     if args.checkpoint.exists():
         state = torch.load(args.checkpoint, map_location="cpu")
@@ -138,4 +149,11 @@ else:
             }
             torch.save(state, args.checkpoint.with_suffix(".new"))
             args.checkpoint.with_suffix(".new").replace(args.checkpoint)
-dist.destroy_process_group()
+
+
+if args.library == "autoglm":
+    import autoglm_resume as autoglm
+
+    autoglm.launch(setup, train)
+else:
+    train(setup())

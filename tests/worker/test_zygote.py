@@ -40,6 +40,7 @@ pump = Pump()
 told = []
 lost = []
 stores = []
+spares = []
 assignment = replace(Assignment.load(Path(sys.argv[1])), supervisor=os.getpid())
 assignment.path.write_bytes(assignment.to_json())
 group = Group(pump, lambda *_: None)
@@ -51,7 +52,8 @@ def zygote(*modules):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     log = Path(assignment.directory) / "zygote.log"
     made = Zygote(pump, environment, modules, log, lambda event, **f: told.append((event, f)),
-                  lambda: lost.append(1), stores.append)
+                  lambda: lost.append(1), stores.append,
+                  lambda pid, link: spares.append((pid, link)))
     pump.wait(lambda: made.state is not State.BUSY, soon())
     return made
 
@@ -379,7 +381,7 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 environment = {**os.environ, **shared_environment(1)}
 output = Path(assignment.directory) / "zygote.log"
 z = Zygote(pump, environment, ["numpy"], output,
-           lambda *_, **__: None, lambda: None, stores.append)
+           lambda *_, **__: None, lambda: None, stores.append, lambda *_: None)
 until(lambda: z.state is not State.BUSY)
 fork(z)
 until(lambda: not group.alive)
