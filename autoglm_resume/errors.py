@@ -10,6 +10,7 @@
     │   ├── WorldSizeMismatch        made by another number of ranks
     │   ├── ModelMismatch            made by another model
     │   └── NoAcceptableCheckpoint   checkpoints exist, none passes the gate
+    ├── LossDiverged             1   the loss is not finite any more, or leapt
     └── DoNotRequeue            93   finished badly, and a scheduler must not try again
 
 A process that died by signal N makes the command exit 128 + N; see `died_by_signal`.
@@ -74,6 +75,10 @@ class ModelMismatch(CheckpointError):
 
 class NoAcceptableCheckpoint(CheckpointError):
     """Checkpoints are present, but the gate accepts none of them."""
+
+
+class LossDiverged(AutoglmError):
+    """The loss says that the model is lost; an older checkpoint may not be."""
 
 
 class DoNotRequeue(AutoglmError):

@@ -26,6 +26,7 @@ PURE = [
     *("checkpoint/options.py", "checkpoint/replica.py", "checkpoint/renaming.py"),
     *("checkpoint/document.py", "observe/goodput.py", "observe/say.py", "errors.py"),
     "kinds.py",
+    *("worker/divergence.py", "worker/gaps.py"),
     *("observe/recovery.py", "observe/segments.py"),
 ]
 IMPURE = {

@@ -107,6 +107,16 @@ class Guards(Section):
     config_files: Annotated[tuple[FilePath, ...], BeforeValidator(as_list)] = Field(
         default=(), description="Files whose content is part of the model hash."
     )
+    nan_losses: CountOrZero = Field(
+        default=3,
+        description="Roll back when so many reported losses in a row are NaN or infinite; 0: "
+        "never.",
+    )
+    loss_spike: CountOrZero = Field(
+        default=0,
+        description="Roll back when three reported losses in a row are more than so many times "
+        "the median of the last hundred; 0: never.",
+    )
     free_disk: Size = Field(
         default=2**30,
         description="Refuse to start with less free space at the checkpoint directory.",

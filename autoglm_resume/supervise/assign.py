@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from autoglm_resume.checkpoint.options import Options
 from autoglm_resume.job.spec import Job
@@ -16,6 +17,10 @@ from autoglm_resume.worker.contract import (
     Source,
     shared_environment,
 )
+from autoglm_resume.worker.divergence import Bounds
+
+CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+"""Where compilers keep what they made: with the run, so that no restart compiles it again."""
 
 
 def world_size(job: Job) -> int:
@@ -26,7 +31,8 @@ def world_size(job: Job) -> int:
 
 def environment(job: Job) -> dict[str, str]:
     """What every process of the job inherits."""
-    return {**os.environ, **shared_environment(world_size(job)), **job.env}
+    caches = {name: str(Path(job.run_dir) / "cache" / at) for name, at in CACHES.items()}
+    return {**caches, **os.environ, **shared_environment(world_size(job)), **job.env}
 
 
 def source(job: Job) -> Source:
@@ -80,6 +86,7 @@ def assignment(
         resume=resume,
         savers=savers,
         check_model=job.guards.model == "strict",
+        bounds=Bounds(job.guards.nan_losses, job.guards.loss_spike),
         config_files=tuple(str(path) for path in job.guards.config_files),
         environment=dict(job.env),
     )

@@ -43,6 +43,7 @@ from autoglm_resume.worker import (
 from autoglm_resume.worker.board import Board, Phase, Pulse
 from autoglm_resume.worker.contract import Assignment, ResumePoint
 from autoglm_resume.worker.data import ResumableSampler
+from autoglm_resume.worker.divergence import LossGuard
 from autoglm_resume.worker.events import Events
 from autoglm_resume.worker.requests import FromClock, FromRankZero, FromSupervisor, Requests
 from autoglm_resume.worker.saves import Saves
@@ -89,6 +90,7 @@ class Session:
         self._saved_step = -1
         self._reported = 0.0
         self._lineage: tuple[str, ...] = ()
+        self._loss = LossGuard(chosen.bounds)
         self._requests: Requests | None = None
         self._figures: dict[str, Any] = {}
         """Of the last completed step; `_reported_now` of the one that runs."""
@@ -219,6 +221,7 @@ class Session:
         """Show figures of this step in the heartbeat; numbers or one-element tensors.
 
         Reading a tensor on a device waits for the device, so that happens once a second at most.
+        Raises LossDiverged when losses leave the bounds of the job's `guards`.
         """
         figures = {"loss": loss, "grad_norm": grad_norm}
         self._reported_now.update({k: v for k, v in figures.items() if v is not None})
@@ -227,7 +230,10 @@ class Session:
             if now - self._reported < 1:
                 return
             self._reported = now
-        self._pulse.report(_number(loss), _number(grad_norm))
+        read = _number(loss)
+        self._pulse.report(read, _number(grad_norm))
+        if read is not None:
+            self._loss.see(read)
 
     def save(self) -> bool:
         """Save now, after the last completed step; every rank must call it at the same step.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from autoglm_resume.checkpoint.structure import Structure
 from autoglm_resume.errors import NoAcceptableCheckpoint
 from autoglm_resume.worker import turns
 from autoglm_resume.worker.contract import Assignment, Checkpointing, ResumePoint
+from autoglm_resume.worker.divergence import Bounds
 
 DEFAULT_SECONDS = 300.0
 DEFAULT_KEEP = 3
@@ -36,6 +37,7 @@ class Settings:
     token: str
     """Tells this attempt's checkpoints from those of other attempts at the same step."""
     resume: ResumePoint | None
+    bounds: Bounds = field(default_factory=Bounds)
 
 
 def supervised(assignment: Assignment) -> Settings:
@@ -49,6 +51,7 @@ def supervised(assignment: Assignment) -> Settings:
         config_files=assignment.config_files,
         token=f"a{assignment.attempt}",
         resume=assignment.resume,
+        bounds=assignment.bounds,
     )
 
 
