@@ -3,6 +3,7 @@
     AutoglmError                 1   the job failed and will fail again
     ├── UsageError               2   a wrong argument, job file or directory
     ├── Interrupted             75   stopped with a checkpoint saved: run me again
+    │   └── Unkillable               a rank is stuck in the kernel: this machine is of no use
     ├── RunLocked               76   another supervisor has this run
     ├── CheckpointError         90   a checkpoint cannot be used
     │   ├── CorruptCheckpoint        its bytes are not what was written
@@ -43,6 +44,10 @@ class Interrupted(AutoglmError):
     """Stopped on request with a checkpoint saved; the same command continues the run."""
 
     exit_code = 75
+
+
+class Unkillable(Interrupted):
+    """A rank is stuck in the kernel; the run can continue from its checkpoint elsewhere."""
 
 
 class RunLocked(AutoglmError):

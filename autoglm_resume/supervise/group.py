@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 
-from autoglm_resume.errors import AutoglmError
+from autoglm_resume.errors import Unkillable
+from autoglm_resume.supervise import node
 from autoglm_resume.supervise.pump import Pump
 
 STUCK = 5.0
@@ -95,12 +96,25 @@ class Group:
         self._await_end(lambda: not self._pidfds)
 
     def _await_end(self, ended: Callable[[], bool]) -> None:
-        if not self._pump.wait(ended, time.monotonic() + UNKILLABLE):
-            left = ", ".join(f"rank {rank} (process {self.pids[rank]})" for rank in self.alive)
-            raise AutoglmError(
-                f"{left}: killed {UNKILLABLE:.0f} s ago and still there",
-                hint="it is stuck in the kernel: look at the disk, network mount or GPU it uses",
-            )
+        if self._pump.wait(ended, time.monotonic() + UNKILLABLE):
+            return
+        left = ", ".join(
+            f"rank {rank} (process {self.pids[rank]}, {node.state(self.pids[rank])})"
+            for rank in self.alive
+        )
+        self._abandon()
+        raise Unkillable(
+            f"{left}: killed {UNKILLABLE:.0f} s ago and still there",
+            hint="it is stuck in the kernel: look at the disk, network mount or GPU it uses, or "
+            "continue the run on another machine",
+        )
+
+    def _abandon(self) -> None:
+        """Ask for nobody's end a second time: the kernel has to let go of them first."""
+        for fd in self._pidfds.values():
+            self._pump.forget(fd)
+            os.close(fd)
+        self._pidfds.clear()
 
     def _but(self, spared: frozenset[int]) -> list[int]:
         return [rank for rank in self.alive if rank not in spared]

@@ -136,7 +136,8 @@ class Supervisor:
             self._launcher = launcher = self._make_launcher(keepers)
             return self._bring_to_end(launcher, keepers, began)
         except AutoglmError as error:
-            self._tell("run_failed", code=error.exit_code, reason=error.message)
+            ended = "run_interrupted" if isinstance(error, Interrupted) else "run_failed"
+            self._tell(ended, code=error.exit_code, reason=error.message)
             raise
         except OSError as error:
             reason = f"{error.filename or self._run.path}: {error.strerror}"

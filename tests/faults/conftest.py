@@ -153,9 +153,9 @@ def all_dead(processes: list[psutil.Process], within: float) -> bool:
     return True
 
 
-def finish(process: subprocess.Popen[str]) -> Finished:
+def finish(process: subprocess.Popen[str], within: float = PATIENCE) -> Finished:
     """Wait for the end of a command."""
-    out, err = process.communicate(timeout=PATIENCE)
+    out, err = process.communicate(timeout=within)
     return Finished(process.returncode, out, err)
 
 

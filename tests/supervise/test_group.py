@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from autoglm_resume.errors import Unkillable
 from autoglm_resume.supervise.group import Exit, Group
 from autoglm_resume.supervise.pump import Pump
 
@@ -262,3 +263,46 @@ def test_orphans_of_all_generations_are_ended_and_what_is_kept_lives() -> None:
         "all": True,
         "children": 0,
     }
+
+
+@pytest.fixture
+def frozen() -> Iterator[Callable[[int], None]]:
+    """`frozen(pid)` puts a process where not even SIGKILL reaches it (freezer of cgroup v1)."""
+    cgroup = Path("/sys/fs/cgroup/freezer") / f"autoglm-test-{os.getpid()}"
+    try:
+        cgroup.mkdir()
+    except OSError as error:
+        pytest.skip(f"no freezer here: {error}")
+
+    def freeze(pid: int) -> None:
+        (cgroup / "cgroup.procs").write_text(str(pid))
+        (cgroup / "freezer.state").write_text("FROZEN")
+        while (cgroup / "freezer.state").read_text().strip() != "FROZEN":
+            pass
+
+    yield freeze
+    (cgroup / "freezer.state").write_text("THAWED")
+    for pid in (cgroup / "cgroup.procs").read_text().split():
+        os.kill(int(pid), signal.SIGKILL)
+    while (cgroup / "cgroup.procs").read_text():
+        pass
+    cgroup.rmdir()
+
+
+def test_a_process_that_is_stuck_in_the_kernel_is_named_and_not_waited_for_for_ever(
+    group: Group,
+    start: Start,
+    frozen: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("autoglm_resume.supervise.group.UNKILLABLE", 0.05)
+    stuck, other = start(QUIET), start(QUIET)
+    group.add(0, other)
+    group.add(1, stuck)
+    frozen(stuck)
+    with pytest.raises(Unkillable) as caught:
+        group.stop(0.0)
+    assert f"rank 1 (process {stuck}, disk-sleep)" in caught.value.message
+    assert caught.value.exit_code == 75  # another machine can go on
+    assert group.exits[0].signal == signal.SIGKILL
+    group.stop(0.0)  # and is given up for good
