@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -59,3 +60,15 @@ def write(path: Path, data: bytes, *, replace: bool = True, durable: bool = True
     """Write `data` to `path` so that a crash leaves the old content or the new."""
     with writing(path, replace=replace, durable=durable) as file:
         file.write(data)
+
+
+def read_ahead(paths: Iterable[Path]) -> None:
+    """Have the kernel read `paths` into memory, and return at once; what fails is read later."""
+
+    def begin() -> None:
+        for path in paths:
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                # The call itself takes as long as it takes to find the memory.
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+    threading.Thread(target=begin, name="read ahead", daemon=True).start()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,26 @@ def test_a_writer_killed_in_the_middle_leaves_the_old_content(tmp_path: Path) ->
     left = [name for name in names(tmp_path) if name != "a"]
     assert len(left) == 1
     assert left[0].startswith(files.TEMPORARY)
+
+
+def cached(path: Path) -> bool:
+    with path.open("rb") as file:
+        try:
+            return os.preadv(file.fileno(), [bytearray(4096)], 1 << 19, os.RWF_NOWAIT) > 0
+        except BlockingIOError:
+            return False
+
+
+def test_what_is_read_ahead_is_in_memory_soon_and_what_is_not_there_harms_nobody(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "pack"
+    files.write(path, b"a" * (1 << 20))
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if cached(path):
+        pytest.skip("this file system keeps everything in memory")
+    files.read_ahead([tmp_path / "missing", path])
+    deadline = time.monotonic() + 30
+    while not cached(path):
+        assert time.monotonic() < deadline

@@ -102,10 +102,13 @@ class Attempt:
         helpers: Callable[[], frozenset[int]],
         between_saves: Callable[[], float | None],
         past: Silences,
+        broken: Callable[[], None],
     ) -> None:
+        """`broken` is called once when a failure is noticed, before the others are stopped."""
         self._pump = pump
         self._helpers = helpers
         self._between_saves = between_saves
+        self._broken = broken
         self._job = job
         self._world_size = world_size
         self._tell = tell
@@ -293,6 +296,7 @@ class Attempt:
             self._seen.broken_at = mono
             # What the victims print now must not come before the first failing rank's traceback.
             self._follower.quiet = True
+            self._broken()
 
     # When it has ended
 

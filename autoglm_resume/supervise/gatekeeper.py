@@ -142,6 +142,18 @@ class Gatekeeper:
         ids = (path.name for path in self.store.committed())
         return [id for id in ids if superseded(id, self.branches) is None]
 
+    def read_ahead(self) -> None:
+        """Let what the gate will most likely take be in memory by the time ranks read it.
+
+        Packs are written past the page cache: 240 MB a rank took 0.75 s from the disk, 0.2 s so.
+        """
+        newest = self.store.latest()
+        if newest is None:
+            return
+        with contextlib.suppress(CheckpointError):
+            needs = map(self.store.directory, self.store.load_manifest(newest).needs)
+            files.read_ahead([pack for place in (newest, *needs) for pack in place.glob("*.pack")])
+
     def notice(self, id: str, step: int) -> bool:
         """A saver committed this; returns whether that is new, every saver may say so.
 

@@ -119,6 +119,7 @@ class Supervisor:
         began = time.monotonic()
         try:
             self._bring_back()
+            self._gate.read_ahead()
             self._introduce()
             self._choose_interval()
             self._keepers = keepers = Keepers(
@@ -211,6 +212,7 @@ class Supervisor:
             helpers=lambda: keepers.pids,
             between_saves=lambda: self._interval,
             past=self._silences,
+            broken=self._broken,
         )
         self._lock.describe(attempt.board_path)
         self._now = attempt
@@ -230,6 +232,11 @@ class Supervisor:
         finally:
             self._now = None
             self._silences = history.added(self._silences, attempt.silences)
+
+    def _broken(self) -> None:
+        """The ranks are about to be stopped; what savers hold need not be read."""
+        if not self._job.checkpoint.memory:
+            self._gate.read_ahead()
 
     def _saver_said(self, rank: int, event: Event) -> None:
         """Of a save, which may end after the attempt that it is of."""
