@@ -29,7 +29,7 @@ from autoglm_resume.supervise.history import Silences
 from autoglm_resume.supervise.launcher import AGENT, Launcher, torchrun_exits, torchrun_log
 from autoglm_resume.supervise.pump import Pump
 from autoglm_resume.supervise.rehearse import Rehearsal
-from autoglm_resume.supervise.vigil import Vigil
+from autoglm_resume.supervise.vigil import CPU_NOISE, Vigil
 from autoglm_resume.worker.board import Beat, Board, Control, Phase
 from autoglm_resume.worker.contract import Assignment
 
@@ -65,6 +65,8 @@ class _Seen:
     codes: dict[int, int] = field(default_factory=dict)
     """Exit codes of the ranks whose scripts have ended, though their processes may not have."""
     ended_at: dict[int, float] = field(default_factory=dict)
+    used: dict[int, float] = field(default_factory=dict)
+    """Processor seconds of those ranks."""
     stuck: set[int] = field(default_factory=set)
     """Ranks that were killed because they did not end after their scripts had."""
     refusals: dict[int, Refusal] = field(default_factory=dict)
@@ -240,10 +242,14 @@ class Attempt:
 
         Seen with torch 2.13: DDP taking down gloo's threads while it holds the GIL they wait for.
         """
-        for rank, at in self._seen.ended_at.items():
+        for rank in [rank for rank in self._seen.ended_at if rank in self._group.alive]:
+            used = node.cpu_seconds(self._group.pids[rank])
+            if used > self._seen.used.get(rank, 0.0) + CPU_NOISE:
+                # It takes its time, as a collection of garbage does on a busy machine.
+                self._seen.used[rank], self._seen.ended_at[rank] = used, now
             well = self._seen.codes[rank] in (0, Interrupted.exit_code)
             patience = self._job.heartbeat.timeout if well else TEARDOWN
-            if rank in self._group.alive and now - at > patience and rank not in self._seen.stuck:
+            if now - self._seen.ended_at[rank] > patience and rank not in self._seen.stuck:
                 self._seen.stuck.add(rank)
                 text = f"rank {rank} did not end within {patience:.1f} s of its script; killed"
                 self._tell("warning", text=text)
@@ -288,8 +294,17 @@ class Attempt:
         elif rank != AGENT and code is None and number is None:  # a child of torchrun
             self._follower.drain()
             code = self._seen.codes.get(rank, 1)
+        if rank == AGENT and self._ended_well_but_stuck:
+            return  # it complains of a rank that we killed
         if number is not None or code not in (0, Interrupted.exit_code):
             self._break(how.mono)
+
+    @property
+    def _ended_well_but_stuck(self) -> bool:
+        """Whether every script came to its good end, though not every process."""
+        codes = self._seen.codes
+        well = all(code in (0, Interrupted.exit_code) for code in codes.values())
+        return bool(self._seen.stuck) and well and len(codes) == self._world_size
 
     def _break(self, mono: float) -> None:
         if self._seen.broken_at is None:
@@ -324,7 +339,11 @@ class Attempt:
             failure is None
             and self._seen.broken_at is None
             and (len(codes) == self._world_size or AGENT in self._group.exits)
-            and all(how.code in (0, None) and not how.by_us for how in self._group.exits.values())
+            and all(
+                (how.code in (0, None) and not how.by_us)
+                or (rank == AGENT and self._ended_well_but_stuck)
+                for rank, how in self._group.exits.items()
+            )
             and all(code == 0 for code in self._seen.codes.values())
         )
         self._tell(
