@@ -18,7 +18,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 PURE = [
     *("job/units.py", "job/spec.py", "job/fields.py", "job/section.py", "job/checkpoint.py"),
     *("supervise/policy.py", "supervise/failure.py", "supervise/liveness.py"),
-    "supervise/interval.py",
+    *("supervise/interval.py", "supervise/facts.py", "supervise/causes.py"),
+    *("supervise/patterns.py", "supervise/places.py"),
     *("supervise/drill.py", "supervise/history.py"),
     *("checkpoint/gate.py", "checkpoint/manifest.py", "checkpoint/part.py"),
     *("checkpoint/retention.py", "checkpoint/structure.py", "checkpoint/previous.py"),

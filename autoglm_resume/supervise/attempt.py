@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from autoglm_resume import files
 from autoglm_resume.errors import Interrupted
 from autoglm_resume.job.spec import Job
 from autoglm_resume.journal import Event
 from autoglm_resume.supervise import liveness, node, stacks
-from autoglm_resume.supervise.failure import (
-    ErrorRecord,
-    Failure,
-    RankEvidence,
-    Refusal,
-    conclude,
-)
+from autoglm_resume.supervise.evidence import Witness, agent_said, gather
+from autoglm_resume.supervise.facts import Refusal
+from autoglm_resume.supervise.failure import Failure, Previous, conclude
 from autoglm_resume.supervise.follow import Follower
 from autoglm_resume.supervise.group import Exit, Group, end_orphans
 from autoglm_resume.supervise.history import Silences
-from autoglm_resume.supervise.launcher import AGENT, Launcher, torchrun_exits, torchrun_log
+from autoglm_resume.supervise.launcher import AGENT, Launcher
 from autoglm_resume.supervise.pump import Pump
 from autoglm_resume.supervise.rehearse import Rehearsal
 from autoglm_resume.supervise.vigil import CPU_NOISE, Vigil
@@ -128,9 +123,16 @@ class Attempt:
         self._vigil = Vigil(self._board, limits, past)
         self.silences: Silences = {}
         """How long its ranks were silent between beats; known when it has ended."""
+        self._witness: Witness | None = None
 
-    def run(self, task: Assignment, launcher: Launcher, hear: Hear) -> Outcome:
-        """Run it to its end. `hear` gets every event of a rank and returns what to keep of it."""
+    def run(
+        self, task: Assignment, launcher: Launcher, hear: Hear, previous: Previous | None = None
+    ) -> Outcome:
+        """Run it to its end. `hear` gets every event of a rank and returns what to keep of it.
+
+        `previous` is the failure that ended the attempt before.
+        """
+        self._previous = previous
         self._task, self._hear = task, hear
         files.write(task.path, task.to_json(), durable=False)
         self._follower = Follower(self._pump, task.path.parent, self._screen.worker_line, self.hear)
@@ -146,12 +148,16 @@ class Attempt:
                 step=task.resume.step if task.resume else 0,
                 pids={str(rank): pid for rank, pid in self._group.pids.items()},
             )
+            written = [Path(task.directory), Path(task.checkpoint.dir)]
+            self._witness = Witness(self._group.pids.values(), written)
             self._rehearsal.begin(self._group, self._board, self._change)
             self._pump.every(TICK, self._tick)
             self._watch()
             return self._conclude(launcher)
         finally:
             self._group.stop(0.0)
+            if self._witness is not None:
+                self._witness.close()
             self._rehearsal.end()
             self._pump.cancel(self._tick)
             self._follower.close()
@@ -355,8 +361,25 @@ class Attempt:
         return Outcome(completed, failure, step, self._seen.checkpointed, self._lived(beats))
 
     def _failure(self, stop_seconds: float) -> Failure:
-        evidence = self._evidence()
-        failure = conclude(evidence, self._seen.hung, self._agent())
+        seen, exits = self._seen, self._group.exits
+        evidence = gather(
+            self._task,
+            self._group.pids,
+            exits,
+            seen.beats or self._board.beats(),
+            codes=seen.codes,
+            stuck=seen.stuck,
+            refusals=seen.refusals,
+            states=seen.states,
+            stacks=seen.stacks,
+        )
+        failure = conclude(
+            evidence,
+            seen.hung,
+            agent_said(self._task, exits),
+            self._witness.machine() if self._witness is not None else None,
+            self._previous,
+        )
         self._tell(
             "failure",
             mono=self._seen.broken_at,
@@ -380,6 +403,9 @@ class Attempt:
             stacks={str(rank): list(frames) for rank, frames in self._seen.stacks.items()},
             lived=self._lived(self._board.beats()),
             step=failure.step,
+            place=failure.place,
+            evidence=failure.evidence,
+            tail=failure.tail,
         )
         if failure.traceback and failure.rank is not None:
             self._screen.traceback(failure.rank, failure.traceback)
@@ -390,49 +416,3 @@ class Attempt:
         if any(beat.phase is not Phase.NONE for beat in beats):
             return None
         return time.monotonic() - self._seen.last_saved
-
-    def _evidence(self) -> list[RankEvidence]:
-        torchrun = torchrun_exits(self._task) if AGENT in self._group.pids else {}
-        evidence = []
-        for rank in range(self._world_size):
-            how = self._group.exits.get(rank)
-            code, number = (how.code, how.signal) if how else (None, None)
-            if rank in self._seen.stuck:
-                code, number = self._seen.codes[rank], None
-            if how is not None and code is None and number is None:
-                code = self._seen.codes.get(rank, torchrun.get(self._group.pids[rank]))
-                if code is not None and code < 0:
-                    number, code = -code, None
-            evidence.append(
-                RankEvidence(
-                    rank,
-                    code,
-                    number,
-                    order=how.order if how else 0,
-                    ended=how.mono if how else float("inf"),
-                    by_us=how.by_us if how else False,
-                    beat=self._seen.beats[rank] if self._seen.beats else self._board.beat(rank),
-                    error=self._error(rank),
-                    refusal=self._seen.refusals.get(rank),
-                    state=self._seen.states.get(rank, ""),
-                )
-            )
-        return evidence
-
-    def _error(self, rank: int) -> ErrorRecord | None:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            record: dict[str, Any] = json.loads(self._task.error(rank).read_bytes())
-            return ErrorRecord(
-                record["type"], record["message"], record["traceback"], record["mono"]
-            )
-        return None
-
-    def _agent(self) -> str:
-        """What torchrun has to say when no rank of its own was seen to fail."""
-        how = self._group.exits.get(AGENT)
-        if how is None or not how.code:
-            return ""
-        with contextlib.suppress(OSError):
-            tail = torchrun_log(self._task).read_text(errors="replace").strip().splitlines()[-1:]
-            return f"torchrun exited with code {how.code}: {''.join(tail)}"
-        return f"torchrun exited with code {how.code}"

@@ -2,63 +2,30 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from autoglm_resume.errors import Interrupted, WorldSizeMismatch
+from autoglm_resume.errors import WorldSizeMismatch
 from autoglm_resume.kinds import Kind
-from autoglm_resume.worker.board import NEVER, Beat, Phase
-
-_OWN = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
-"""Signals that a process brings upon itself."""
-
-
-@dataclass(frozen=True)
-class ErrorRecord:
-    """The exception that ended a rank, as it recorded it itself."""
-
-    type: str
-    message: str
-    traceback: str
-    mono: float
+from autoglm_resume.supervise import patterns, places
+from autoglm_resume.supervise.causes import Cause, cause_of
+from autoglm_resume.supervise.facts import (
+    ErrorRecord,
+    Machine,
+    RankEvidence,
+    Refusal,
+    signal_name,
+    tail,
+    where,
+)
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """A rank would not load the checkpoint it was given."""
+class Previous:
+    """The failure that ended the attempt before."""
 
-    id: str
+    place: str
     step: int
-    kind: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class RankEvidence:
-    """What is known of one rank when the whole group is down."""
-
-    rank: int
-    code: int | None = None
-    """Exit code, None if it died by a signal or is not known."""
-    signal: int | None = None
-    order: int = 0
-    """Position in the order in which the ranks were seen to end."""
-    ended: float = float("inf")
-    """Monotonic seconds of its end."""
-    by_us: bool = False
-    """Whether it ended after we began to stop the group."""
-    beat: Beat = NEVER
-    error: ErrorRecord | None = None
-    refusal: Refusal | None = None
-    state: str = ""
-    """Process state at the time of a hang, such as “stopped”."""
-
-    @property
-    def failed(self) -> bool:
-        return not self.by_us and (
-            self.signal is not None or self.code not in (0, Interrupted.exit_code, None)
-        )
 
 
 @dataclass(frozen=True)
@@ -87,11 +54,19 @@ class Failure:
     """Last lines of the root rank's log."""
 
 
-def conclude(ranks: Sequence[RankEvidence], hung: Sequence[int] = (), agent: str = "") -> Failure:
+def conclude(
+    ranks: Sequence[RankEvidence],
+    hung: Sequence[int] = (),
+    agent: str = "",
+    machine: Machine | None = None,
+    previous: Previous | None = None,
+) -> Failure:
     """The failure of a group whose ranks left this evidence.
 
-    `hung` ranks missed their beats; `agent` is what torchrun said about its own end.
+    `hung` ranks missed their beats; `agent` is what torchrun said about its own end; `previous` is
+    the failure before this one, if no one has intervened since.
     """
+    machine = machine or Machine()
     step = max((r.beat.step for r in ranks), default=-1)
     refusals = [(r, r.refusal) for r in ranks if r.refusal is not None]
     if refusals:
@@ -101,30 +76,27 @@ def conclude(ranks: Sequence[RankEvidence], hung: Sequence[int] = (), agent: str
             rank.rank,
             f"rank {rank.rank} refused the checkpoint: {refusal.reason}",
             step,
-            _cause(rank),
+            _cause_mono(rank),
             refused=refusal.id,
             final=_is_final(refusal),
         )
-    if hung:
-        return _hang([r for r in ranks if r.rank in hung], step)
+    suspects = [r for r in ranks if r.rank in hung]
+    if suspects:
+        return _by_hardware(_hang(suspects, step), suspects, machine)
     failed = [r for r in ranks if r.failed]
     if not failed:
-        summary = agent or "the worker group ended without a failed rank"
-        return Failure(Kind.LAUNCH, None, summary, step)
-    root = min(failed, key=_precedence)
-    if root.signal is not None:
-        kind = Kind.CRASHED if root.signal in _OWN else Kind.KILLED
-        what = f"died by {signal_name(root.signal)}"
-    elif root.error is not None:
-        taken = "EADDRINUSE" in root.error.message or "already in use" in root.error.message
-        kind = Kind.PORT if taken else Kind.EXCEPTION
-        first = root.error.message.strip().splitlines()
-        what = f"failed with {root.error.type}" + (f": {first[0][:300]}" if first else "")
-    else:
-        kind, what = Kind.EXITED, f"exited with code {root.code}"
-    summary = f"rank {root.rank} {what} {where(root.beat)}"
-    trace = root.error.traceback if root.error else ""
-    return Failure(kind, root.rank, summary, step, _cause(root), trace, root.code, root.signal)
+        if agent:
+            return Failure(Kind.LAUNCH, None, agent, step)
+        return Failure(Kind.UNKNOWN, None, "the worker group ended without a failed rank", step)
+    causes = {r.rank: cause_of(r, machine) for r in failed}
+    root = min(failed, key=lambda r: (causes[r.rank].tier, *_when(r)))
+    failure = _by_hardware(_told(root, causes, ranks, machine, step), [root], machine)
+    return _repeated(failure, previous)
+
+
+def _when(rank: RankEvidence) -> tuple[float, int]:
+    """When it failed, by its own record, else by its end."""
+    return (rank.error.mono if rank.error and rank.signal is None else rank.ended, rank.order)
 
 
 def _is_final(refusal: Refusal) -> bool:
@@ -134,41 +106,133 @@ def _is_final(refusal: Refusal) -> bool:
     return refusal.kind == WorldSizeMismatch.__name__
 
 
-def where(beat: Beat) -> str:
-    """“at step 41, in backward”."""
-    if beat.phase is Phase.NONE or beat.step < 0:
-        return beat.phase.label if beat.phase is not Phase.NONE else "before its first step"
-    return f"at step {beat.step}, {beat.phase.label}"
+_OPEN = (Kind.CRASHED, Kind.EXITED, Kind.EXCEPTION, Kind.COMMUNICATION, Kind.GPU_FAULT, Kind.HANG)
+"""Classes that a broken GPU can look like."""
 
 
-def signal_name(number: int) -> str:
-    """“SIGKILL”."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
+def _by_hardware(failure: Failure, roots: Sequence[RankEvidence], machine: Machine) -> Failure:
+    """The same, if a GPU broke at the time: that then is the cause."""
+    if failure.kind not in _OPEN:
+        return failure
+    pids, said = {rank.pid for rank in roots}, []
+    for line in machine.kernel or ():
+        found = patterns.xid(line)
+        if found is not None and (found.pid in pids or _is_ours(found.bus, machine)):
+            said.append(f"the kernel's log: {line}")
+    for gpu in machine.gpus or ():
+        if gpu.lost:
+            said.append(f"the driver has lost GPU {gpu.index} ({gpu.bus})")
+        elif gpu.uncorrected:
+            said.append(f"GPU {gpu.index} ({gpu.bus}): {gpu.uncorrected} uncorrected ECC errors")
+    if not said:
+        return failure
+    return replace(failure, kind=Kind.GPU_FAULT, evidence=(*said, *failure.evidence))
 
 
-def _precedence(rank: RankEvidence) -> tuple[int, float]:
-    # A rank that a signal killed can only have been first: its peers' collectives break after it.
-    # Not so SIGABRT: NCCL's watchdog and gloo abort a victim. Among the others the earliest record
-    # is the root; without one, the order of the exits.
-    if rank.signal is not None and rank.signal != signal.SIGABRT:
-        return (0, rank.order)
-    if rank.signal is not None:
-        return (1, rank.ended)
-    if rank.error is not None:
-        return (1, rank.error.mono)
-    return (1, float("inf")) if rank.code == 1 else (0, rank.order)
+def _is_ours(bus: str, machine: Machine) -> bool:
+    # In a container NVML lists the job's GPUs only, but the kernel's log tells of all.
+    listed = [gpu.bus.lower() for gpu in machine.gpus or ()]
+    return not listed or any(bus.lower().removeprefix("0000:") in each for each in listed)
 
 
-def _cause(rank: RankEvidence) -> float | None:
+# The whole
+
+
+def _told(
+    root: RankEvidence,
+    causes: dict[int, Cause],
+    ranks: Sequence[RankEvidence],
+    machine: Machine,
+    step: int,
+) -> Failure:
+    cause = causes[root.rank]
+    error = root.error if root.signal is None else None
+    trace = error.traceback if error else ""
+    evidence = [f"the message means: {cause.means}"] if cause.means else []
+    evidence += cause.evidence
+    for rank in ranks:
+        if rank.rank == root.rank:
+            continue
+        if rank.rank in causes:
+            after = causes[rank.rank]
+            follows = ", which follows" if after.tier > cause.tier else ""
+            evidence.append(f"rank {rank.rank} {after.what} {where(rank.beat)}{follows}")
+        elif cause.tier == 2 and rank.by_us:
+            evidence.append(f"rank {rank.rank} had not failed: it was {where(rank.beat)}")
+    evidence += [f"{space.path} did not answer" for space in machine.spaces if space.free is None]
+    return Failure(
+        cause.kind,
+        root.rank,
+        f"rank {root.rank} {cause.what} {where(root.beat)}",
+        step,
+        _cause_mono(root),
+        root.error.traceback if root.error else "",
+        root.code,
+        root.signal,
+        place=_place(root, error, trace),
+        evidence=tuple(evidence),
+        tail=tail(root.log),
+    )
+
+
+def _place(root: RankEvidence, error: ErrorRecord | None, trace: str) -> str:
+    if error is not None:
+        line = places.of_traceback(trace)
+        return f"{error.type} at {line}" if line else f"{error.type} {where(root.beat)}"
+    how = signal_name(root.signal) if root.signal is not None else f"exit code {root.code}"
+    return f"{how} {where(root.beat)}"
+
+
+_DETERMINISTIC = (Kind.EXCEPTION, Kind.CRASHED, Kind.EXITED)
+
+
+def _repeated(failure: Failure, previous: Previous | None) -> Failure:
+    """The same, as the code's error, if it did just this before and came no further since."""
+    if previous is None or not failure.place or failure.kind not in _DETERMINISTIC:
+        return failure
+    if failure.place != previous.place or failure.step > previous.step:
+        return failure
+    again = f"the attempt before ended in the same way ({failure.place}), and no step came between"
+    return replace(failure, kind=Kind.CODE_ERROR, evidence=(again, *failure.evidence))
+
+
+def _cause_mono(rank: RankEvidence) -> float | None:
     return rank.error.mono if rank.error else None
 
 
 def _hang(ranks: Sequence[RankEvidence], step: int) -> Failure:
-    # Peers of a stuck rank wait in a collective, so prefer one whose process says why it is stuck.
-    root = min(ranks, key=lambda r: (r.state != "stopped", r.beat.step, r.beat.time))
+    # Peers of a stuck rank wait in a collective, so prefer one whose process or stack says that it
+    # does not; then one that does what no other does; then the one that went quiet first.
+    lines = {rank.rank: places.of_stack(rank.stack) for rank in ranks}
+    alike = list(lines.values())
+
+    def suspicion(rank: RankEvidence) -> tuple[bool, int, bool, int, int]:
+        at = lines[rank.rank]
+        return (
+            rank.state != "stopped",
+            rank.beat.step,
+            places.waits(rank.stack),
+            alike.count(at) if at else len(alike),
+            rank.beat.time,
+        )
+
+    root = min(ranks, key=suspicion)
     state = f" (the process is {root.state})" if root.state == "stopped" else ""
-    summary = f"rank {root.rank} stopped making progress {where(root.beat)}{state}"
-    return Failure(Kind.HANG, root.rank, summary, step, root.beat.time / 1e9)
+    at = lines[root.rank]
+    line = f", at {at}" if at else ""
+    return Failure(
+        Kind.HANG,
+        root.rank,
+        f"rank {root.rank} stopped making progress {where(root.beat)}{line}{state}",
+        step,
+        root.beat.time / 1e9,
+        place=f"hang at {at}" if at else f"hang {where(root.beat)}",
+        evidence=tuple(
+            f"rank {rank.rank} was {where(rank.beat)}"
+            + (f", at {lines[rank.rank]}" if lines[rank.rank] else "")
+            + (", waiting for others" if places.waits(rank.stack) else "")
+            for rank in ranks
+            if rank.rank != root.rank
+        ),
+        tail=tail(root.log),
+    )

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from autoglm_resume.checkpoint.structure import Structure, combined
 from autoglm_resume.errors import CheckpointError
 from autoglm_resume.journal import Event
+from autoglm_resume.supervise.failure import Previous
 from autoglm_resume.supervise.policy import Ended
 from autoglm_resume.worker.gaps import Counts, merged
 
@@ -52,6 +53,8 @@ class History:
     """Ids of the checkpoints that each replica has."""
     silences: Silences = field(default_factory=dict)
     """How long ranks were silent between beats, by rank and phase."""
+    previous: Previous | None = None
+    """The last failure, if the run was not given up after it."""
 
 
 def recall(events: Iterable[Event]) -> History:
@@ -67,6 +70,7 @@ def recall(events: Iterable[Event]) -> History:
     failures, trained, began = 0, 0.0, 0.0
     replicated: dict[str, tuple[str, ...]] = {}
     silences: Silences = {}
+    previous: Previous | None = None
     for event in events:
         # A line of another version, or one that was damaged, must not lose the rest.
         with contextlib.suppress(KeyError, TypeError, ValueError, CheckpointError):
@@ -99,10 +103,12 @@ def recall(events: Iterable[Event]) -> History:
                         event.get("refused"),
                     )
                     ended.append(Ended(started_from, step, checkpointed, lived, refused))
+                    previous = Previous(str(event.get("place", "")), step)
                 case "replicated":
                     target = str(event["replica"])
                     replicated[target] = (*replicated.get(target, ()), str(event["id"]))
                 case "run_failed":
+                    previous = None
                     ended.clear()
                 case "run_completed":
                     finished = True
@@ -120,6 +126,7 @@ def recall(events: Iterable[Event]) -> History:
         trained,
         replicated,
         silences,
+        previous,
     )
 
 

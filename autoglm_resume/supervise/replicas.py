@@ -17,7 +17,7 @@ from autoglm_resume.checkpoint.repair import Restored
 from autoglm_resume.checkpoint.replica import SLOW, Policy, counts, newest_counting
 from autoglm_resume.checkpoint.storage import check
 from autoglm_resume.errors import AutoglmError, NoAcceptableCheckpoint
-from autoglm_resume.supervise.failure import signal_name
+from autoglm_resume.supervise.facts import signal_name
 from autoglm_resume.supervise.pump import Pump
 from autoglm_resume.supervise.zygote import HOME
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import autoglm_resume
-from autoglm_resume.supervise.failure import signal_name
+from autoglm_resume.supervise.facts import signal_name
 from autoglm_resume.supervise.pump import Pump
 from autoglm_resume.worker.contract import Source
 
