@@ -7,17 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoglm_resume.kinds import Kind
-from autoglm_resume.supervise.failure import (
+from autoglm_resume.supervise.facts import (
     ErrorRecord,
     RankEvidence,
     Refusal,
-    conclude,
     signal_name,
     where,
 )
+from autoglm_resume.supervise.failure import conclude
 from autoglm_resume.worker.board import Beat, Phase
 
-BEAT = Beat(pid=1, phase=Phase.BACKWARD, step=41, time=10**9)
+BEAT = Beat(pid=1, phase=Phase.BACKWARD, step=41, time=10**9, first_step_time=1)
 
 
 def error(mono: float, type: str = "ValueError", message: str = "bad") -> ErrorRecord:
@@ -60,8 +60,8 @@ def gone(rank: int, code: int | None, **more: object) -> RankEvidence:
         ([gone(0, 3, by_us=True), gone(1, 4, order=1)], Kind.EXITED, 1, "code 4"),
         # 75 is a rank that stopped as asked.
         ([gone(0, 75), gone(1, 2)], Kind.EXITED, 1, "code 2"),
-        ([gone(0, 0), gone(1, 75)], Kind.LAUNCH, None, "ended without a failed rank"),
-        ([gone(0, None), gone(1, None)], Kind.LAUNCH, None, "ended without a failed rank"),
+        ([gone(0, 0), gone(1, 75)], Kind.UNKNOWN, None, "ended without a failed rank"),
+        ([gone(0, None), gone(1, None)], Kind.UNKNOWN, None, "ended without a failed rank"),
         (
             [raised(0, 1.0, "The server socket has failed to listen … EADDRINUSE")],
             Kind.PORT,
