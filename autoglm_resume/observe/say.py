@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from autoglm_resume.journal import Event
+from autoglm_resume.kinds import Kind
 
 _DIGEST = re.compile(r"\b(blake3:[0-9a-f]{12})[0-9a-f]{52}\b")
 
@@ -172,9 +173,28 @@ def _drill(e: Event) -> str:
     return f"drill: {what}"
 
 
+_CLASSES = {
+    Kind.CODE_ERROR: "the same error as before, without progress",
+    Kind.LAUNCH: "the script did not start",
+    Kind.CUDA_OOM: "out of GPU memory",
+    Kind.HOST_OOM: "out of host memory",
+    Kind.COMMUNICATION: "the ranks lost each other",
+    Kind.GPU_FAULT: "GPU fault",
+    Kind.DIVERGED: "the training diverged",
+    Kind.DATA_ERROR: "data error",
+    Kind.DISK_FULL: "disk full",
+    Kind.STORAGE: "storage failed",
+    Kind.PORT: "port in use",
+    Kind.PREEMPTED: "preempted",
+}
+"""Of classes that the sentence itself does not name."""
+
+
 def failed(e: Event) -> str:
-    """What a failure event says died."""
-    return short(str(e.get("summary") or "the worker group failed"))
+    """What a failure event says died, and of what."""
+    said = str(e.get("summary") or "the worker group failed")
+    words = next((_CLASSES.get(kind) for kind in Kind if kind.value == e.get("kind")), None)
+    return short(f"{words}: {said}" if words else said)
 
 
 def _failure(e: Event) -> str:

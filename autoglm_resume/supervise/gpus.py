@@ -35,13 +35,14 @@ class Gpus:
         if self._before is None or now is None:
             return None
         left = {gpu.bus: gpu for gpu in now}
-        return tuple(_compared(gpu, left.get(gpu.bus)) for gpu in self._before)
+        return tuple(compared(gpu, left.get(gpu.bus)) for gpu in self._before)
 
     def _begin(self) -> None:
         self._before = _read()
 
 
-def _compared(before: Gpu, now: Gpu | None) -> Gpu:
+def compared(before: Gpu, now: Gpu | None) -> Gpu:
+    """`now` with the errors since `before`; one that is not there any more is lost."""
     if now is None or now.lost:
         return Gpu(before.index, before.bus, lost=True)
     if before.uncorrected is None or now.uncorrected is None:

@@ -49,11 +49,9 @@ def _mounts(proc: Path) -> dict[str, tuple[Path, str]]:
         for line in (proc / "self" / "mountinfo").read_text().splitlines():
             fields, _, source = line.partition(" - ")
             kind, _, options = source.split(" ", 2)
-            root, mount = fields.split(" ")[3:5]
-            if kind == "cgroup2":
-                found[V2] = Path(mount), root
-            elif kind == "cgroup" and "memory" in options.split(","):
-                found[V1] = Path(mount), root
+            if kind == "cgroup2" or (kind == "cgroup" and "memory" in options.split(",")):
+                root, mount = fields.split(" ")[3:5]
+                found[V2 if kind == "cgroup2" else V1] = Path(mount), root
     return found
 
 

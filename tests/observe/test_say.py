@@ -46,6 +46,19 @@ def test_drills_are_always_marked(kind: str) -> None:
     assert (sentence(event) or "").startswith("drill: ")
 
 
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("host_oom", "out of host memory: rank 1 died"),
+        ("killed", "rank 1 died"),
+        ("of a newer version", "rank 1 died"),
+        (None, "rank 1 died"),
+    ],
+)
+def test_a_failure_names_its_class_where_that_says_more(kind: str | None, expected: str) -> None:
+    assert sentence({"event": "failure", "summary": "rank 1 died", "kind": kind}) == expected
+
+
 def test_a_failure_tells_how_long_its_detection_took() -> None:
     event = {"event": "failure", "summary": "rank 1 died", "mono": 12.038, "cause_mono": 12.0}
     assert sentence(event) == "rank 1 died, detected after 38 ms"

@@ -7,6 +7,7 @@ import pytest
 
 from autoglm_resume import journal
 from autoglm_resume.checkpoint.structure import Structure, combined
+from autoglm_resume.supervise.failure import Previous
 from autoglm_resume.supervise.history import History, Model, model_of, recall
 from autoglm_resume.supervise.policy import Ended
 
@@ -82,6 +83,15 @@ def test_a_refusal_is_remembered_over_a_restart_of_the_supervisor() -> None:
         ]
     )
     assert past.ended == (Ended(30, -1, 0, refused="step-0000000030.a0"),)
+
+
+def test_the_last_failure_is_remembered_until_the_run_is_given_up() -> None:
+    failed = event("failure", step=14, place="train.py:31 in step")
+    assert recall([event("failure", step=9), failed]).previous == Previous(
+        "train.py:31 in step", 14
+    )
+    assert recall([event("failure", step=9)]).previous == Previous("", 9)
+    assert recall([failed, event("run_failed", code=1)]).previous is None
 
 
 def test_a_completed_run_is_finished() -> None:
