@@ -29,6 +29,7 @@ from autoglm_resume.supervise.group import Exit
 from autoglm_resume.supervise.launcher import AGENT, torchrun_exits, torchrun_log
 from autoglm_resume.supervise.oom import counters, rise
 from autoglm_resume.supervise.patterns import notable
+from autoglm_resume.supervise.places import last_raised
 from autoglm_resume.worker.board import Beat
 from autoglm_resume.worker.contract import Assignment
 
@@ -122,6 +123,7 @@ def gather(
     `states` and `stacks` are of ranks that hung.
     """
     torchrun = torchrun_exits(task) if AGENT in pids else {}
+    broken = min((how.mono for how in exits.values() if not how.by_us), default=float("-inf"))
     stuck, found = set(stuck), []
     for rank, beat in enumerate(beats):
         how = exits.get(rank)
@@ -132,15 +134,20 @@ def gather(
             code = codes.get(rank, torchrun.get(pids[rank]))
             if code is not None and code < 0:
                 number, code = -code, None
+        error = _error(task, rank)
+        by_us = how.by_us if how else False
+        if by_us and error is not None and error.mono <= broken:
+            # It failed before any other, but was slow to end.
+            by_us, code, number = False, codes.get(rank, 1), None
         evidence = RankEvidence(
             rank,
             code,
             number,
             order=how.order if how else 0,
             ended=how.mono if how else float("inf"),
-            by_us=how.by_us if how else False,
+            by_us=by_us,
             beat=beat,
-            error=_error(task, rank),
+            error=error,
             refusal=refusals.get(rank),
             state=states.get(rank, ""),
             stack=tuple(stacks.get(rank, ())),
@@ -186,7 +193,12 @@ def within(seconds: float, ask: Callable[[], T]) -> T | None:
 def _with_log(task: Assignment, rank: RankEvidence) -> RankEvidence:
     if not (rank.failed or rank.state):
         return rank
-    return replace(rank, log=read_end(task.log(rank.rank), LOG_BYTES))
+    log = read_end(task.log(rank.rank), LOG_BYTES)
+    error = rank.error
+    if error is None and rank.code == 1 and (raised := last_raised(log)) is not None:
+        # Python ends like this. Without a file descriptor left, for one, it has no other way.
+        error = ErrorRecord(*raised, rank.ended)
+    return replace(rank, log=log, error=error)
 
 
 def _ended_by_agent(

@@ -212,6 +212,11 @@ TABLE: tuple[Pattern, ...] = (
     ),
     _row(
         Kind.COMMUNICATION,
+        "gloo gave up",
+        r"/gloo/transport/",
+    ),
+    _row(
+        Kind.COMMUNICATION,
         "NCCL gave up",
         r"NCCL communicator was aborted",
         r"\bnccl(?:System|Internal|UnhandledCuda)Error\b",

@@ -7,6 +7,11 @@ from collections.abc import Sequence
 
 _TRACE = re.compile(r'^\s*File "(.+?)", line (\d+)(?:, in (.+))?$', re.MULTILINE)
 _STACK = re.compile(r"^(.+):(\d+) in (.+)$")
+_RAISED = re.compile(
+    r"^Traceback \(most recent call last\):\n(?:^ .*\n)*^([A-Za-z_][\w.]*)(?:: |$)", re.M
+)
+_IGNORED = re.compile(r"^Exception ignored in.*\n\Z", re.MULTILINE)
+"""Handlers at the interpreter's end may fail because the script did."""
 _LIBRARY = re.compile(
     r"/(?:site|dist)-packages/|/lib(?:64)?/python\d|/autoglm_resume/|^<"
     r"|/torch/(?:nn|distributed|autograd|utils|optim|_dynamo|_inductor|multiprocessing)/"
@@ -36,6 +41,17 @@ def waits(stack: Sequence[str]) -> bool:
         if not _LIBRARY.search(frame):
             return False
     return False
+
+
+def last_raised(log: str) -> tuple[str, str, str] | None:
+    """Type, message and traceback of the exception that a log ends with, if it does."""
+    found = [m for m in _RAISED.finditer(log) if not _IGNORED.search(log[: m.start()])]
+    if not found:
+        return None
+    last = found[-1]
+    end = log.find("\nException ignored in", last.end())
+    text = log[last.start() : end if end >= 0 else None]
+    return last[1].rpartition(".")[2], text[last.end() - last.start() :].strip(), text
 
 
 def _innermost(frames: Sequence[tuple[str, str, str]]) -> str:

@@ -2,8 +2,11 @@
 
 import argparse
 import atexit
+import contextlib
 import os
+import resource
 import signal
+import socket
 import subprocess
 import time
 
@@ -27,8 +30,6 @@ attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 failing = attempt == 0 and session.rank == session.world_size - 1
 
 if args.fail == "steal-port" and attempt == 0 and session.rank == 0:
-    import socket
-
     thief = socket.socket()
     thief.bind(("", int(os.environ["MASTER_PORT"])))
     thief.listen()
@@ -36,8 +37,41 @@ if args.fail == "always":
     raise ValueError("this script never works")
 if args.fail == "ninety-three":
     raise SystemExit(93)
+if args.fail == "import" and failing:
+    import no_such_module  # noqa: F401
 if args.fail == "daemon":
     subprocess.Popen(["sleep", "1234.5"], start_new_session=True)
+
+
+class Broken(torch.utils.data.Dataset[int]):
+    """A data set with one bad sample."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        if index == 5:
+            raise ValueError("sample 5 is broken")
+        return index
+
+
+def cut_connections() -> None:
+    """As a network does that fails: both ends see it."""
+    for fd in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208
+        with contextlib.suppress(OSError):
+            link = socket.socket(fileno=os.dup(fd))
+            with link:
+                if link.family in (socket.AF_INET, socket.AF_INET6) and link.getpeername():
+                    link.shutdown(socket.SHUT_RDWR)
+
+
+def grow(limit: int) -> list[bytearray]:
+    """Take memory until the kernel's OOM killer comes."""
+    held: list[bytearray] = []
+    while sum(map(len, held)) < limit:
+        held.append(bytearray(64 << 20))
+    raise AssertionError("there is no limit here")
+
 
 if session.world_size > 1:
     dist.init_process_group("gloo")
@@ -87,6 +121,24 @@ for step in session.steps(args.steps):
                 raise SystemExit(17)
             case "thread":
                 time.sleep(1000)
+            case "loader":
+                list(torch.utils.data.DataLoader(Broken(), num_workers=1))
+            case "full-disk":
+                with open("/dev/full", "w") as full:  # noqa: PTH123
+                    full.write("x")
+            case "leak":
+                resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+                leaked = []
+                while True:
+                    leaked.append(open(os.devnull))  # noqa: PTH123, SIM115
+            case "hog":
+                grow(8 << 30)
+            case "cut":
+                cut_connections()
+            case "slow-end":
+                atexit.register(time.sleep, 1000)
+                cut_connections()
+                raise ValueError("the data is on fire")
     time.sleep(args.pause)
 if args.fail == "never-end" and failing:
     atexit.register(time.sleep, 1000)

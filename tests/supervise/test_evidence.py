@@ -141,6 +141,35 @@ def test_the_end_of_a_file_begins_with_a_whole_line(tmp_path: Path) -> None:
     assert read_end(tmp_path / "none", 10) == ""
 
 
+def test_an_exception_that_could_not_be_recorded_is_told_as_the_log_has_it(
+    task: Assignment,
+) -> None:
+    for rank in (0, 1):
+        task.log(rank).write_text(
+            "step 41\nTraceback (most recent call last):\n"
+            '  File "/home/me/train.py", line 31, in <module>\n    open(os.devnull)\n'
+            "OSError: [Errno 24] Too many open files: '/dev/null'\n"
+        )
+    first, second = collect(task, {0: ended(0, code=1), 1: ended(1, code=17)})
+    assert first.error is not None
+    assert first.error.type == "OSError"
+    assert first.error.message == "[Errno 24] Too many open files: '/dev/null'"
+    assert first.error.traceback.startswith("Traceback")
+    assert first.error.mono == first.ended
+    assert second.error is None, "it had a reason of its own"
+
+
+def test_a_rank_that_failed_first_but_was_slow_to_end_has_failed(task: Assignment) -> None:
+    for rank, mono in ((0, 99.0), (1, 98.0)):
+        record = {"type": "ValueError", "message": "bad", "traceback": "", "mono": mono}
+        task.error(rank).write_text(json.dumps(record))
+    exits = {0: ended(0, code=1), 1: ended(1, number=9, by_us=True)}
+    _, second = collect(task, exits)
+    assert (second.failed, second.code, second.signal) == (True, 1, None)
+    task.error(1).write_text(json.dumps({**record, "mono": 100.5}))
+    assert not collect(task, exits)[1].failed, "it raised that when it was asked to end"
+
+
 TORCHRUN = """torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
 Failures:
 [1]:

@@ -365,6 +365,11 @@ LINES: list[tuple[str, Kind]] = [
         "collectives.",
         Kind.COMMUNICATION,
     ),
+    (
+        "  what():  [enforce fail at /__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/"
+        "listener.cc:63] false. accept: Invalid argument",
+        Kind.COMMUNICATION,
+    ),
     ("train.py: error: unrecognized arguments: --learning-rat 0.1", Kind.LAUNCH),
     ("train.py: error: the following arguments are required: --data", Kind.LAUNCH),
     ("NVRM: Xid (PCI:0000:44:00): 79, GPU has fallen off the bus", Kind.GPU_FAULT),

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoglm_resume.supervise.places import of_stack, of_traceback, waits
+from autoglm_resume.supervise.places import last_raised, of_stack, of_traceback, waits
 
 TORCH = "/venv/lib/python3.11/site-packages/torch"
 
@@ -78,8 +78,36 @@ def test_who_is_in_a_collective_waits() -> None:
     assert not waits(())
 
 
+TRACE = 'Traceback (most recent call last):\n  File "x.py", line 1, in <module>\n'
+OOM = f"{TRACE}torch.OutOfMemoryError: CUDA out of memory.\nTried"
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        (
+            f"{TRACE}KeyError: 'a'\nepoch 2\n{OOM}\n",
+            ("OutOfMemoryError", "CUDA out of memory.\nTried", f"{OOM}\n"),
+        ),
+        # What fails at the interpreter's end is not what ended the script.
+        (
+            f"{OOM}\nException ignored in atexit callback: <function x>\n{TRACE}OSError: no\n",
+            ("OutOfMemoryError", "CUDA out of memory.\nTried", OOM),
+        ),
+        (f"{TRACE}KeyboardInterrupt\n", ("KeyboardInterrupt", "", f"{TRACE}KeyboardInterrupt\n")),
+        (TRACE, None),
+        ("ValueError: bad\n", None),
+    ],
+)
+def test_the_exception_that_a_log_ends_with_is_found(
+    log: str, expected: tuple[str, str, str] | None
+) -> None:
+    assert last_raised(log) == expected
+
+
 @given(st.text(max_size=200), st.lists(st.text(max_size=50), max_size=4))
 def test_no_text_is_too_strange(text: str, stack: list[str]) -> None:
     of_traceback(text)
+    last_raised(text)
     of_stack(stack)
     waits(stack)

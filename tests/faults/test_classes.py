@@ -1,0 +1,89 @@
+"""What a failure is recognised as, in real runs that fail for real."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.conftest import Rehearsal
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "words", "place"),
+    [
+        (
+            "loader",
+            "data_error",
+            "data error: rank 1 failed with ValueError: Caught ValueError in DataLoader worker "
+            "process 0. ValueError: sample 5 is broken at step 12",
+            "in __getitem__",
+        ),
+        ("full-disk", "disk_full", "disk full: rank 1 failed with OSError: [Errno 28]", "train.py"),
+        ("import", "launch", "No module named 'no_such_module'", "ModuleNotFoundError at train.py"),
+        ("leak", "exception", "rank 1 failed with OSError: [Errno 24] Too many open", "train.py"),
+        ("slow-end", "exception", "rank 1 failed with ValueError: the data is on fire", "train.py"),
+    ],
+)
+def test_the_class_is_what_really_happened_and_the_result_is_the_same(
+    rehearsal: Rehearsal, undisturbed: dict[str, str], how: str, kind: str, words: str, place: str
+) -> None:
+    finished = rehearsal.run("--fail", how)
+    assert finished.code == 0, finished
+    assert words in finished.err
+    failure = rehearsal.events("failure")[0]
+    assert (failure["kind"], failure["root_rank"]) == (kind, 1)
+    assert place in failure["place"]
+    assert "Traceback" in failure["tail"]
+    assert len(rehearsal.events("failure")) == 1
+    assert rehearsal.final() == undisturbed
+
+
+def test_a_connection_that_breaks_while_all_ranks_are_well_is_a_failure_of_communication(
+    rehearsal: Rehearsal, undisturbed: dict[str, str]
+) -> None:
+    finished = rehearsal.run("--fail", "cut")
+    assert finished.code == 0, finished
+    assert rehearsal.events("failure")[0]["kind"] == "communication"
+    assert "the ranks lost each other: rank" in finished.err
+    assert rehearsal.final() == undisturbed
+
+
+def test_the_same_failure_again_without_progress_is_the_codes(rehearsal: Rehearsal) -> None:
+    assert rehearsal.run("--fail", "always").code == 1
+    first, second, *_ = rehearsal.events("failure")
+    assert first["kind"] == "exception"
+    assert second["kind"] == "code_error"
+    assert second["place"] == first["place"]
+    assert "train.py" in first["place"]
+
+
+@pytest.fixture
+def memory_limit() -> Iterator[Path]:
+    """A real cgroup that allows 2 GiB."""
+    group = Path(f"/sys/fs/cgroup/memory/autoglm-drill-{os.getpid()}")
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(2 << 30))
+    except OSError as error:
+        pytest.skip(f"no memory cgroup can be made here: {error.strerror}")
+    yield group
+    for pid in (group / "cgroup.procs").read_text().split():
+        (group.parent / "cgroup.procs").write_text(pid)
+    group.rmdir()
+
+
+def test_a_rank_that_the_kernel_kills_for_memory_is_told_from_one_that_was_killed(
+    memory_limit: Path, rehearsal: Rehearsal, undisturbed: dict[str, str]
+) -> None:
+    process = rehearsal.start("--fail", "hog", heartbeat={"timeout": "1m"})
+    (memory_limit / "cgroup.procs").write_text(str(process.pid))
+    _, said = process.communicate(timeout=90)
+    assert process.returncode == 0, said
+    assert "out of host memory: rank 1 was killed by the kernel for lack of memory at step" in said
+    failure = rehearsal.events("failure")[0]
+    assert (failure["kind"], failure["root_rank"]) == ("host_oom", 1)
+    assert "its cgroup's counter of OOM kills rose by 1" in failure["evidence"]
+    assert rehearsal.final() == undisturbed
