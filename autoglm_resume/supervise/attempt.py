@@ -126,7 +126,11 @@ class Attempt:
         self._witness: Witness | None = None
 
     def run(
-        self, task: Assignment, launcher: Launcher, hear: Hear, previous: Previous | None = None
+        self,
+        task: Assignment,
+        launcher: Launcher,
+        hear: Hear,
+        previous: Failure | Previous | None = None,
     ) -> Outcome:
         """Run it to its end. `hear` gets every event of a rank and returns what to keep of it.
 

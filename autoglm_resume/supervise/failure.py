@@ -22,7 +22,7 @@ from autoglm_resume.supervise.facts import (
 
 @dataclass(frozen=True)
 class Previous:
-    """The failure that ended the attempt before."""
+    """What a journal has of the failure that ended the attempt before."""
 
     place: str
     step: int
@@ -59,7 +59,7 @@ def conclude(
     hung: Sequence[int] = (),
     agent: str = "",
     machine: Machine | None = None,
-    previous: Previous | None = None,
+    previous: Failure | Previous | None = None,
 ) -> Failure:
     """The failure of a group whose ranks left this evidence.
 
@@ -186,7 +186,7 @@ def _place(root: RankEvidence, error: ErrorRecord | None, trace: str) -> str:
 _DETERMINISTIC = (Kind.EXCEPTION, Kind.CRASHED, Kind.EXITED)
 
 
-def _repeated(failure: Failure, previous: Previous | None) -> Failure:
+def _repeated(failure: Failure, previous: Failure | Previous | None) -> Failure:
     """The same, as the code's error, if it did just this before and came no further since."""
     if previous is None or not failure.place or failure.kind not in _DETERMINISTIC:
         return failure

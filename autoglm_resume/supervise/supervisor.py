@@ -30,7 +30,7 @@ from autoglm_resume.supervise import history, interval, policy
 from autoglm_resume.supervise.assign import assignment, environment, source, world_size
 from autoglm_resume.supervise.attempt import Attempt, Outcome, hurried
 from autoglm_resume.supervise.drill import Drill
-from autoglm_resume.supervise.failure import Previous
+from autoglm_resume.supervise.failure import Failure, Previous
 from autoglm_resume.supervise.gatekeeper import Gatekeeper
 from autoglm_resume.supervise.group import end_orphans
 from autoglm_resume.supervise.keepers import Keepers
@@ -78,7 +78,7 @@ class Supervisor:
         self._past = history.recall(run.events())
         self._ended = list(self._past.ended)
         self._run_id = self._past.run_id or uuid.uuid4().hex[:12]
-        self._previous = self._past.previous
+        self._previous: Failure | Previous | None = self._past.previous
         self._reported = dict(self._past.models)
         self._silences = self._past.silences
         self._objects = self._past.objects or {}
@@ -231,8 +231,7 @@ class Supervisor:
         )
         try:
             outcome = attempt.run(task, launcher, self._heard, self._previous)
-            if outcome.failure is not None:
-                self._previous = Previous(outcome.failure.place, outcome.failure.step)
+            self._previous = outcome.failure or self._previous
             return outcome
         finally:
             self._now = None
