@@ -103,6 +103,7 @@ class Witness:
     def close(self) -> None:
         """Stop watching."""
         self._kernel.close()
+        self._gpus.close()
 
 
 def gather(

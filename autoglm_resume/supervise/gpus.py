@@ -16,7 +16,8 @@ DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
 class Gpus:
     """What happens to the GPUs from now on.
 
-    The driver is asked in a thread: that takes up to a second, and for ever if a GPU is stuck.
+    The driver is asked in a thread: its first answer takes up to seconds, and a GPU that is stuck
+    gives none. In between it is kept open, so that the second answer is quick.
     """
 
     def __init__(self) -> None:
@@ -31,14 +32,29 @@ class Gpus:
         if self._asking is None:
             return None
         self._asking.join()
-        now = _read()
-        if self._before is None or now is None:
+        if self._before is None or (now := _read()) is None:
             return None
         left = {gpu.bus: gpu for gpu in now}
         return tuple(compared(gpu, left.get(gpu.bus)) for gpu in self._before)
 
+    def close(self) -> None:
+        """Let go of the driver."""
+        if self._asking is not None:
+            threading.Thread(target=self._end, args=(self._asking,), daemon=True).start()
+
     def _begin(self) -> None:
-        self._before = _read()
+        import pynvml  # type: ignore[import-untyped]
+
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlInit()
+            self._before = _read()
+
+    def _end(self, asking: threading.Thread) -> None:
+        import pynvml
+
+        asking.join()
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
 
 
 def compared(before: Gpu, now: Gpu | None) -> Gpu:
@@ -52,20 +68,13 @@ def compared(before: Gpu, now: Gpu | None) -> Gpu:
 
 def _read() -> list[Gpu] | None:
     """Every GPU, with all its ECC errors since the driver was loaded; None without a driver."""
-    import pynvml  # type: ignore[import-untyped]
+    import pynvml
 
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
     try:
         found = (_gpu(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount()))
         return [gpu for gpu in found if gpu is not None]
     except pynvml.NVMLError:
         return None
-    finally:
-        with contextlib.suppress(pynvml.NVMLError):
-            pynvml.nvmlShutdown()
 
 
 def _gpu(nvml: Any, index: int) -> Gpu | None:

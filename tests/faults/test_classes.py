@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +49,29 @@ def test_a_connection_that_breaks_while_all_ranks_are_well_is_a_failure_of_commu
     assert finished.code == 0, finished
     assert rehearsal.events("failure")[0]["kind"] == "communication"
     assert "the ranks lost each other: rank" in finished.err
+    assert rehearsal.final() == undisturbed
+
+
+def test_a_rank_that_is_asked_to_end_from_outside_was_preempted(
+    rehearsal: Rehearsal, undisturbed: dict[str, str]
+) -> None:
+    process = rehearsal.start("--pause", "0.04")
+    rehearsal.wait_for("first_step")
+    os.kill(rehearsal.events("attempt_started")[0]["pids"]["1"], signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert "preempted: rank 1 was ended by SIGTERM from outside" in said
+    assert rehearsal.events("failure")[0]["kind"] == "preempted"
+    assert rehearsal.final() == undisturbed
+
+
+def test_below_torchrun_the_rank_that_torchrun_ended_is_no_suspect(
+    rehearsal: Rehearsal, undisturbed: dict[str, str]
+) -> None:
+    finished = rehearsal.run("--fail", "loader", launcher="torchrun")
+    assert finished.code == 0, finished
+    failure = rehearsal.events("failure")[0]
+    assert (failure["kind"], failure["root_rank"]) == ("data_error", 1)
     assert rehearsal.final() == undisturbed
 
 
