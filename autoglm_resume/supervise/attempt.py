@@ -17,7 +17,7 @@ from autoglm_resume.journal import Event
 from autoglm_resume.supervise import liveness, node, stacks
 from autoglm_resume.supervise.evidence import Witness, agent_said, gather
 from autoglm_resume.supervise.facts import Refusal
-from autoglm_resume.supervise.failure import Failure, Previous, conclude
+from autoglm_resume.supervise.failure import Failure, conclude
 from autoglm_resume.supervise.follow import Follower
 from autoglm_resume.supervise.group import Exit, Group, end_orphans
 from autoglm_resume.supervise.history import Silences
@@ -124,19 +124,10 @@ class Attempt:
         self.silences: Silences = {}
         """How long its ranks were silent between beats; known when it has ended."""
         self._witness: Witness | None = None
-
-    def run(
-        self,
-        task: Assignment,
-        launcher: Launcher,
-        hear: Hear,
-        previous: Failure | Previous | None = None,
-    ) -> Outcome:
-        """Run it to its end. `hear` gets every event of a rank and returns what to keep of it.
-
-        `previous` is the failure that ended the attempt before.
-        """
         self._previous = previous
+
+    def run(self, task: Assignment, launcher: Launcher, hear: Hear) -> Outcome:
+        """Run it to its end. `hear` gets every event of a rank and returns what to keep of it."""
         self._task, self._hear = task, hear
         files.write(task.path, task.to_json(), durable=False)
         self._follower = Follower(self._pump, task.path.parent, self._screen.worker_line, self.hear)

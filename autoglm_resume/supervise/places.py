@@ -13,7 +13,7 @@ _RAISED = re.compile(
 _IGNORED = re.compile(r"^Exception ignored in.*\n\Z", re.MULTILINE)
 """Handlers at the interpreter's end may fail because the script did."""
 _LIBRARY = re.compile(
-    r"/(?:site|dist)-packages/|/lib(?:64)?/python\d|/autoglm_resume/|^<"
+    r"/(?:site|dist)-packages/|/lib(?:64)?/python\d|/autoglm_resume/(?:worker|checkpoint|integrations)/|^<"
     r"|/torch/(?:nn|distributed|autograd|utils|optim|_dynamo|_inductor|multiprocessing)/"
 )
 _WAITING = re.compile(r"/torch/(?:distributed|autograd|nn/parallel|cuda)/")

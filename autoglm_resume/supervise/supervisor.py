@@ -214,6 +214,7 @@ class Supervisor:
             helpers=lambda: keepers.pids,
             between_saves=lambda: self._interval,
             past=self._silences,
+            previous=self._previous,
             broken=self._broken,
         )
         self._lock.describe(attempt.board_path)
@@ -230,7 +231,7 @@ class Supervisor:
             self._gate.branches,
         )
         try:
-            outcome = attempt.run(task, launcher, self._heard, self._previous)
+            outcome = attempt.run(task, launcher, self._heard)
             self._previous = outcome.failure or self._previous
             return outcome
         finally:
