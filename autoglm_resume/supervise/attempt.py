@@ -17,7 +17,7 @@ from autoglm_resume.journal import Event
 from autoglm_resume.supervise import liveness, node, stacks
 from autoglm_resume.supervise.evidence import Witness, agent_said, gather
 from autoglm_resume.supervise.facts import Refusal
-from autoglm_resume.supervise.failure import Failure, conclude
+from autoglm_resume.supervise.failure import Failure, Previous, conclude
 from autoglm_resume.supervise.follow import Follower
 from autoglm_resume.supervise.group import Exit, Group, end_orphans
 from autoglm_resume.supervise.history import Silences
@@ -99,6 +99,7 @@ class Attempt:
         helpers: Callable[[], frozenset[int]],
         between_saves: Callable[[], float | None],
         past: Silences,
+        previous: Failure | Previous | None,
         broken: Callable[[], None],
     ) -> None:
         """`broken` is called once when a failure is noticed, before the others are stopped."""

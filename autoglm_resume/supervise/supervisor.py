@@ -178,6 +178,7 @@ class Supervisor:
                 return 0
             if self._stops or outcome.failure is None:
                 return self._interrupted(keepers)
+            self._previous = outcome.failure
             self._ended.append(
                 policy.Ended(
                     resume.step if resume else 0,
@@ -231,9 +232,7 @@ class Supervisor:
             self._gate.branches,
         )
         try:
-            outcome = attempt.run(task, launcher, self._heard)
-            self._previous = outcome.failure or self._previous
-            return outcome
+            return attempt.run(task, launcher, self._heard)
         finally:
             self._now = None
             self._silences = history.added(self._silences, attempt.silences)
