@@ -58,7 +58,7 @@ def test_ranks_that_wait_for_each_other_in_different_collectives_are_a_hang(
 
 
 def test_what_is_usual_in_a_run_is_remembered_by_the_next_supervisor(rehearsal: Rehearsal) -> None:
-    process = rehearsal.start("--pause", "0.05")
+    process = rehearsal.start("--pause", "0.05", "--steps", "150")
     rehearsal.wait_for("committed", lambda e: e["step"] >= 15)
     process.terminate()
     assert process.wait(30) == 75
