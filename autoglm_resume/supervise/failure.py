@@ -19,7 +19,6 @@ from autoglm_resume.supervise.facts import (
     where,
 )
 
-
 FEW = 8
 """Other ranks that the evidence tells of, one by one."""
 
