@@ -19,6 +19,9 @@ from autoglm_resume.supervise.facts import (
     where,
 )
 
+FEW = 8
+"""Other ranks that the evidence tells of, one by one."""
+
 
 @dataclass(frozen=True)
 class Previous:
@@ -82,7 +85,7 @@ def conclude(
         )
     suspects = [r for r in ranks if r.rank in hung]
     if suspects:
-        return _by_hardware(_hang(suspects, step), suspects, machine)
+        return _by_hardware(_hang(suspects, ranks, step), suspects, machine)
     failed = [r for r in ranks if r.failed]
     if not failed:
         if agent:
@@ -148,17 +151,18 @@ def _told(
     cause = causes[root.rank]
     error = root.error if root.signal is None else None
     trace = error.traceback if error else ""
-    evidence = [f"the message means: {cause.means}"] if cause.means else []
-    evidence += cause.evidence
+    others = []
     for rank in ranks:
         if rank.rank == root.rank:
             continue
         if rank.rank in causes:
             after = causes[rank.rank]
             follows = ", which follows" if after.tier > cause.tier else ""
-            evidence.append(f"rank {rank.rank} {after.what} {where(rank.beat)}{follows}")
+            others.append(f"rank {rank.rank} {after.what} {where(rank.beat)}{follows}")
         elif cause.tier == 2 and rank.by_us:
-            evidence.append(f"rank {rank.rank} had not failed: it was {where(rank.beat)}")
+            others.append(f"rank {rank.rank} had not failed: it was {where(rank.beat)}")
+    evidence = [f"the message means: {cause.means}"] if cause.means else []
+    evidence += (*cause.evidence, *_few(others))
     evidence += [f"{space.path} did not answer" for space in machine.spaces if space.free is None]
     return Failure(
         cause.kind,
@@ -173,6 +177,12 @@ def _told(
         evidence=tuple(evidence),
         tail=tail(root.log),
     )
+
+
+def _few(said: Sequence[str]) -> tuple[str, ...]:
+    """What is said of other ranks, of which there may be hundreds."""
+    left = len(said) - FEW
+    return tuple(said) if left <= 1 else (*said[:FEW], f"and alike of {left} ranks more")
 
 
 def _place(root: RankEvidence, error: ErrorRecord | None, trace: str) -> str:
@@ -200,39 +210,44 @@ def _cause_mono(rank: RankEvidence) -> float | None:
     return rank.error.mono if rank.error else None
 
 
-def _hang(ranks: Sequence[RankEvidence], step: int) -> Failure:
+_STATES = {"stopped": "stopped", "disk-sleep": "stuck in the kernel"}
+"""Process states that explain a hang."""
+
+
+def _hang(suspects: Sequence[RankEvidence], ranks: Sequence[RankEvidence], step: int) -> Failure:
     # Peers of a stuck rank wait in a collective, so prefer one whose process or stack says that it
     # does not; then one that does what no other does; then the one that went quiet first.
     lines = {rank.rank: places.of_stack(rank.stack) for rank in ranks}
-    alike = list(lines.values())
+    alike = [lines[rank.rank] for rank in suspects]
 
     def suspicion(rank: RankEvidence) -> tuple[bool, int, bool, int, int]:
         at = lines[rank.rank]
         return (
-            rank.state != "stopped",
+            rank.state not in _STATES,
             rank.beat.step,
             places.waits(rank.stack),
             alike.count(at) if at else len(alike),
             rank.beat.time,
         )
 
-    root = min(ranks, key=suspicion)
-    state = f" (the process is {root.state})" if root.state == "stopped" else ""
-    at = lines[root.rank]
-    line = f", at {at}" if at else ""
+    root = min(suspects, key=suspicion)
+    at, state = lines[root.rank], _STATES.get(root.state)
+    line = (f", at {at}" if at else "") + (f" (the process is {state})" if state else "")
     return Failure(
         Kind.HANG,
         root.rank,
-        f"rank {root.rank} stopped making progress {where(root.beat)}{line}{state}",
+        f"rank {root.rank} stopped making progress {where(root.beat)}{line}",
         step,
         root.beat.time / 1e9,
         place=f"hang at {at}" if at else f"hang {where(root.beat)}",
-        evidence=tuple(
-            f"rank {rank.rank} was {where(rank.beat)}"
-            + (f", at {lines[rank.rank]}" if lines[rank.rank] else "")
-            + (", waiting for others" if places.waits(rank.stack) else "")
-            for rank in ranks
-            if rank.rank != root.rank
+        evidence=_few(
+            [
+                f"rank {rank.rank} was {where(rank.beat)}"
+                + (f", at {lines[rank.rank]}" if lines[rank.rank] else "")
+                + (", waiting for others" if places.waits(rank.stack) else "")
+                for rank in ranks
+                if rank.rank != root.rank
+            ]
         ),
         tail=tail(root.log),
     )
