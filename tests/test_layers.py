@@ -29,6 +29,7 @@ PURE = [
     "kinds.py",
     *("worker/divergence.py", "worker/gaps.py"),
     *("observe/recovery.py", "observe/segments.py"),
+    *("observe/recovery.py", "observe/segments.py", "observe/explain.py"),
 ]
 IMPURE = {
     *("torch", "rich", "numpy", "subprocess", "socket", "time", "datetime", "os", "shutil"),

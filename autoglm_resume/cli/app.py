@@ -11,6 +11,7 @@ import typer
 from autoglm_resume import __version__
 from autoglm_resume.cli import (
     ckpts,
+    explain,
     export,
     import_,
     inspect,
@@ -72,6 +73,7 @@ _inspect.command(
 app.command("run", cls=Command, epilog=run.EXAMPLES)(guarded(run.run))
 app.command("resume", cls=Command, epilog=resume.EXAMPLES)(guarded(resume.resume))
 app.command("status", cls=Command, epilog=status.EXAMPLES)(guarded(status.status))
+app.command("explain", cls=Command, epilog=explain.EXAMPLES)(guarded(explain.explain))
 app.command("logs", cls=Command, epilog=logs.EXAMPLES)(guarded(logs.logs))
 app.command("save", cls=Command, epilog=save.EXAMPLES)(guarded(save.save))
 app.command("stop", cls=Command, epilog=stop.EXAMPLES)(guarded(stop.stop))
