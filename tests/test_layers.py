@@ -28,8 +28,8 @@ PURE = [
     *("checkpoint/document.py", "observe/goodput.py", "observe/say.py", "errors.py"),
     "kinds.py",
     *("worker/divergence.py", "worker/gaps.py"),
-    *("observe/recovery.py", "observe/segments.py"),
     *("observe/recovery.py", "observe/segments.py", "observe/explain.py"),
+    *("observe/notify.py", "job/notify.py", "job/secret.py"),
 ]
 IMPURE = {
     *("torch", "rich", "numpy", "subprocess", "socket", "time", "datetime", "os", "shutil"),

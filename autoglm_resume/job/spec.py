@@ -38,6 +38,7 @@ from autoglm_resume.job.fields import (
     one_of,
     problem,
 )
+from autoglm_resume.job.notify import Notice, without_secrets
 from autoglm_resume.job.section import Section
 
 
@@ -190,6 +191,9 @@ class Job(Section):
     )
     guards: Guards = Field(default_factory=Guards, description="What must hold before a start.")
     logs: Logs = Field(default_factory=Logs, description="What the console shows.")
+    notify: Annotated[tuple[Notice, ...], BeforeValidator(as_list)] = Field(
+        default=(), description="Who is told when the state of the run changes."
+    )
 
     @field_validator("module")
     @classmethod
@@ -231,6 +235,11 @@ class Job(Section):
 def dump(job: Job) -> dict[str, Any]:
     """`job` as JSON values, durations and sizes readable; `load` and `from_snapshot` take it."""
     return job.model_dump(mode="json", by_alias=True)
+
+
+def shown(job: Job) -> dict[str, Any]:
+    """`dump`, less what nobody should read in a journal or on a screen."""
+    return without_secrets(dump(job))
 
 
 def sections() -> dict[tuple[str, ...], tuple[str, ...]]:

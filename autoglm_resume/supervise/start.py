@@ -18,7 +18,7 @@ from autoglm_resume.checkpoint.manifest import age
 from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.errors import AutoglmError, NoAcceptableCheckpoint, UsageError
 from autoglm_resume.job.load import from_snapshot
-from autoglm_resume.job.spec import Job, dump
+from autoglm_resume.job.spec import Job, dump, shown
 from autoglm_resume.supervise import drill, history
 from autoglm_resume.supervise.assign import assignment, world_size
 from autoglm_resume.supervise.gatekeeper import Gatekeeper
@@ -134,7 +134,7 @@ def plan(job: Job, *, fresh: bool = False, drills: Sequence[str] = ()) -> Plan:
     if not torchrun and not endpoint.port:
         ranks["MASTER_PORT"] = "(a free port, chosen at every start)"
     return Plan(
-        dump(job),
+        shown(job),
         torchrun_command(task) if torchrun else _command(job),
         {**shared_environment(world_size(job)), **ranks},
         choice.verdicts,
