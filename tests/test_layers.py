@@ -20,6 +20,7 @@ PURE = [
     *("supervise/policy.py", "supervise/failure.py", "supervise/liveness.py"),
     *("supervise/interval.py", "supervise/facts.py", "supervise/causes.py"),
     *("supervise/patterns.py", "supervise/places.py"),
+    "supervise/checks.py",
     *("supervise/drill.py", "supervise/history.py"),
     *("checkpoint/gate.py", "checkpoint/manifest.py", "checkpoint/part.py"),
     *("checkpoint/retention.py", "checkpoint/structure.py", "checkpoint/previous.py"),

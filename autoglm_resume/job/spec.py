@@ -28,6 +28,7 @@ from autoglm_resume.job.fields import (
     ModuleName,
     PositiveDuration,
     Size,
+    Strictness,
     Switch,
     Text,
     as_list,
@@ -121,6 +122,37 @@ class Guards(Section):
     free_disk: Size = Field(
         default=2**30,
         description="Refuse to start with less free space at the checkpoint directory.",
+    )
+    # Of the machine, before a start: `strict` refuses, `lenient` warns, `off` does not look.
+    disk: Strictness = Field(
+        default="lenient",
+        description="Room for the next checkpoints, as large as those of this run were measured "
+        "to be.",
+    )
+    memory: Strictness = Field(
+        default="lenient", description="Host memory for the snapshots of `checkpoint.memory`."
+    )
+    shm: Strictness = Field(
+        default="lenient", description="Room in /dev/shm for NCCL and loader workers."
+    )
+    gpus: Strictness = Field(
+        default="lenient", description="Every visible GPU answers and is healthy (NVML)."
+    )
+    gpu_memory: Strictness = Field(
+        default="lenient",
+        description="No other processes use the GPUs' memory. Those that an earlier supervisor of "
+        "this run left behind are always ended first, others never.",
+    )
+    clock: Strictness = Field(
+        default="lenient", description="The clock is not behind what this run has written."
+    )
+    storage: Strictness = Field(
+        default="strict", description="The checkpoint directory answers within 10 s."
+    )
+    collective: Strictness = Field(
+        default="off",
+        description="As many processes as there will be ranks complete a collective round before "
+        "the first start; it takes seconds.",
     )
 
 

@@ -16,6 +16,7 @@ from autoglm_resume.job.spec import Job
 from autoglm_resume.journal import Event
 from autoglm_resume.supervise.pump import Pump
 from autoglm_resume.supervise.zygote import HOME
+from autoglm_resume.worker.contract import RUN
 
 FLUSH_SECONDS = 5.0
 """What the end of a run waits for messages that are still under way."""
@@ -56,7 +57,8 @@ class Notifier:
         self._targets = [notice.model_dump(mode="json") for notice in job.notify]
         self._about: dict[str, Any] = {"run": str(run), "name": job.name}
         self._cwd = job.workdir
-        self._environment = dict(environment)
+        # It outlives a supervisor that dies, by some seconds, and must not be taken for a leftover.
+        self._environment = {name: at for name, at in environment.items() if name != RUN}
         self._log = run / "notify.log"
         self._tell = tell
         self._socket: socket.socket | None = None

@@ -37,6 +37,7 @@ from autoglm_resume.supervise.keepers import Keepers
 from autoglm_resume.supervise.launcher import Launcher, Seen, Torchrun, Warm
 from autoglm_resume.supervise.notifier import Notifier
 from autoglm_resume.supervise.pump import Pump, Signals
+from autoglm_resume.supervise.ready import Readiness
 from autoglm_resume.supervise.rehearse import Rehearsal
 from autoglm_resume.supervise.replicas import restore
 from autoglm_resume.supervise.rundir import Lock, RunDirectory
@@ -96,6 +97,7 @@ class Supervisor:
         self._now: Attempt | None = None
         self._journal = Journal(run.journal)
         self._pump = Pump()
+        self._ready = Readiness(run, job, self._tell)
         self._notifier = Notifier(self._pump, job, environment(job), run.path, self._tell)
         self._world_size = world_size(job)
         self._gate = Gatekeeper(
@@ -126,6 +128,7 @@ class Supervisor:
             self._gate.read_ahead()
             self._notifier.start(self._run_id)
             self._introduce()
+            self._ready.begin()
             self._choose_interval()
             self._keepers = keepers = Keepers(
                 self._pump,
@@ -203,7 +206,7 @@ class Supervisor:
 
     def _attempt(self, launcher: Launcher, keepers: Keepers, resume: ResumePoint | None) -> Outcome:
         self._resume = resume
-        keepers.look_for_room(resume)
+        self._ready.before(self._gate.store, resume)
         number, self._number = self._number, self._number + 1
         self._run.attempt(number).mkdir(parents=True, exist_ok=True)
         fixed = self._job.env.get("MASTER_PORT")
@@ -356,7 +359,7 @@ class Supervisor:
     def _helpers(self) -> frozenset[int]:
         """Children of this process that are no ranks."""
         kept = self._keepers.pids if self._keepers else frozenset()
-        return kept | self._notifier.pids
+        return kept | self._notifier.pids | self._ready.pids
 
     def _make_launcher(self, keepers: Keepers) -> Launcher:
         if self._job.launcher == "torchrun":

@@ -65,7 +65,7 @@ def test_starting_is_cheap(arguments: list[str], run: Path, tmp_path: Path) -> N
     "command",
     [
         *("run", "resume", "status", "logs", "save", "stop", "ckpts", "prune", "verify", "schema"),
-        *("export", "import", "explain"),
+        *("export", "import", "explain", "doctor"),
         "inspect ckpt",
     ],
 )
@@ -191,6 +191,20 @@ def test_a_run_is_explained_attempt_by_attempt(run: Path, tmp_path: Path) -> Non
     missing = autoglm("explain", run, "--attempt", "9")
     assert missing.returncode == 2
     assert "found attempts 0 to 1" in missing.stderr
+
+
+def test_a_machine_is_examined_before_a_run(tmp_path: Path) -> None:
+    (tmp_path / "train.py").touch()
+    (tmp_path / "job.yaml").write_text("script: train.py\nnproc_per_node: 2\n")
+    imported = tmp_path / "modules"
+    found = autoglm("doctor", tmp_path / "job.yaml", "--json", report=imported)
+    checks = {check["name"]: check for check in json.loads(found.stdout)}
+    assert checks["torch"]["found"].startswith("torch ")
+    assert checks["collective round"]["found"].startswith("2 processes in ")
+    assert checks["pidfd"]["verdict"] == "ok"
+    assert found.returncode == any(each["verdict"] == "wrong" for each in checks.values())
+    assert "torch" not in imported.read_text().split()
+    assert not (tmp_path / "runs").exists()
 
 
 def test_inspect_reads_manifest_tensors_and_every_byte(run: Path) -> None:
