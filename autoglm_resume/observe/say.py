@@ -319,6 +319,7 @@ _SAY: dict[str, Callable[[Event], str]] = {
         f"{e.get('id', '?')} not repaired: {short(str(e.get('reason', '?')))}"
     ),
     "straggler": _straggler,
+    "spare_failed": lambda e: f"a warm spare died: {short(str(e.get('reason', '?')))}",
     "notify_failed": lambda e: (
         f"nobody could be told through {e.get('target', '?')}: {e.get('reason', '?')}"
     ),
