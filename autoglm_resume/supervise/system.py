@@ -104,6 +104,11 @@ def _why_not(try_it: Callable[[], None]) -> str:
     return ""
 
 
+def _subreaper() -> None:
+    linux.adopt_orphans()
+    linux.adopt_orphans(adopt=False)
+
+
 def _inotify() -> None:
     watch = linux.DirectoryWatch()
     try:
@@ -115,6 +120,6 @@ def _inotify() -> None:
 _FEATURES: dict[str, Callable[[], None]] = {
     "pidfd": lambda: os.close(os.pidfd_open(os.getpid())),
     "memfd": lambda: os.close(os.memfd_create("autoglm-doctor", os.MFD_CLOEXEC)),
-    "child subreaper": linux.adopt_orphans,
+    "child subreaper": _subreaper,
     "inotify": _inotify,
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from autoglm_resume import linux
 from autoglm_resume.supervise import leftovers
 from autoglm_resume.worker.contract import ASSIGNMENT, RUN
 
@@ -29,6 +30,7 @@ Start = Callable[..., int]
 def start() -> Iterator[Start]:
     """Starts a process that is not below this one, with these variables; its pid."""
     started: list[int] = []
+    linux.adopt_orphans(adopt=False)  # another test may have had it so
 
     def orphan(**variables: str) -> int:
         done = subprocess.run(
