@@ -31,9 +31,9 @@ def _prctl(option: int, value: int) -> None:
         raise OSError(number, f"prctl({option}): {os.strerror(number)}")
 
 
-def adopt_orphans() -> None:
-    """Make this process the parent of orphaned descendants, so that it can reap them."""
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+def adopt_orphans(*, adopt: bool = True) -> None:
+    """Make this process the parent of orphaned descendants, so that it can reap them; or stop."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, int(adopt))
 
 
 def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:

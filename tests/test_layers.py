@@ -20,6 +20,7 @@ PURE = [
     *("supervise/policy.py", "supervise/failure.py", "supervise/liveness.py"),
     *("supervise/interval.py", "supervise/facts.py", "supervise/causes.py"),
     *("supervise/patterns.py", "supervise/places.py"),
+    "supervise/checks.py",
     *("supervise/drill.py", "supervise/history.py"),
     *("checkpoint/gate.py", "checkpoint/manifest.py", "checkpoint/part.py"),
     *("checkpoint/retention.py", "checkpoint/structure.py", "checkpoint/previous.py"),
@@ -28,7 +29,8 @@ PURE = [
     *("checkpoint/document.py", "observe/goodput.py", "observe/say.py", "errors.py"),
     "kinds.py",
     *("worker/divergence.py", "worker/gaps.py"),
-    *("observe/recovery.py", "observe/segments.py"),
+    *("observe/recovery.py", "observe/segments.py", "observe/explain.py"),
+    *("observe/notify.py", "job/notify.py", "job/secret.py"),
 ]
 IMPURE = {
     *("torch", "rich", "numpy", "subprocess", "socket", "time", "datetime", "os", "shutil"),

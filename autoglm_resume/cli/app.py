@@ -11,6 +11,8 @@ import typer
 from autoglm_resume import __version__
 from autoglm_resume.cli import (
     ckpts,
+    doctor,
+    explain,
     export,
     import_,
     inspect,
@@ -72,9 +74,11 @@ _inspect.command(
 app.command("run", cls=Command, epilog=run.EXAMPLES)(guarded(run.run))
 app.command("resume", cls=Command, epilog=resume.EXAMPLES)(guarded(resume.resume))
 app.command("status", cls=Command, epilog=status.EXAMPLES)(guarded(status.status))
+app.command("explain", cls=Command, epilog=explain.EXAMPLES)(guarded(explain.explain))
 app.command("logs", cls=Command, epilog=logs.EXAMPLES)(guarded(logs.logs))
 app.command("save", cls=Command, epilog=save.EXAMPLES)(guarded(save.save))
 app.command("stop", cls=Command, epilog=stop.EXAMPLES)(guarded(stop.stop))
+app.command("doctor", cls=Command, epilog=doctor.EXAMPLES)(guarded(doctor.doctor))
 app.command("ckpts", cls=Command, epilog=ckpts.EXAMPLES)(guarded(ckpts.ckpts))
 app.command("prune", cls=Command, epilog=prune.EXAMPLES)(guarded(prune.prune))
 app.add_typer(_inspect, name="inspect")

@@ -28,6 +28,7 @@ from autoglm_resume.job.fields import (
     ModuleName,
     PositiveDuration,
     Size,
+    Strictness,
     Switch,
     Text,
     as_list,
@@ -38,6 +39,7 @@ from autoglm_resume.job.fields import (
     one_of,
     problem,
 )
+from autoglm_resume.job.notify import Notice, without_secrets
 from autoglm_resume.job.section import Section
 
 
@@ -121,6 +123,37 @@ class Guards(Section):
         default=2**30,
         description="Refuse to start with less free space at the checkpoint directory.",
     )
+    # Of the machine, before a start: `strict` refuses, `lenient` warns, `off` does not look.
+    disk: Strictness = Field(
+        default="lenient",
+        description="Room for the next checkpoints, as large as those of this run were measured "
+        "to be.",
+    )
+    memory: Strictness = Field(
+        default="lenient", description="Host memory for the snapshots of `checkpoint.memory`."
+    )
+    shm: Strictness = Field(
+        default="lenient", description="Room in /dev/shm for NCCL and loader workers."
+    )
+    gpus: Strictness = Field(
+        default="lenient", description="Every visible GPU answers and is healthy (NVML)."
+    )
+    gpu_memory: Strictness = Field(
+        default="lenient",
+        description="No other processes use the GPUs' memory. Those that an earlier supervisor of "
+        "this run left behind are always ended first, others never.",
+    )
+    clock: Strictness = Field(
+        default="lenient", description="The clock is not behind what this run has written."
+    )
+    storage: Strictness = Field(
+        default="strict", description="The checkpoint directory answers within 10 s."
+    )
+    collective: Strictness = Field(
+        default="off",
+        description="As many processes as there will be ranks complete a collective round before "
+        "the first start; it takes seconds.",
+    )
 
 
 class Logs(Section):
@@ -190,6 +223,9 @@ class Job(Section):
     )
     guards: Guards = Field(default_factory=Guards, description="What must hold before a start.")
     logs: Logs = Field(default_factory=Logs, description="What the console shows.")
+    notify: Annotated[tuple[Notice, ...], BeforeValidator(as_list)] = Field(
+        default=(), description="Who is told when the state of the run changes."
+    )
 
     @field_validator("module")
     @classmethod
@@ -231,6 +267,11 @@ class Job(Section):
 def dump(job: Job) -> dict[str, Any]:
     """`job` as JSON values, durations and sizes readable; `load` and `from_snapshot` take it."""
     return job.model_dump(mode="json", by_alias=True)
+
+
+def shown(job: Job) -> dict[str, Any]:
+    """`dump`, less what nobody should read in a journal or on a screen."""
+    return without_secrets(dump(job))
 
 
 def sections() -> dict[tuple[str, ...], tuple[str, ...]]:

@@ -16,7 +16,7 @@ from typing import Literal
 
 from autoglm_resume.journal import Event
 from autoglm_resume.observe.recovery import Recovery, recoveries
-from autoglm_resume.observe.say import entries
+from autoglm_resume.observe.say import entries, sentence
 from autoglm_resume.observe.segments import (
     Life,
     Segment,
@@ -27,7 +27,9 @@ from autoglm_resume.observe.segments import (
     step_of,
 )
 
-State = Literal["starting", "training", "recovering", "finished", "interrupted", "failed", "dead"]
+State = Literal[
+    "starting", "training", "recovering", "paused", "finished", "interrupted", "failed", "dead"
+]
 
 _ENDS: dict[str, State] = {
     "run_completed": "finished",
@@ -88,6 +90,8 @@ class Summary:
     """Exit code of the last supervisor, None if it did not say."""
     reason: str
     """Why the run ended, if it did not finish."""
+    waiting: str = ""
+    """What was decided last, while no attempt has followed it."""
 
     @property
     def goodput(self) -> float | None:
@@ -142,6 +146,7 @@ def summarize(events: Iterable[Event], *, alive: bool = False, now: float | None
         objects=_objects(end.get("objects") or newest.get("objects")),
         code=0 if state == "finished" else None if code is None else int(code),
         reason=str(end.get("reason", "")) if state in ("interrupted", "failed") else "",
+        waiting=_waiting(last_life, segments) if state in ("recovering", "paused") else "",
     )
 
 
@@ -158,7 +163,20 @@ def _state(life: Sequence[Event], segments: Sequence[Segment], alive: bool) -> S
     sign = "first_step" if speaks else "rank_started"
     if latest is not None and going and latest.all(sign):
         return "training"
+    if (_undone(life, segments) or {}).get("action") == "pause":
+        return "paused"
     return "recovering" if segments and (len(segments) > 1 or not going) else "starting"
+
+
+def _undone(life: Sequence[Event], segments: Sequence[Segment]) -> Event | None:
+    """The present supervisor's decision that no attempt has followed yet."""
+    decision = segments[-1].last("decision") if segments else None
+    return decision if decision in life else None
+
+
+def _waiting(life: Sequence[Event], segments: Sequence[Segment]) -> str:
+    decision = _undone(life, segments)
+    return (sentence(decision) or "") if decision else ""
 
 
 def _elapsed(supervisors: Sequence[Life], now: float | None) -> tuple[float, float]:

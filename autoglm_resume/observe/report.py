@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from autoglm_resume import journal
+from autoglm_resume.observe.explain import reason
 from autoglm_resume.observe.goodput import Summary, summarize
 from autoglm_resume.observe.live import Screen, printable
 from autoglm_resume.observe.recovery import Recovery
@@ -114,8 +115,8 @@ def facts(summary: Summary, step: int | None = None) -> Table:
     """The run as a whole; `step` is what is known better than from the journal."""
     step = summary.step if step is None else step
     table = Table()
-    state = summary.state + (f": {summary.reason}" if summary.reason else "")
-    table.add("state", state)
+    why = reason(summary)
+    table.add("state", f"{summary.state}: {why}" if why else summary.state)
     lost = sum(r.lost or 0 for r in summary.recoveries)
     if step is not None:
         table.add("steps", f"{step} complete" + (f", {lost} run again" if lost else ""))

@@ -82,6 +82,37 @@ def rejection(verdict: dict[str, Any]) -> str:
     return "; ".join(failed) or short(str(verdict.get("reason", "no reason was recorded")))
 
 
+_CONCLUDED = {
+    Kind.KILLED: "a signal from outside ended it, and nothing says who sent it",
+    Kind.CRASHED: "it crashed: the signal was of its own making",
+    Kind.EXITED: "it exited by itself, with an exit code and no exception",
+    Kind.EXCEPTION: "an exception that no other class claims",
+    Kind.CODE_ERROR: "the code fails at the same place each time; running it again will not help",
+    Kind.LAUNCH: "the script could not be imported or started",
+    Kind.CUDA_OOM: "the GPU's memory was full",
+    Kind.HOST_OOM: "the host's memory was full",
+    Kind.COMMUNICATION: "the ranks lost each other, and none of them failed by itself",
+    Kind.GPU_FAULT: "the GPU or its driver failed",
+    Kind.HANG: "it made no progress for longer than its own pace allows",
+    Kind.STRAGGLER: "it was much slower than its peers for too long",
+    Kind.DIVERGED: "the loss is not a number, or leapt",
+    Kind.DATA_ERROR: "the data could not be read",
+    Kind.DISK_FULL: "the disk was full",
+    Kind.STORAGE: "the storage did not answer",
+    Kind.REFUSED: "the rank would not load the checkpoint that the gate had accepted",
+    Kind.PORT: "somebody else had the port",
+    Kind.PREEMPTED: "the scheduler took the machine",
+    Kind.STOPPED: "a person stopped it",
+    Kind.UNKNOWN: "the evidence fits no class",
+}
+
+
+def concluded(kind: str) -> str:
+    """What a failure class, by its name in the journal, means."""
+    known = {each.value: text for each, text in _CONCLUDED.items()}
+    return known.get(kind) or kind.replace("_", " ")
+
+
 def _run_started(e: Event) -> str:
     return (
         f"run {e.get('name', '?')}: {plural(e.get('world_size', 1), 'rank')}, "
@@ -205,11 +236,22 @@ def _failure(e: Event) -> str:
 
 
 def _decision(e: Event) -> str:
-    if e.get("action") == "give_up":
-        return f"giving up: {short(str(e.get('reason', '')))}"
+    action = str(e.get("action") or "restart")
     delay = e.get("delay") or 0.0
-    when = f"in {seconds(delay)}" if delay > 0 else "at once"
-    return f"restarting {when}: {short(str(e.get('reason', '')))}"
+    when = f" in {seconds(delay)}" if delay > 0 else " at once"
+    if action in ("give_up", "pause", "requeue"):
+        when = ""
+    return f"{_ACTIONS.get(action, action)}{when}: {short(str(e.get('reason', '')))}"
+
+
+_ACTIONS = {
+    "give_up": "giving up",
+    "restart": "restarting",
+    "roll_back": "restarting one checkpoint further back",
+    "smaller": "restarting with fewer ranks",
+    "pause": "pausing",
+    "requeue": "leaving it to the scheduler to start it elsewhere",
+}
 
 
 def _completed(e: Event) -> str:
@@ -226,6 +268,12 @@ def _partly(e: Event) -> str:
     lists = {key: value for key, value in e.items() if isinstance(value, list) and value}
     told = "; ".join(f"{key} {_list(value)}" for key, value in lists.items())
     return short(f"checkpoint step {e.get('step', '?')} restored in part: {told}")
+
+
+def _straggler(e: Event) -> str:
+    ratio = e.get("ratio")
+    much = f" {ratio:.1f} times" if isinstance(ratio, int | float) else ""
+    return f"rank {e.get('rank', '?')} is{much} slower than its peers"
 
 
 def _flushed(e: Event) -> str:
@@ -269,6 +317,11 @@ _SAY: dict[str, Callable[[Event], str]] = {
     "repaired": lambda e: f"{e.get('id', '?')} repaired from a replica: {_list(e.get('files'))}",
     "repair_failed": lambda e: (
         f"{e.get('id', '?')} not repaired: {short(str(e.get('reason', '?')))}"
+    ),
+    "straggler": _straggler,
+    "spare_failed": lambda e: f"a warm spare died: {short(str(e.get('reason', '?')))}",
+    "notify_failed": lambda e: (
+        f"nobody could be told through {e.get('target', '?')}: {e.get('reason', '?')}"
     ),
     "interval": lambda e: f"saving {e.get('reason', '?')}",
     "refused": _refused,

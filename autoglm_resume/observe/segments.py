@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 
 from autoglm_resume.journal import Event
 
+_LARGEST = 1e18
+"""No step, time or size of ours comes near; what is beyond (or not finite) was damaged."""
 _TELL_STEP = ("first_step", "restored", "saved", "committed", "failure", "finished", "stopped")
 
 
 def number(event: Event, key: str) -> float | None:
     """The number under `key`; None where there is none, whatever there is instead."""
     value = event.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
         return None
     return float(value)
 

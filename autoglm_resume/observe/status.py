@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from autoglm_resume.observe import replicas, report
+from autoglm_resume.observe.explain import reason
 from autoglm_resume.observe.goodput import Summary, summarize
 from autoglm_resume.observe.replicas import Replica
 from autoglm_resume.observe.say import seconds
-from autoglm_resume.observe.tables import Table
+from autoglm_resume.observe.tables import Table, width
 from autoglm_resume.supervise.rundir import Holder, RunDirectory
 from autoglm_resume.worker.board import Beat, Board
 
@@ -124,7 +125,9 @@ def show(status: Status) -> None:
 def _failures(summary: Summary) -> str:
     ordered = sum(bool(recovery.drills) for recovery in summary.recoveries)
     drills = f", {ordered} of them ordered by drills" if ordered else ""
-    return f"{len(summary.recoveries)}{drills}"
+    last = summary.recoveries[-1] if summary.recoveries else None
+    latest = f"; the last: {last.kind}, {last.what}" if last else ""
+    return f"{len(summary.recoveries)}{drills}{latest}"
 
 
 def _ranks_table(ranks: Sequence[Rank]) -> Table:
@@ -138,9 +141,14 @@ def _ranks_table(ranks: Sequence[Rank]) -> Table:
 
 
 def show_all(found: Sequence[Status]) -> None:
-    """One line per run, on standard output."""
-    headers = ("run", "state", "step", "attempts", "failures", "checkpoint", "elapsed", "goodput")
-    table = Table(headers, right=frozenset((2, 3, 4, 6, 7)))
+    """One line per run, on standard output: done, training, or stopped for which reason."""
+    table = Table(
+        (
+            *("run", "state", "step", "attempts", "failures", "last failure"),
+            *("checkpoint", "elapsed", "goodput", "reason"),
+        ),
+        right=frozenset((2, 3, 4, 7, 8)),
+    )
     for status in found:
         summary = status.summary
         goodput = None if summary.goodput is None else f"{summary.goodput:.1%}"
@@ -151,9 +159,14 @@ def show_all(found: Sequence[Status]) -> None:
             status.step,
             len(summary.attempts),
             len(summary.recoveries),
+            summary.recoveries[-1].kind if summary.recoveries else None,
             None if at is None else f"step {at}",
             seconds(summary.elapsed),
             goodput,
-            style={"failed": "red", "dead": "red"}.get(summary.state, ""),
+            reason(summary),
+            style={"failed": "red", "dead": "red", "paused": "yellow"}.get(summary.state, ""),
         )
+    columns = width(sys.stdout)
+    if columns is not None and not table.fits(columns):
+        table = table.only(0, 1, 2, 4, 5, 9)
     table.print(sys.stdout)

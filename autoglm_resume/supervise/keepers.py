@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from autoglm_resume.checkpoint.sealed import Sealed
-from autoglm_resume.errors import CheckpointError
 from autoglm_resume.job.spec import Job
 from autoglm_resume.journal import Event
 from autoglm_resume.supervise.assign import environment
@@ -18,8 +17,6 @@ from autoglm_resume.supervise.history import History
 from autoglm_resume.supervise.pump import Pump
 from autoglm_resume.supervise.replicas import FLUSH_SECONDS, Replicas
 from autoglm_resume.supervise.savers import Savers
-from autoglm_resume.worker.contract import ResumePoint
-from autoglm_resume.worker.slots import room
 
 COMMIT_SECONDS = 60.0
 """To wait, at the end, for replicas that the last checkpoint must be in to count."""
@@ -46,7 +43,6 @@ class Keepers:
         self._gate = gate
         self._stops = stops
         self._tell = tell
-        self._room_known = False
         self._savers: Savers | None = None
         if job.checkpoint.memory:
             log = directory / "savers.log"
@@ -107,23 +103,6 @@ class Keepers:
                 f"{newest.name} is here, but not in enough replicas (checkpoint.commit: {policy})"
             )
             self._tell("warning", text=text)
-
-    def look_for_room(self, resume: ResumePoint | None) -> None:
-        """Say at the start, rather than at the first save, that snapshots do not fit."""
-        if resume is None or self._savers is None or self._room_known:
-            return
-        self._room_known = True
-        with contextlib.suppress(CheckpointError):
-            manifest = self._gate.store.load_manifest(self._gate.store.directory(resume.id))
-            slots = self._job.checkpoint.memory
-            needed, free = slots * manifest.raw, room()
-            if needed > free:
-                text = (
-                    f"checkpoint.memory: {slots} snapshots of {len(manifest.parts)} ranks take"
-                    f" {needed:,} bytes of memory, {free:,} are free: saves may have to wait for"
-                    " the disk"
-                )
-                self._tell("warning", text=text)
 
     def close(self) -> None:
         """End them, once what was under way is on storage."""

@@ -18,12 +18,13 @@ from autoglm_resume.checkpoint.manifest import age
 from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.errors import AutoglmError, NoAcceptableCheckpoint, UsageError
 from autoglm_resume.job.load import from_snapshot
-from autoglm_resume.job.spec import Job, dump
+from autoglm_resume.job.spec import Job, dump, shown
 from autoglm_resume.supervise import drill, history
 from autoglm_resume.supervise.assign import assignment, world_size
 from autoglm_resume.supervise.gatekeeper import Gatekeeper
 from autoglm_resume.supervise.launcher import Endpoint, torchrun_command
 from autoglm_resume.supervise.node import check_directory
+from autoglm_resume.supervise.ready import require_storage
 from autoglm_resume.supervise.rundir import RunDirectory, locked_checkpoints
 from autoglm_resume.supervise.supervisor import Supervisor
 from autoglm_resume.worker.contract import ASSIGNMENT, shared_environment
@@ -83,6 +84,7 @@ def start(
             return 0
         if past.run_id is not None:
             screen.note(f"{run.path}: continuing the run (attempt {past.attempts})")
+        require_storage(job)
         check_directory(checkpoints, job.guards.free_disk)
         if not checkpoints.is_relative_to(run.path):
             held.enter_context(locked_checkpoints(checkpoints))
@@ -134,7 +136,7 @@ def plan(job: Job, *, fresh: bool = False, drills: Sequence[str] = ()) -> Plan:
     if not torchrun and not endpoint.port:
         ranks["MASTER_PORT"] = "(a free port, chosen at every start)"
     return Plan(
-        dump(job),
+        shown(job),
         torchrun_command(task) if torchrun else _command(job),
         {**shared_environment(world_size(job)), **ranks},
         choice.verdicts,

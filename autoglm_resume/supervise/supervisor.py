@@ -24,7 +24,7 @@ from autoglm_resume.errors import (
     NoAcceptableCheckpoint,
     died_by_signal,
 )
-from autoglm_resume.job.spec import Job, dump
+from autoglm_resume.job.spec import Job, shown
 from autoglm_resume.journal import Event, Journal, stamped
 from autoglm_resume.supervise import history, interval, policy
 from autoglm_resume.supervise.assign import assignment, environment, source, world_size
@@ -35,7 +35,9 @@ from autoglm_resume.supervise.gatekeeper import Gatekeeper
 from autoglm_resume.supervise.group import end_orphans
 from autoglm_resume.supervise.keepers import Keepers
 from autoglm_resume.supervise.launcher import Launcher, Seen, Torchrun, Warm
+from autoglm_resume.supervise.notifier import Notifier
 from autoglm_resume.supervise.pump import Pump, Signals
+from autoglm_resume.supervise.ready import Readiness
 from autoglm_resume.supervise.rehearse import Rehearsal
 from autoglm_resume.supervise.replicas import restore
 from autoglm_resume.supervise.rundir import Lock, RunDirectory
@@ -95,6 +97,8 @@ class Supervisor:
         self._now: Attempt | None = None
         self._journal = Journal(run.journal)
         self._pump = Pump()
+        self._ready = Readiness(run, job, self._tell)
+        self._notifier = Notifier(self._pump, job, environment(job), run.path, self._tell)
         self._world_size = world_size(job)
         self._gate = Gatekeeper(
             job,
@@ -122,7 +126,9 @@ class Supervisor:
         try:
             self._bring_back()
             self._gate.read_ahead()
+            self._notifier.start(self._run_id)
             self._introduce()
+            self._ready.begin()
             self._choose_interval()
             self._keepers = keepers = Keepers(
                 self._pump,
@@ -153,6 +159,7 @@ class Supervisor:
                 self._launcher.close()
             if self._keepers is not None:
                 self._keepers.close()
+            self._notifier.close(lambda: hurried(self._stops))
             end_orphans(frozenset())
             signals.close()
             self._journal.close()
@@ -199,7 +206,7 @@ class Supervisor:
 
     def _attempt(self, launcher: Launcher, keepers: Keepers, resume: ResumePoint | None) -> Outcome:
         self._resume = resume
-        keepers.look_for_room(resume)
+        self._ready.before(self._gate.store, resume)
         number, self._number = self._number, self._number + 1
         self._run.attempt(number).mkdir(parents=True, exist_ok=True)
         fixed = self._job.env.get("MASTER_PORT")
@@ -212,7 +219,7 @@ class Supervisor:
             screen=self._screen,
             rehearsal=self._rehearsal,
             stops=self._stops,
-            helpers=lambda: keepers.pids,
+            helpers=self._helpers,
             between_saves=lambda: self._interval,
             past=self._silences,
             previous=self._previous,
@@ -317,7 +324,7 @@ class Supervisor:
                 version=autoglm_resume.__version__,
                 world_size=self._world_size,
                 launcher=self._job.launcher,
-                job=dump(self._job),
+                job=shown(self._job),
                 drills=[drill.spec for drill in self._drills],
             )
         self._tell(
@@ -349,6 +356,11 @@ class Supervisor:
             self._run_id = restored.run
             self._tell_next("brought_back", id=restored.id, files=restored.files)
 
+    def _helpers(self) -> frozenset[int]:
+        """Children of this process that are no ranks."""
+        kept = self._keepers.pids if self._keepers else frozenset()
+        return kept | self._notifier.pids | self._ready.pids
+
     def _make_launcher(self, keepers: Keepers) -> Launcher:
         if self._job.launcher == "torchrun":
             return Torchrun(environment(self._job))
@@ -358,7 +370,7 @@ class Supervisor:
             [*self._job.preload, *self._past.imports],
             self._run.path / "zygote.log",
             self._tell,
-            others=lambda: keepers.pids,
+            others=self._helpers,
             source=source(self._job),
             spares=self._job.spares,
         )
@@ -407,4 +419,5 @@ class Supervisor:
         """Into the journal and onto the screen; an event of a rank keeps its own time."""
         record = stamped(event, {"attempt": max(0, self._number - 1), **fields})
         self._journal.append(record)
+        self._notifier.event(record)
         self._screen.event(record)

@@ -22,6 +22,8 @@ RANK = str(Path(__file__).with_name("rank.py"))
 """The file whose frames are below those of a script."""
 STACKS = signal.SIGRTMAX - 3
 """Asks a rank to write the stacks of its threads; a signal that nobody else is known to use."""
+RUN = "AUTOGLM_RUN"
+"""Names the run directory to every process of a run, so that none can be left behind unknown."""
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def test_starting_is_cheap(arguments: list[str], run: Path, tmp_path: Path) -> N
     "command",
     [
         *("run", "resume", "status", "logs", "save", "stop", "ckpts", "prune", "verify", "schema"),
-        *("export", "import"),
+        *("export", "import", "explain", "doctor"),
         "inspect ckpt",
     ],
 )
@@ -178,6 +178,33 @@ def test_a_directory_of_runs_is_listed(run: Path) -> None:
     assert lines[0].startswith("run")
     assert lines[1].startswith("demo")
     assert [each["step"] for each in json.loads(autoglm("status", run.parent, "--json").stdout)]
+
+
+def test_a_run_is_explained_attempt_by_attempt(run: Path, tmp_path: Path) -> None:
+    imported = tmp_path / "modules"
+    told = autoglm("explain", run, report=imported)
+    assert told.stdout.startswith("demo: done at step 10\n")
+    assert "  concluded  killed: as the drill meant it" in told.stdout
+    assert "torch" not in imported.read_text().split()
+    (story,) = json.loads(autoglm("explain", run, "--attempt", "1", "--json").stdout)["attempts"]
+    assert story["outcome"] == "completed"
+    missing = autoglm("explain", run, "--attempt", "9")
+    assert missing.returncode == 2
+    assert "found attempts 0 to 1" in missing.stderr
+
+
+def test_a_machine_is_examined_before_a_run(tmp_path: Path) -> None:
+    (tmp_path / "train.py").touch()
+    (tmp_path / "job.yaml").write_text("script: train.py\nnproc_per_node: 2\n")
+    imported = tmp_path / "modules"
+    found = autoglm("doctor", tmp_path / "job.yaml", "--json", report=imported)
+    checks = {check["name"]: check for check in json.loads(found.stdout)}
+    assert checks["torch"]["found"].startswith("torch ")
+    assert checks["collective round"]["found"].startswith("2 processes in ")
+    assert checks["pidfd"]["verdict"] == "ok"
+    assert found.returncode == any(each["verdict"] == "wrong" for each in checks.values())
+    assert "torch" not in imported.read_text().split()
+    assert not (tmp_path / "runs").exists()
 
 
 def test_inspect_reads_manifest_tensors_and_every_byte(run: Path) -> None:

@@ -90,3 +90,28 @@ def test_several_runs_are_one_line_each(tmp_path: Path, capsys: pytest.CaptureFi
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["run", "one", "two"]
     assert "64.5%" in lines[1]
+
+
+def test_a_line_says_why_a_run_neither_trains_nor_is_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = Script().life().attempt(0).fails(0, 7, kind="hang")
+    failed.say("run_failed", code=1, reason="it died 3 times in a row")
+    scripts = {"good": killed_once(), "bad": failed, "gone": Script().life().attempt(0).save(0, 4)}
+    runs = [RunDirectory(directory(tmp_path / n, s.events)) for n, s in scripts.items()]
+    status.show_all([status.of(run) for run in runs])
+    head, good, bad, gone = capsys.readouterr().out.splitlines()
+    assert head.endswith("reason")
+    assert good.endswith("64.5%")
+    assert bad.split()[1] == "failed"
+    assert "hang" in bad
+    assert bad.endswith("it died 3 times in a row")
+    assert gone.endswith("its supervisor died; `autoglm resume` continues from step 4")
+
+
+def test_the_last_failure_is_told_with_its_class(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status.show(status.of(RunDirectory(directory(tmp_path / "demo", killed_once().events))))
+    text = capsys.readouterr().out
+    assert "1, 1 of them ordered by drills; the last: killed, rank 1 died by SIGKILL" in text

@@ -1,0 +1,123 @@
+"""Every check of a machine, by hand: what was found, whether that will do, what to do about it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.errors import UsageError
+from autoglm_resume.job.spec import Guards, Job
+from autoglm_resume.observe.tables import Table, width
+from autoglm_resume.supervise import devices, leftovers, node, ready, rounds, system
+from autoglm_resume.supervise.assign import environment, world_size
+from autoglm_resume.supervise.checks import Check, Facts, Needs, judge, judge_system
+from autoglm_resume.supervise.reach import Reach
+from autoglm_resume.supervise.rundir import RunDirectory
+from autoglm_resume.worker.slots import room
+
+Verdict = Literal["ok", "warning", "wrong", "unknown"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A check and how serious it is for this job."""
+
+    check: Check
+    verdict: Verdict
+
+
+def examine(job: Job | None) -> list[Finding]:
+    """All checks, the small collective round included; some seconds. Without a job: of this
+    directory and the defaults.
+    """
+    guards = job.guards if job else Guards()
+    env = environment(job) if job else dict(os.environ)
+    home = Path(job.checkpoint.dir) if job else Path.cwd()
+    replicas = job.checkpoint.replicas if job else ()
+    places = Reach([str(home)], replicas, env).answers()
+    checks = list(judge_system(system.look(env)))
+    run = RunDirectory(Path(job.run_dir)) if job else None
+    looked, driver = devices.look(
+        lambda pid: run is not None and run.exists and leftovers.belongs(pid, run.path)
+    )
+    ranks = world_size(job) if job is not None else max(2, len(looked or ()))
+    needed, disk = Needs(ranks), None
+    if not places[0].hung:
+        disk = ready.free(home)
+        if job is not None and run is not None:
+            needed = ready.needs(job, Store(home), None, ready.last_written(run.journal))
+    facts = Facts(
+        now=time.time(),
+        gpus=looked,
+        driver=driver,
+        memory=room(),
+        shm=ready.shared_memory(),
+        disk=disk,
+        port_owner=None if needed.port is None else _owner(needed.port),
+        places=places,
+        leftovers=_leftovers(run),
+        collective=rounds.run(ranks, env),
+    )
+    checks += judge(facts, needed)
+    return [Finding(check, verdict(check, guards)) for check in checks]
+
+
+def code(findings: Sequence[Finding]) -> int:
+    """1 if something is wrong, else 0."""
+    return int(any(finding.verdict == "wrong" for finding in findings))
+
+
+def to_json(findings: Sequence[Finding]) -> list[dict[str, Any]]:
+    """One object per check."""
+    return [{**asdict(found.check), "verdict": found.verdict} for found in findings]
+
+
+def show(findings: Sequence[Finding]) -> None:
+    """One line per check, on standard output."""
+    table = Table(("what", "found", "verdict", "what to do"))
+    for finding in findings:
+        check = finding.check
+        todo = "" if check.ok else "; ".join(filter(None, (_expected(check), check.hint)))
+        style = {"wrong": "red", "warning": "yellow"}.get(finding.verdict, "")
+        table.add(check.name, check.found, finding.verdict, todo, style=style)
+    columns = width(sys.stdout)
+    if columns is not None and not table.fits(columns) and all(f.check.ok for f in findings):
+        table = table.only(0, 1, 2)
+    table.print(sys.stdout)
+
+
+def _expected(check: Check) -> str:
+    return f"expected: {check.expected}" if check.expected else ""
+
+
+def verdict(check: Check, guards: Guards) -> Verdict:
+    """How serious a check is, by the job's switches."""
+    if check.ok is None:
+        return "unknown"
+    if check.ok:
+        return "ok"
+    strictness = getattr(guards, check.guard) if check.guard else "strict"
+    # Whoever asks by hand wants the round, which is off before starts only for its time.
+    lenient = strictness != "strict" and check.guard != "collective"
+    return "warning" if lenient or check.name.startswith("replica ") else "wrong"
+
+
+def _owner(port: int) -> str:
+    try:
+        node.free_port(port)
+    except UsageError as error:
+        return error.message.rpartition("found ")[2]
+    return ""
+
+
+def _leftovers(run: RunDirectory | None) -> tuple[str, ...] | None:
+    """None while a supervisor has the run: then they are its own."""
+    if run is None or not run.exists or run.holder() is not None:
+        return None
+    return tuple(map(leftovers.described, leftovers.find(run.path)))

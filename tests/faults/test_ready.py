@@ -1,0 +1,61 @@
+"""Drills: what is looked at before a start, refused, warned of, or ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import psutil
+import pytest
+
+from tests.faults.conftest import Rehearsal, finish
+
+
+def interrupted(rehearsal: Rehearsal, *args: str, **fields: object) -> None:
+    """A run that was stopped after a checkpoint."""
+    running = rehearsal.start(*args, "--steps", "100000", **fields)
+    rehearsal.wait_for("committed")
+    running.send_signal(signal.SIGTERM)
+    assert finish(running).code == 75
+
+
+@pytest.mark.parametrize("strictness", ["strict", "lenient", "off"])
+def test_a_clock_behind_the_run_is_refused_warned_of_or_ignored(
+    rehearsal: Rehearsal, strictness: str
+) -> None:
+    guards = {"free_disk": 0, "clock": strictness}
+    interrupted(rehearsal, guards=guards)
+    tomorrow = {"event": "note", "time": time.time() + 86400}
+    with (rehearsal.run_dir / "events.jsonl").open("a") as journal:
+        journal.write(json.dumps(tomorrow) + "\n")
+    finished = rehearsal.run("--steps", "20", guards=guards)  # type: ignore[arg-type]
+    warned = [e["text"] for e in rehearsal.events("warning") if e["text"].startswith("clock")]
+    if strictness == "strict":
+        assert finished.code == 2
+        assert "guards.clock: clock: expected not before the newest thing" in finished.err
+        assert "guards.clock: lenient" in finished.err
+    else:
+        assert finished.code == 0, finished
+    assert len(warned) == (strictness == "lenient")
+
+
+def test_what_an_earlier_supervisor_left_behind_is_ended(rehearsal: Rehearsal) -> None:
+    patient = {"launcher": "torchrun", "heartbeat": {"timeout": "60s"}}
+    running = rehearsal.start("--fail", "daemon", **patient)
+    rehearsal.wait_for("committed")
+    (daemon, *_) = (p for p in rehearsal.workers() if "1234.5" in p.cmdline())
+    os.kill(rehearsal.holder(), signal.SIGKILL)
+    finish(running)
+    assert daemon.status() != psutil.STATUS_ZOMBIE
+    assert rehearsal.resume().code == 0
+    assert not psutil.pid_exists(daemon.pid)
+    told = [e["text"] for e in rehearsal.events("warning") if "left behind" in e["text"]]
+    assert f"process {daemon.pid} (sleep)" in told[0]
+
+
+def test_a_collective_round_can_be_asked_for_before_the_first_start(rehearsal: Rehearsal) -> None:
+    guards = {"free_disk": 0, "collective": "strict"}
+    finished = rehearsal.run("--steps", "5", guards=guards)  # type: ignore[arg-type]
+    assert finished.code == 0, finished
