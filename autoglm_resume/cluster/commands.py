@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 
@@ -25,15 +26,16 @@ def submit(script: str) -> str:
     return done.stdout.strip().partition(";")[0]
 
 
-def ask_time_left(job: str) -> subprocess.Popen[str] | None:
-    """`squeue`, begun: it prints how much time `job` has left; None if it is not here.
+def ask_end(job: str) -> subprocess.Popen[str] | None:
+    """`squeue`, begun: it prints when `job` ends, in Unix seconds; None if it is not here.
 
     Slurm's daemon may be slow to answer, or away: nobody should wait for the end of this.
     """
     if shutil.which("squeue") is None:
         return None
     return subprocess.Popen(
-        ["squeue", "--noheader", f"--jobs={job}", "--format=%L"],
+        ["squeue", "--noheader", f"--jobs={job}", "--format=%e"],
+        env={**os.environ, "SLURM_TIME_FORMAT": "%s"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -61,17 +61,6 @@ def lead(grace: float) -> float:
     return math.ceil(grace + MARGIN)
 
 
-def time_left(text: str) -> float | None:
-    """Seconds in `squeue --format=%L` (`1-02:03:04`, `03:04`); None for UNLIMITED and the like."""
-    match = re.fullmatch(_TIME, text.strip())
-    if match is None or ":" not in match["parts"]:
-        return None
-    total = 0
-    for part in match["parts"].split(":"):
-        total = total * 60 + int(part)
-    return float(int(match["days"] or 0) * 86400 + total)
-
-
 def time_limit(text: str) -> float | None:
     """Seconds in `sbatch --time` (`30`, `30:00`, `2:00:00`, `1-12`); None if it has no end."""
     match = re.fullmatch(_TIME, text.strip())

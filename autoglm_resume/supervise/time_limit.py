@@ -9,6 +9,8 @@ from collections.abc import Callable
 from autoglm_resume.cluster import commands, slurm
 from autoglm_resume.supervise.pump import Pump
 
+DAY = 86400.0
+"""The longest wait in one: no selector takes a month."""
 PATIENCE = 10.0
 """Seconds to wait, at the end, for word that there is more time than was known."""
 
@@ -58,16 +60,16 @@ class TimeLimit:
 
     def _ask(self) -> bool:
         assert self._job is not None
-        self._asking = commands.ask_time_left(self._job.id)
+        self._asking = commands.ask_end(self._job.id)
         if self._asking is None or self._asking.stdout is None:
             return False
         self._pump.watch(self._asking.stdout, self._answered)
         return True
 
     def _answered(self) -> None:
-        left = slurm.time_left(self._heard())
-        if left is not None:
-            self._learn(left)
+        ends = self._heard().strip()
+        if ends.isdecimal():
+            self._learn(int(ends) - time.time())
 
     def _heard(self) -> str:
         assert self._asking is not None
@@ -85,12 +87,22 @@ class TimeLimit:
             self._lead = min(self._lead, left / 2)
             self._tell("time_limit", seconds=left, lead=self._lead)
         self._pump.cancel(self._out_of_time)
-        if left > self._lead:
-            self._pump.every(left - self._lead, self._due)
-        elif not first:
+        self._wait()
+
+    def _wait(self) -> None:
+        assert self._ends is not None
+        self._pump.cancel(self._due)
+        left = self._ends - self._lead - time.monotonic()
+        if left > 0:
+            self._pump.every(min(left, DAY), self._due)
+        else:
             self._out_of_time()
 
     def _due(self) -> None:
+        assert self._ends is not None
+        if time.monotonic() < self._ends - self._lead:
+            self._wait()
+            return
         self._pump.cancel(self._due)
         if self._ask():
             self._pump.every(PATIENCE, self._out_of_time)
