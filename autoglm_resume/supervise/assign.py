@@ -11,6 +11,7 @@ from autoglm_resume.supervise.launcher import Endpoint
 from autoglm_resume.supervise.node import visible_gpus
 from autoglm_resume.supervise.rundir import RunDirectory
 from autoglm_resume.worker.contract import (
+    SUPERVISOR,
     Assignment,
     Checkpointing,
     ResumePoint,
@@ -32,7 +33,8 @@ def world_size(job: Job) -> int:
 def environment(job: Job) -> dict[str, str]:
     """What every process of the job inherits."""
     caches = {name: str(Path(job.run_dir) / "cache" / at) for name, at in CACHES.items()}
-    return {**caches, **os.environ, **shared_environment(world_size(job)), **job.env}
+    shared = {**caches, **os.environ, **shared_environment(world_size(job)), **job.env}
+    return {**shared, SUPERVISOR: str(os.getpid())}
 
 
 def source(job: Job) -> Source:

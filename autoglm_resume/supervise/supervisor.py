@@ -378,7 +378,7 @@ class Supervisor:
             code, reason = died_by_signal(signal.SIGINT), "stopped at once, as asked twice"
         elif newest is not None:
             code, reason = Interrupted.exit_code, f"stopped; continues from step {newest.step}"
-        elif self._limit is not None and self._limit.near():
+        elif number == signal.SIGUSR2 and self._limit is not None and self._limit.near():
             raise AutoglmError(
                 "the time that the scheduler gives this job ends before its first checkpoint",
                 hint="ask for more time, or save more often",

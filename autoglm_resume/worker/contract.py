@@ -22,6 +22,9 @@ RANK = str(Path(__file__).with_name("rank.py"))
 """The file whose frames are below those of a script."""
 STACKS = signal.SIGRTMAX - 3
 """Asks a rank to write the stacks of its threads; a signal that nobody else is known to use."""
+SUPERVISOR = "AUTOGLM_SUPERVISOR"
+"""Process id of the supervisor, in the environment of all that a run starts: so its own orphans can
+be told from others'."""
 
 
 @dataclass(frozen=True)
