@@ -148,10 +148,11 @@ fi
 
 # Slurm signals this shell alone. USR2 announces a preemption or the end of the time.
 # With TERM Slurm has decided itself what becomes of the job, for instance by scancel.
+trap 'told=${{told:-USR2}}; kill -USR2 "$supervisor" 2>/dev/null' USR2
+trap 'told=TERM; kill -TERM "$supervisor" 2>/dev/null' TERM
 "${{run[@]}}" &
 supervisor=$!
-trap 'kill -USR2 "$supervisor" 2>/dev/null' USR2
-trap 'decided=1; kill -TERM "$supervisor" 2>/dev/null' TERM
+[[ -z ${{told:-}} ]] || kill -s "$told" "$supervisor"
 while kill -0 "$supervisor" 2>/dev/null; do
     wait "$supervisor"  # until it ends, or a signal comes
 done
@@ -163,7 +164,7 @@ case $code in
 140) again=1 ;;  # interrupted by USR2 before the first checkpoint
 76) ((${{SLURM_RESTART_COUNT:-0}})) && again=1 ;;  # this job's earlier life has not ended yet
 esac
-if [[ ${{again:-}} && -z ${{decided:-}} ]]; then
+if [[ ${{again:-}} && ${{told:-}} != TERM ]]; then
     if ! command -v scontrol >/dev/null; then
         echo "autoglm: scontrol is not here; continue with: scontrol requeue $job" >&2
     elif ! scontrol requeue "$job"; then

@@ -34,41 +34,73 @@ class Ended:
 def resume(runs: Sequence[RunDirectory], tell: Callable[[Ended], None]) -> int:
     """Continue those of `runs` that go on without a person, all at once, and wait for their end.
 
+    A supervisor that is killed is followed by another, if it came further than the one before.
     `tell` is called for each run when its fate is known. A stop asked for by a signal is passed on
     to all. Returns the worst exit code (see `standing.worst`). Raises OSError.
     """
-    pump = Pump()
-    running: dict[Path, subprocess.Popen[bytes]] = {}
-    codes: list[int] = []
+    return _Together(tell).resume(runs)
 
-    def pass_on(number: signal.Signals) -> None:
-        for process in running.values():
+
+class _Together:
+    def __init__(self, tell: Callable[[Ended], None]) -> None:
+        self._tell = tell
+        self._pump = Pump()
+        self._running: dict[Path, subprocess.Popen[bytes]] = {}
+        self._codes: list[int] = []
+        self._stopping = False
+
+    def resume(self, runs: Sequence[RunDirectory]) -> int:
+        signals = Signals(self._pump, STOPS, self._pass_on)
+        try:
+            for run in runs:
+                reason = _reason_against(run)
+                if reason is None:
+                    self._start(run)
+                else:
+                    self._tell(Ended(run.path, False, 0, reason))
+            self._pump.wait(lambda: not self._running)
+        finally:
+            signals.close()
+            self._pump.close()
+        return standing.worst(self._codes)
+
+    def _pass_on(self, number: signal.Signals) -> None:
+        self._stopping = True
+        for process in self._running.values():
             process.send_signal(number)
 
-    def end(run: RunDirectory, pidfd: int) -> None:
-        pump.forget(pidfd)
-        os.close(pidfd)
-        code = running.pop(run.path).wait()
-        code = died_by_signal(-code) if code < 0 else code
-        codes.append(code)
-        now = standing.of(run.events()).why
-        tell(Ended(run.path, True, code, f"continued, exit code {code}: {now}"))
+    def _start(self, run: RunDirectory) -> None:
+        with (run.path / LOG).open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "autoglm_resume.cli", "resume", str(run.path)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # Ctrl-C reaches it once, through us: twice would mean to stop without saving.
+                start_new_session=True,
+            )
+        self._running[run.path] = process
+        pidfd, before = os.pidfd_open(process.pid), _commits(run)
 
-    signals = Signals(pump, STOPS, pass_on)
-    try:
-        for run in runs:
-            reason = _reason_against(run)
-            if reason is not None:
-                tell(Ended(run.path, False, 0, reason))
-                continue
-            running[run.path] = process = _start(run)
-            pidfd = os.pidfd_open(process.pid)
-            pump.watch(pidfd, lambda run=run, pidfd=pidfd: end(run, pidfd))  # type: ignore[misc]
-        pump.wait(lambda: not running)
-    finally:
-        signals.close()
-        pump.close()
-    return standing.worst(codes)
+        def ended() -> None:
+            self._pump.forget(pidfd)
+            os.close(pidfd)
+            code = self._running.pop(run.path).wait()
+            if code < 0 and not self._stopping and _commits(run) > before:
+                self._start(run)
+            else:
+                self._end(run, died_by_signal(-code) if code < 0 else code)
+
+        self._pump.watch(pidfd, ended)
+
+    def _end(self, run: RunDirectory, code: int) -> None:
+        self._codes.append(code)
+        why = standing.of(run.events()).why
+        self._tell(Ended(run.path, True, code, f"continued, exit code {code}: {why}"))
+
+
+def _commits(run: RunDirectory) -> int:
+    return sum(event.get("event") == "committed" for event in run.events())
 
 
 def _reason_against(run: RunDirectory) -> str | None:
@@ -84,15 +116,3 @@ def _reason_against(run: RunDirectory) -> str | None:
         return f"set aside or moved from {home}"
     found = standing.of(run.events())
     return None if found.goes_on else found.why
-
-
-def _start(run: RunDirectory) -> subprocess.Popen[bytes]:
-    with (run.path / LOG).open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "autoglm_resume.cli", "resume", str(run.path)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            # Ctrl-C reaches it once, through us: twice would mean to stop without saving.
-            start_new_session=True,
-        )

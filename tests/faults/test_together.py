@@ -75,6 +75,24 @@ def test_a_stop_of_all_is_passed_on_and_waited_for(rehearsal: Rehearsal) -> None
     assert not rehearsal.workers()
 
 
+def test_a_killed_supervisor_that_came_further_is_followed_by_another(
+    rehearsal: Rehearsal,
+) -> None:
+    place, process = start(rehearsal, "long", "--pause", "0.05")
+    place.wait_for("committed")
+    process.kill()
+    process.wait()
+    before = place.events("committed")[-1]["step"]
+    together = rehearsal.command("resume", "--all", str(rehearsal.directory / "runs"))
+    place.processes.append(together)
+    place.wait_for("committed", lambda e: e["step"] > before)
+    os.kill(place.holder(), signal.SIGKILL)
+    ended = finish(together)
+    assert ended.code == 0, ended
+    assert ended.out == "long: continued, exit code 0: finished at step 40\n"
+    assert len(place.events("supervisor_started")) == 3
+
+
 def test_a_directory_that_is_not_there_is_refused_and_an_empty_one_is_fine(
     rehearsal: Rehearsal,
 ) -> None:
