@@ -39,7 +39,7 @@ def submit(
         bool, typer.Option("--dry-run", help="Print the batch script, submit nothing.")
     ] = False,
 ) -> int:
-    """Submit the job to Slurm: saved before it is preempted or out of time, and then requeued."""
+    """Submit the job: it saves before Slurm ends it, and comes back."""
     import sys
 
     from autoglm_resume.cluster import commands, slurm
