@@ -22,6 +22,8 @@ PURE = [
     *("supervise/patterns.py", "supervise/places.py"),
     "supervise/checks.py",
     *("supervise/drill.py", "supervise/history.py"),
+    *("supervise/drill.py", "supervise/history.py", "supervise/standing.py"),
+    "cluster/slurm.py",
     *("checkpoint/gate.py", "checkpoint/manifest.py", "checkpoint/part.py"),
     *("checkpoint/retention.py", "checkpoint/structure.py", "checkpoint/previous.py"),
     "checkpoint/pace.py",
@@ -114,14 +116,14 @@ def test_a_pure_module_cannot_touch_the_world(file: str) -> None:
                 assert node.func.attr not in METHODS, f"{file}:{node.lineno}: {node.func.attr}()"
 
 
-@pytest.mark.parametrize("path", below("cli", "supervise", "observe"), ids=name_of)
+@pytest.mark.parametrize("path", below("cli", "supervise", "observe", "cluster"), ids=name_of)
 def test_nothing_on_the_supervisors_path_imports_torch(path: Path) -> None:
     heavy = {name for name in reachable(name_of(path)) if name.partition(".")[0] == "torch"}
     assert not heavy
 
 
 def test_the_supervisor_and_the_cli_really_run_without_torch() -> None:
-    modules = [name_of(path) for path in below("cli", "supervise", "observe", "job")]
+    modules = [name_of(path) for path in below("cli", "supervise", "observe", "job", "cluster")]
     modules.remove("autoglm_resume.cli.__main__")
     code = f"""
 import importlib, sys

@@ -22,6 +22,7 @@ from autoglm_resume.cli import (
     run,
     save,
     schema,
+    slurm,
     status,
     stop,
     verify,
@@ -71,6 +72,9 @@ _inspect.command(
     context_settings=inspect.SETTINGS,
 )(guarded(inspect.ckpt))
 
+_slurm = typer.Typer(cls=Group, help="Run a job under Slurm.", no_args_is_help=True)
+_slurm.command("submit", cls=Command, epilog=slurm.EXAMPLES)(guarded(slurm.submit))
+
 app.command("run", cls=Command, epilog=run.EXAMPLES)(guarded(run.run))
 app.command("resume", cls=Command, epilog=resume.EXAMPLES)(guarded(resume.resume))
 app.command("status", cls=Command, epilog=status.EXAMPLES)(guarded(status.status))
@@ -79,6 +83,7 @@ app.command("logs", cls=Command, epilog=logs.EXAMPLES)(guarded(logs.logs))
 app.command("save", cls=Command, epilog=save.EXAMPLES)(guarded(save.save))
 app.command("stop", cls=Command, epilog=stop.EXAMPLES)(guarded(stop.stop))
 app.command("doctor", cls=Command, epilog=doctor.EXAMPLES)(guarded(doctor.doctor))
+app.add_typer(_slurm, name="slurm")
 app.command("ckpts", cls=Command, epilog=ckpts.EXAMPLES)(guarded(ckpts.ckpts))
 app.command("prune", cls=Command, epilog=prune.EXAMPLES)(guarded(prune.prune))
 app.add_typer(_inspect, name="inspect")

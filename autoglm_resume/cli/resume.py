@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from autoglm_resume.cli.arguments import Run
+from autoglm_resume.errors import UsageError
 
 EXAMPLES = """
 \b
@@ -15,6 +16,7 @@ Examples:
   autoglm resume runs/quickstart
   autoglm resume job.yaml
   autoglm resume runs/quickstart --from 120     branches off there; newer checkpoints stay
+  autoglm resume --all runs       every run there that was interrupted or died; made for cron
 """
 
 
@@ -29,11 +31,17 @@ def resume(
             help="Go on from this step's checkpoint, not the newest; `autoglm ckpts` lists them.",
         ),
     ] = None,
+    every: Annotated[
+        bool,
+        typer.Option("--all", help="Continue what goes on by itself of all runs in a directory."),
+    ] = False,
     json: Annotated[
         bool, typer.Option("--json", help="End with one JSON document on standard output.")
     ] = False,
 ) -> int:
     """Continue an interrupted run. Nothing is done on a finished one."""
+    if every:
+        return _all(run, step, json=json)
     from autoglm_resume.cli import target
     from autoglm_resume.observe import report
     from autoglm_resume.observe.live import Screen
@@ -43,3 +51,29 @@ def resume(
     screen = Screen(found.job().get("logs", {}).get("console", "all"), json=json)
     with report.afterwards(found.path, screen, json=json):
         return start.resume(found.path, screen, step)
+
+
+def _all(directory: str | None, step: int | None, *, json: bool) -> int:
+    import json as jsonlib
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from autoglm_resume.cli import target
+    from autoglm_resume.supervise import together
+
+    if step is not None:
+        raise UsageError("--all and --from exclude each other: a step is of one run")
+    place = Path(directory or target.RUNS)
+    if not place.is_dir():
+        raise UsageError(f"{place}: expected a directory of runs")
+    ended: list[together.Ended] = []
+
+    def tell(one: together.Ended) -> None:
+        ended.append(one)
+        if not json:
+            print(f"{one.run.name}: {one.text}", flush=True)
+
+    code = together.resume(target.runs(place), tell)
+    if json:
+        print(jsonlib.dumps([{**asdict(one), "run": str(one.run)} for one in ended], indent=2))
+    return code

@@ -125,6 +125,19 @@ def _supervisor_started(e: Event) -> str:
     return f"continuing the run (supervisor {e.get('pid', '?')})" if e.get("resumed") else ""
 
 
+def slurm_job(e: Event) -> str:
+    """Which job of Slurm a run is in."""
+    restarts, node = e.get("restarts") or 0, e.get("node")
+    where = f" on {node}" if node else ""
+    again = f", requeued {plural(restarts, 'time')}" if restarts else ""
+    return f"job {e.get('job', '?')}{where}{again}"
+
+
+def _time_limit(e: Event) -> str:
+    left, ahead = seconds(e.get("seconds")), seconds(e.get("lead"))
+    return f"the job's time ends in {left}; the run stops {ahead} before that"
+
+
 def _zygote_ready(e: Event) -> str:
     skipped = ", ".join(map(str, e.get("skipped") or ()))
     without = f", without {skipped}" if skipped else ""
@@ -292,6 +305,8 @@ def _interrupted(e: Event) -> str:
 _SAY: dict[str, Callable[[Event], str]] = {
     "run_started": _run_started,
     "supervisor_started": _supervisor_started,
+    "slurm": lambda e: f"Slurm {slurm_job(e)}",
+    "time_limit": _time_limit,
     "zygote_ready": _zygote_ready,
     "zygote_lost": lambda e: f"the warm launcher is gone: {e.get('reason', '?')}",
     "cold_start": lambda e: f"starting cold: {e.get('reason', '?')}",

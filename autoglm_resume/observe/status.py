@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from autoglm_resume.journal import Event
 from autoglm_resume.observe import replicas, report
 from autoglm_resume.observe.explain import reason
 from autoglm_resume.observe.goodput import Summary, summarize
 from autoglm_resume.observe.replicas import Replica
-from autoglm_resume.observe.say import seconds
+from autoglm_resume.observe.say import seconds, slurm_job
 from autoglm_resume.observe.tables import Table, width
 from autoglm_resume.supervise.rundir import Holder, RunDirectory
 from autoglm_resume.worker.board import Beat, Board
@@ -46,6 +47,8 @@ class Status:
     """None of them if there is no supervisor, or it is on another host or of another user."""
     replicas: tuple[Replica, ...] = ()
     """In the order of the job."""
+    slurm: Event | None = None
+    """The job of Slurm that the newest supervisor was in."""
 
     @property
     def step(self) -> int | None:
@@ -68,7 +71,17 @@ def of(run: RunDirectory) -> Status:
         holder,
         _ranks(holder) if here and holder else (),
         replicas.of(events, targets) if targets else (),
+        _slurm(events),
     )
+
+
+def _slurm(events: Sequence[Event]) -> Event | None:
+    for event in reversed(events):
+        if event.get("event") == "slurm":
+            return event
+        if event.get("event") == "supervisor_started":
+            return None
+    return None
 
 
 def _ranks(holder: Holder) -> tuple[Rank, ...]:
@@ -96,6 +109,9 @@ def to_json(status: Status) -> dict[str, Any]:
     return {
         "run": str(status.run),
         "supervisor": asdict(status.holder) if status.holder else None,
+        "slurm": {key: status.slurm.get(key) for key in ("job", "restarts", "node")}
+        if status.slurm
+        else None,
         "ranks": [asdict(rank) for rank in status.ranks],
         "replicas": [asdict(replica) for replica in status.replicas],
         **report.to_json(status.summary),
@@ -110,6 +126,8 @@ def show(status: Status) -> None:
     facts.add("run", status.run)
     if holder is not None:
         facts.add("supervisor", f"process {holder.pid} on {holder.host}")
+    if status.slurm is not None:
+        facts.add("slurm", slurm_job(status.slurm))
     facts.add("attempts", len(status.summary.attempts))
     facts.add("failures", _failures(status.summary))
     facts.rows += report.facts(status.summary, status.step).rows

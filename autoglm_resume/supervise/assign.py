@@ -12,6 +12,7 @@ from autoglm_resume.supervise.node import visible_gpus
 from autoglm_resume.supervise.rundir import RunDirectory
 from autoglm_resume.worker.contract import (
     RUN,
+    SUPERVISOR,
     Assignment,
     Checkpointing,
     ResumePoint,
@@ -33,8 +34,8 @@ def world_size(job: Job) -> int:
 def environment(job: Job) -> dict[str, str]:
     """What every process of the job inherits."""
     caches = {name: str(Path(job.run_dir) / "cache" / at) for name, at in CACHES.items()}
-    shared = shared_environment(world_size(job))
-    return {**caches, **os.environ, **shared, **job.env, RUN: str(job.run_dir)}
+    inherited = {**caches, **os.environ, **shared_environment(world_size(job)), **job.env}
+    return {**inherited, RUN: str(job.run_dir), SUPERVISOR: str(os.getpid())}
 
 
 def source(job: Job) -> Source:

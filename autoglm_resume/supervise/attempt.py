@@ -19,7 +19,7 @@ from autoglm_resume.supervise.evidence import Witness, agent_said, gather
 from autoglm_resume.supervise.facts import Refusal
 from autoglm_resume.supervise.failure import Failure, Previous, conclude
 from autoglm_resume.supervise.follow import Follower
-from autoglm_resume.supervise.group import Exit, Group, end_orphans
+from autoglm_resume.supervise.group import Exit, Group, children, end_orphans, reap
 from autoglm_resume.supervise.history import Silences
 from autoglm_resume.supervise.launcher import AGENT, Launcher
 from autoglm_resume.supervise.pump import Pump
@@ -35,6 +35,9 @@ TICK = 0.25
 """Seconds between looks at the board; exits and events are noticed at once, without it."""
 TEARDOWN = 5.0
 """Seconds for the interpreter of a rank to end whose script failed."""
+
+REAP = 5.0
+"""Seconds between looks for orphans that have ended; until then they are zombies."""
 
 Hear = Callable[[Event], "Event | None"]
 
@@ -118,6 +121,8 @@ class Attempt:
         self._control = Control()
         self._seen = _Seen()
         self._group = Group(pump, self._exited)
+        self._unknown: frozenset[int] = frozenset()
+        """Children that were neither ranks nor helpers at the last look."""
         self._stop_deadline: float | None = None
         self._pace = liveness.Pace()
         limits = liveness.Limits(job.heartbeat.timeout, job.heartbeat.startup)
@@ -129,7 +134,7 @@ class Attempt:
 
     def run(self, task: Assignment, launcher: Launcher, hear: Hear) -> Outcome:
         """Run it to its end. `hear` gets every event of a rank and returns what to keep of it."""
-        self._task, self._hear = task, hear
+        self._task, self._hear, self._launcher = task, hear, launcher
         files.write(task.path, task.to_json(), durable=False)
         self._follower = Follower(self._pump, task.path.parent, self._screen.worker_line, self.hear)
         self._seen.last_saved = time.monotonic()
@@ -148,6 +153,7 @@ class Attempt:
             self._witness = Witness(self._group.pids.values(), written)
             self._rehearsal.begin(self._group, self._board, self._change)
             self._pump.every(TICK, self._tick)
+            self._pump.every(REAP, self._reap)
             self._watch()
             return self._conclude(launcher)
         finally:
@@ -156,6 +162,7 @@ class Attempt:
                 self._witness.close()
             self._rehearsal.end()
             self._pump.cancel(self._tick)
+            self._pump.cancel(self._reap)
             self._follower.close()
             self._board.close()
             os.close(self._board_fd)
@@ -238,6 +245,13 @@ class Attempt:
         seen.states = {rank: node.state(pids[rank]) for rank in ranks}
         seen.beats = self._board.beats()  # one that was stopped goes on to write its stacks
         self._break(now)
+
+    def _reap(self) -> None:
+        known = self._launcher.own() | self._helpers() | frozenset(self._group.pids.values())
+        unknown = children() - known
+        # One that is unknown only now may be introduced in a moment.
+        reap(unknown & self._unknown)
+        self._unknown = unknown
 
     def _end_stuck(self, now: float) -> None:
         """Kill ranks that hang in the interpreter's own end; their scripts' results count.

@@ -16,6 +16,7 @@ import psutil
 from autoglm_resume.errors import Unkillable
 from autoglm_resume.supervise import node
 from autoglm_resume.supervise.pump import Pump
+from autoglm_resume.worker.contract import SUPERVISOR
 
 STUCK = 5.0
 """Seconds to wait for the end of a killed orphan."""
@@ -147,9 +148,10 @@ def end_orphans(keep: frozenset[int]) -> list[int]:
 
     This process adopts orphans, so when a worker group is dead its children are exactly what the
     ranks left behind: data loader workers, daemons, helpers. Killing one may orphan the next.
+    As the first process of a container it also adopts those of others; they are left alone.
     """
     ended: list[int] = []
-    while orphans := _children() - keep - set(ended):
+    while orphans := {pid for pid in children() - keep - set(ended) if _ours(pid)}:
         for pid in orphans:
             # A child's pid is ours until we reap it, so this cannot hit anybody else.
             os.kill(pid, signal.SIGKILL)
@@ -161,12 +163,32 @@ def end_orphans(keep: frozenset[int]) -> list[int]:
                 os.waitpid(pid, 0)
             os.close(fd)
         ended += orphans
+    reap(children() - keep)
     return ended
 
 
-def _children() -> set[int]:
+def reap(pids: frozenset[int]) -> None:
+    """Forget those of these children that have ended."""
+    for pid in pids:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+
+
+def _ours(pid: int) -> bool:
+    """Whether a child is of this run: started by it, or left behind by what was."""
+    if os.getpid() != 1:
+        return True
+    try:
+        environment = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return False
+    return f"{SUPERVISOR}=1".encode() in environment.split(b"\0")
+
+
+def children() -> frozenset[int]:
+    """Of this process, zombies too."""
     lists = [path.read_text() for path in Path("/proc/self/task").glob("*/children")]
     if lists:
-        return {int(pid) for text in lists for pid in text.split()}
+        return frozenset(int(pid) for text in lists for pid in text.split())
     # A kernel without CONFIG_PROC_CHILDREN: read the parent of every process, 10 ms and more.
-    return {child.pid for child in psutil.Process().children()}
+    return frozenset(child.pid for child in psutil.Process().children())

@@ -17,6 +17,7 @@ import autoglm_resume
 from autoglm_resume import linux
 from autoglm_resume.checkpoint.part import age
 from autoglm_resume.checkpoint.structure import Structure
+from autoglm_resume.cluster import slurm
 from autoglm_resume.errors import (
     AutoglmError,
     CorruptCheckpoint,
@@ -41,6 +42,7 @@ from autoglm_resume.supervise.ready import Readiness
 from autoglm_resume.supervise.rehearse import Rehearsal
 from autoglm_resume.supervise.replicas import restore
 from autoglm_resume.supervise.rundir import Lock, RunDirectory
+from autoglm_resume.supervise.time_limit import TimeLimit
 from autoglm_resume.worker.contract import ResumePoint
 
 if TYPE_CHECKING:  # a presenter is handed in; this layer does not depend on it
@@ -89,6 +91,7 @@ class Supervisor:
         self._costs: deque[float] = deque(maxlen=RECENT)
         self._writing: deque[float] = deque(maxlen=RECENT)
         self._interval: float | None = None
+        self._limit: TimeLimit | None = None
         self._launcher: Launcher | None = None
         self._keepers: Keepers | None = None
         self._resume: ResumePoint | None = None
@@ -129,6 +132,7 @@ class Supervisor:
             self._notifier.start(self._run_id)
             self._introduce()
             self._ready.begin()
+            self._limit = self._time_limit()
             self._choose_interval()
             self._keepers = keepers = Keepers(
                 self._pump,
@@ -155,6 +159,8 @@ class Supervisor:
                 reason, hint="autoglm resume continues when that is mended"
             ) from error
         finally:
+            if self._limit is not None:
+                self._limit.close()
             if self._launcher is not None:
                 self._launcher.close()
             if self._keepers is not None:
@@ -384,6 +390,11 @@ class Supervisor:
             code, reason = died_by_signal(signal.SIGINT), "stopped at once, as asked twice"
         elif newest is not None:
             code, reason = Interrupted.exit_code, f"stopped; continues from step {newest.step}"
+        elif number == signal.SIGUSR2 and self._limit is not None and self._limit.near():
+            raise AutoglmError(
+                "the time that the scheduler gives this job ends before its first checkpoint",
+                hint="ask for more time, or save more often",
+            )
         else:
             code, reason = died_by_signal(number), "stopped before the first checkpoint"
         step = newest.step if newest else 0
@@ -398,10 +409,19 @@ class Supervisor:
         else:
             self._tell("save_requested", step=step)
 
-    def _stop_asked(self, number: signal.Signals) -> None:
+    def _stop_asked(self, number: signal.Signals, by: str = "") -> None:
         self._stops.append(number)
         if len(self._stops) == 1:
-            self._tell("stop_requested", by=number.name)
+            self._tell("stop_requested", by=by or number.name)
+
+    def _time_limit(self) -> TimeLimit:
+        return TimeLimit(
+            self._pump,
+            slurm.allocation(os.environ),
+            slurm.lead(self._job.preemption.grace),
+            lambda: self._stop_asked(signal.SIGUSR2, by="the end of the job's time"),
+            self._tell,
+        )
 
     def _rules(self) -> policy.Rules:
         restart = self._job.restart

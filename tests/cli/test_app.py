@@ -67,6 +67,8 @@ def test_starting_is_cheap(arguments: list[str], run: Path, tmp_path: Path) -> N
         *("run", "resume", "status", "logs", "save", "stop", "ckpts", "prune", "verify", "schema"),
         *("export", "import", "explain", "doctor"),
         "inspect ckpt",
+        *("export", "import"),
+        *("inspect ckpt", "slurm submit"),
     ],
 )
 def test_every_command_explains_itself_with_examples(command: str) -> None:
@@ -76,7 +78,7 @@ def test_every_command_explains_itself_with_examples(command: str) -> None:
         assert f"  autoglm {command}" in shown.stdout
 
 
-@pytest.mark.parametrize("group", [[], ["inspect"]])
+@pytest.mark.parametrize("group", [[], ["inspect"], ["slurm"]])
 def test_the_help_of_a_group_fits_a_terminal_of_80_columns(
     group: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +124,11 @@ def test_the_help_lists_the_exit_codes() -> None:
         ["prune"],
         ["prune", "missing"],
         ["resume", "--from", "x"],
+        ["resume", "--all", "missing"],
+        ["resume", "--all", "--from", "3"],
+        ["slurm"],
+        ["slurm", "submit"],
+        ["slurm", "submit", "missing.yaml"],
     ],
 )
 def test_bad_usage_exits_2_and_says_why_without_a_traceback(
@@ -152,6 +159,29 @@ def test_a_dry_run_starts_nothing(tmp_path: Path) -> None:
     assert plan["job"]["nproc_per_node"] == 2
     assert plan["command"][-1] == str(tmp_path / "train.py")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_job_for_slurm_is_printed_with_every_option_where_it_belongs(tmp_path: Path) -> None:
+    (tmp_path / "train.py").touch()
+    (tmp_path / "job.yaml").write_text("script: train.py\n")
+    options = ["--set", "restart.max_restarts=3", "--time", "30", "--dry-run", "--", "--mem=4G"]
+    ended = autoglm("slurm", "submit", "job.yaml", *options, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "#SBATCH --time=30\n#SBATCH --mem=4G\n" in ended.stdout
+    assert f"run {tmp_path}/job.yaml --set restart.max_restarts=3)" in ended.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_without_sbatch_a_person_hears_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train.py").touch()
+    (tmp_path / "job.yaml").write_text("script: train.py\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    ended = autoglm("slurm", "submit", "job.yaml", cwd=tmp_path)
+    assert ended.returncode == 2
+    assert "sbatch: not found here" in ended.stderr
+    assert "--dry-run" in ended.stderr
 
 
 def test_resuming_a_finished_run_says_so_and_exits_0(run: Path) -> None:

@@ -92,7 +92,8 @@ class Rehearsal:
                     if matches(event):
                         watch.close()
                         return event
-                ended = self.processes[-1].poll() is not None
+                # Without one, a scheduler started the run.
+                ended = bool(self.processes) and self.processes[-1].poll() is not None
                 if ended or time.monotonic() > deadline:
                     raise AssertionError(f"no {kind} event; the journal has {self.events()}")
                 selector.select(1.0)

@@ -92,6 +92,8 @@ batches = None
 for step in session.steps(args.steps):
     if args.fail == "at-once" and failing and step == args.at:
         os.kill(os.getpid(), signal.SIGKILL)
+    if args.fail == "leak" and step < args.at:
+        subprocess.run(["sh", "-c", "sleep 0.05 &"], check=True)  # an orphan that ends
     batches = batches or iter(sampler)
     x = data[next(batches)]
     if failing and step == args.at and args.fail == "sleepy-data":

@@ -35,6 +35,14 @@ def test_both_values_of_a_failed_check_are_shown() -> None:
     assert say.check(found) == "world size: expected 2, found 4"
 
 
+def test_a_job_of_slurm_is_named_with_its_node_and_how_often_it_came_back() -> None:
+    event = {"event": "slurm", "job": "12_3", "node": "n1", "restarts": 2}
+    assert sentence(event) == "Slurm job 12_3 on n1, requeued 2 times"
+    assert sentence({**event, "restarts": 0, "node": ""}) == "Slurm job 12_3"
+    limit = {"event": "time_limit", "seconds": 3600.0, "lead": 80.0}
+    assert sentence(limit) == "the job's time ends in 60m 00s; the run stops 80.0 s before that"
+
+
 def test_digests_are_cut_to_what_the_eye_can_compare() -> None:
     event = {"event": "refused", "rank": 1, "step": 60, "reason": f"found {DIGEST}"}
     assert sentence(event) == "rank 1 refused checkpoint step 60: found blake3:abababababab…"

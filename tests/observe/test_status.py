@@ -50,6 +50,19 @@ def test_a_living_run_shows_the_last_beat_of_every_rank(
     assert status.to_json(found)["ranks"][1]["step"] == 41
 
 
+def test_the_slurm_job_of_the_present_life_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Script().life()
+    script.say("slurm", job="12_3", restarts=1, node="n1")
+    found = status.of(RunDirectory(directory(tmp_path / "demo", script.events)))
+    status.show(found)
+    assert "job 12_3 on n1, requeued 1 time" in capsys.readouterr().out
+    assert status.to_json(found)["slurm"] == {"job": "12_3", "restarts": 1, "node": "n1"}
+    elsewhere = directory(tmp_path / "later", script.life().events)
+    assert status.to_json(status.of(RunDirectory(elsewhere)))["slurm"] is None
+
+
 def test_replicas_say_how_far_behind_they_are_and_why(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

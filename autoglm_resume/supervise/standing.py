@@ -1,0 +1,62 @@
+"""Whether a run that nobody has is to be continued without a person. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from autoglm_resume.errors import Interrupted, RunLocked
+from autoglm_resume.journal import Event
+
+MATTERS = (1, 90, 93, 2)
+"""Exit codes that need a person, the most urgent first."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Whether to go on, and why or why not."""
+
+    goes_on: bool
+    why: str
+
+
+def of(events: Sequence[Event]) -> Standing:
+    """What the journal of a run that no supervisor has says about going on.
+
+    It is left alone if it is finished, if its last supervisor gave it up (exit codes 1, 2, 90 and
+    93), and if that was part of a Slurm job, which Slurm starts again.
+    """
+    ended: Event | None = None
+    job = None
+    for event in events:
+        match event.get("event"):
+            case "run_completed" | "run_failed" | "run_interrupted":
+                ended = event
+            case "branched":
+                ended = None
+            case "supervisor_started":
+                job = None
+                # A look at a finished run starts no supervisor, so this one went on with it.
+                ended = None
+            case "slurm":
+                job = event.get("job")
+    how = ended["event"] if ended else None
+    why = str(ended.get("reason", "no reason was recorded")) if ended else ""
+    if ended and how == "run_completed":
+        return Standing(False, f"finished at step {ended.get('step', '?')}")
+    if ended and how == "run_failed":
+        return Standing(False, f"left alone, exit code {ended.get('code', '?')}: {why}")
+    if job is not None:
+        return Standing(False, f"left to Slurm; continue it with: scontrol requeue {job}")
+    if ended is not None:
+        return Standing(True, f"interrupted: {why}")
+    return Standing(True, "its supervisor died" if events else "it never began")
+
+
+def worst(codes: Iterable[int]) -> int:
+    """The exit code for several runs: what needs a person, then a death, then an interruption."""
+    found = {code for code in codes if code != RunLocked.exit_code}
+    for code in MATTERS:
+        if code in found:
+            return code
+    return max(found - {Interrupted.exit_code}, default=0) or max(found, default=0)

@@ -1,0 +1,199 @@
+"""Slurm's side in texts; with a real Slurm: tests/faults/test_slurm.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from autoglm_resume.cluster import slurm
+from autoglm_resume.errors import UsageError
+from autoglm_resume.job.load import load
+from autoglm_resume.job.spec import Job
+
+TEMPLATE = Path(__file__).parents[2] / "scripts" / "slurm" / "job.sbatch"
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return made(tmp_path)
+
+
+def made(tmp_path: Path, *overrides: str) -> Job:
+    (tmp_path / "train.py").touch()
+    (tmp_path / "my job.yaml").write_text("script: train.py\nname: demo\n")
+    return load(tmp_path / "my job.yaml", overrides)
+
+
+def test_outside_slurm_there_is_no_allocation() -> None:
+    assert slurm.allocation({"PATH": "/bin"}) is None
+
+
+def test_an_allocation_is_named_as_slurms_commands_name_it() -> None:
+    plain = {"SLURM_JOB_ID": "17", "SLURMD_NODENAME": "n1"}
+    assert slurm.allocation(plain) == slurm.Allocation("17", 0, "n1", None)
+    task = {
+        **plain,
+        "SLURM_ARRAY_JOB_ID": "12",
+        "SLURM_ARRAY_TASK_ID": "3",
+        "SLURM_RESTART_COUNT": "2",
+        "SLURM_JOB_END_TIME": "1700000000",
+    }
+    assert slurm.allocation(task) == slurm.Allocation("12_3", 2, "n1", 1.7e9)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("30", 1800),
+        ("1:30", 90),
+        ("2:00:00", 7200),
+        ("1-12", 129600),
+        ("1-12:30", 131400),
+        ("1-00:00:01", 86401),
+        ("UNLIMITED", None),
+        ("0", 0),
+        ("soon", None),
+    ],
+)
+def test_a_time_limit_is_read_as_sbatch_reads_it(text: str, seconds: float | None) -> None:
+    assert slurm.time_limit(text) == seconds
+
+
+def test_options_are_there_for_sbatch_to_read(job: Job) -> None:
+    lines = slurm.script(
+        job, ["autoglm"], time="2:00:00", partition="gpu", gpus="4", more=["--comment", "a b"]
+    ).splitlines()
+    head = lines[1 : lines.index("")]
+    assert head == [
+        "#SBATCH --job-name=demo",
+        "#SBATCH --signal=B:USR2@80",
+        "#SBATCH --requeue",
+        "#SBATCH --open-mode=append",
+        "#SBATCH --time=2:00:00",
+        "#SBATCH --partition=gpu",
+        "#SBATCH --gpus=4",
+        "#SBATCH --comment 'a b'",
+    ]
+
+
+def test_the_signal_comes_as_early_as_the_job_wants_to_be_told(tmp_path: Path) -> None:
+    asked = slurm.script(made(tmp_path, "preemption.grace=300s"), ["autoglm"])
+    assert "--signal=B:USR2@320" in asked
+
+
+def test_a_time_limit_without_time_to_train_is_refused(job: Job) -> None:
+    with pytest.raises(UsageError, match="stop 80 s before the end"):
+        slurm.script(job, ["autoglm"], time="1")
+
+
+def run(
+    script: str, tmp_path: Path, commands: bool = True, **environment: str
+) -> subprocess.Popen[str]:
+    """The script as Slurm's batch shell; a `scontrol` stands in that notes what it is told."""
+    place = tmp_path / "commands"
+    place.mkdir(exist_ok=True)
+    if commands:
+        control = place / "scontrol"
+        control.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/told\n')
+        control.chmod(0o755)
+    return subprocess.Popen(
+        ["/bin/bash", "-c", script],
+        env={"PATH": str(place), "SLURM_JOB_ID": "17", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def told(tmp_path: Path) -> str:
+    path = tmp_path / "told"
+    return path.read_text() if path.exists() else ""
+
+
+@pytest.mark.parametrize(
+    ("code", "again"),
+    [(75, True), (140, True), *((n, False) for n in (0, 1, 2, 76, 90, 93, 137, 143))],
+)
+def test_only_what_was_interrupted_is_requeued(
+    job: Job, tmp_path: Path, code: int, again: bool
+) -> None:
+    script = slurm.script(job, ["/bin/sh", "-c", f"exit {code}"])
+    assert run(script, tmp_path).wait(30) == code
+    assert told(tmp_path) == ("requeue 17\n" if again else "")
+
+
+def test_a_job_whose_earlier_life_has_not_ended_comes_back(job: Job, tmp_path: Path) -> None:
+    script = slurm.script(job, ["/bin/sh", "-c", "exit 76"])
+    assert run(script, tmp_path, SLURM_RESTART_COUNT="1").wait(30) == 76
+    assert told(tmp_path) == "requeue 17\n"
+
+
+def test_without_scontrol_it_says_what_a_person_can_do(job: Job, tmp_path: Path) -> None:
+    script = slurm.script(job, ["/bin/sh", "-c", "exit 75"])
+    done = run(script, tmp_path, commands=False)
+    _, said = done.communicate(timeout=30)
+    assert done.returncode == 75
+    assert said == "autoglm: scontrol is not here; continue with: scontrol requeue 17\n"
+
+
+WAITS = """
+import os, signal
+def stop(number, frame):
+    os.write(1, f"{signal.Signals(number).name}\\n".encode())
+    os._exit(75)
+signal.signal(signal.SIGUSR2, stop)
+signal.signal(signal.SIGTERM, stop)
+os.write(1, b"waiting\\n")
+while True:
+    signal.pause()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "requeued"), [(signal.SIGUSR2, "requeue 17\n"), (signal.SIGTERM, "")]
+)
+def test_signals_reach_the_run_and_its_exit_code_counts(
+    job: Job, tmp_path: Path, number: signal.Signals, requeued: str
+) -> None:
+    process = run(slurm.script(job, [sys.executable, "-c", WAITS]), tmp_path)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
+    os.kill(process.pid, number)
+    assert process.stdout.readline() == f"{number.name}\n"
+    process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert told(tmp_path) == requeued
+
+
+def test_each_task_of_an_array_has_a_run_and_replicas_of_its_own(tmp_path: Path) -> None:
+    job = made(tmp_path, "checkpoint.dir=elsewhere/ck", f"checkpoint.replicas=[{tmp_path}/rep/]")
+    shows = [sys.executable, "-c", "import sys; print(*sys.argv[1:], sep='\\n')"]
+    script = slurm.script(job, shows)
+    alone, _ = run(script, tmp_path).communicate(timeout=30)
+    assert alone == "\n"
+    array = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
+    given, _ = run(script, tmp_path, **array).communicate(timeout=30)
+    overrides = given.split("\n")[1:-1:2]
+    of_task = made(tmp_path, *overrides)
+    assert of_task.name == "demo-3"
+    assert str(of_task.run_dir) == f"{job.run_dir}-3"
+    assert of_task.checkpoint.dir == tmp_path / "elsewhere" / "ck-3"
+    assert of_task.checkpoint.replicas == (f"{tmp_path}/rep/3",)
+
+
+def test_checkpoints_inside_the_run_stay_inside(job: Job, tmp_path: Path) -> None:
+    assert f'--set checkpoint.dir={job.run_dir}-"$SLURM_ARRAY_TASK_ID"/checkpoints' in slurm.script(
+        job, ["autoglm"]
+    )
+
+
+def test_the_template_does_what_a_submitted_script_does(job: Job) -> None:
+    begins = "# Slurm signals this shell alone."
+    _, _, template = TEMPLATE.read_text().partition(begins)
+    _, _, submitted = slurm.script(job, ["autoglm"]).partition(begins)
+    assert template == submitted
