@@ -26,6 +26,7 @@ NOTICED = (
 MOST_NOTICED = 8
 
 _FRAME = re.compile(r'^ *File "(?P<file>[^"\n]+)", line (?P<line>\d+), in (?P<function>.+)$')
+_LINE = re.compile(r"\S+:\d+ in ")
 _NOT_THE_USERS = re.compile(
     r"(^|/)(site-packages|dist-packages|autoglm_resume|torch)/|/lib/python3|^<|(^|/)runpy\.py"
 )
@@ -260,6 +261,8 @@ def line_of(failure: Event) -> Line | None:
         return Line(own_frame, inside, "stack")
     tail = [line.strip() for line in str(failure.get("tail") or "").splitlines() if line.strip()]
     place = str(failure.get("place") or "")
+    if not _LINE.match(place):  # “SIGKILL at step 20, in backward”: the summary says so already
+        place = ""
     if not tail and not place:
         return None
     return Line(place, tail[-1][:300] if tail else "", "log" if tail else "evidence")

@@ -78,6 +78,13 @@ def test_without_a_traceback_the_last_line_of_the_log_is_shown() -> None:
     assert told(only(run))["line"] == "two (log)"
 
 
+def test_a_place_that_is_no_line_is_not_shown_as_one() -> None:
+    assert line_of({"event": "failure", "place": "SIGKILL at step 20, in backward"}) is None
+    found = line_of({"event": "failure", "place": "train.py:31 in step"})
+    assert found
+    assert found.place == "train.py:31 in step"
+
+
 @pytest.mark.parametrize("kind", [*Kind, "supervisor", "of_a_later_version"])
 def test_every_class_is_told_in_words_with_its_evidence(kind: Kind | str) -> None:
     name = kind.value if isinstance(kind, Kind) else kind
