@@ -66,9 +66,9 @@ def _all(directory: str | None, step: int | None, *, json: bool) -> int:
     place = Path(directory or target.RUNS)
     if not place.is_dir():
         raise UsageError(f"{place}: expected a directory of runs")
-    ended: list[together.Ended] = []
+    ended: list[together.Fate] = []
 
-    def tell(one: together.Ended) -> None:
+    def tell(one: together.Fate) -> None:
         ended.append(one)
         if not json:
             print(f"{one.run.name}: {one.text}", flush=True)

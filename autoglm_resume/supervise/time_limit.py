@@ -70,6 +70,8 @@ class TimeLimit:
         ends = self._heard().strip()
         if ends.isdecimal():
             self._learn(int(ends) - time.time())
+        elif self._ends is not None:
+            self._out_of_time()
 
     def _heard(self) -> str:
         assert self._asking is not None

@@ -21,7 +21,7 @@ LOG = "resume.log"
 
 
 @dataclass(frozen=True)
-class Ended:
+class Fate:
     """What became of one run."""
 
     run: Path
@@ -31,18 +31,18 @@ class Ended:
     text: str
 
 
-def resume(runs: Sequence[RunDirectory], tell: Callable[[Ended], None]) -> int:
+def resume(runs: Sequence[RunDirectory], tell: Callable[[Fate], None]) -> int:
     """Continue those of `runs` that go on without a person, all at once, and wait for their end.
 
     A supervisor that is killed is followed by another, if it came further than the one before.
     `tell` is called for each run when its fate is known. A stop asked for by a signal is passed on
-    to all. Returns the worst exit code (see `standing.worst`). Raises OSError.
+    to all. Returns the worst exit code (see `standing.worst`).
     """
     return _Together(tell).resume(runs)
 
 
 class _Together:
-    def __init__(self, tell: Callable[[Ended], None]) -> None:
+    def __init__(self, tell: Callable[[Fate], None]) -> None:
         self._tell = tell
         self._pump = Pump()
         self._running: dict[Path, subprocess.Popen[bytes]] = {}
@@ -53,16 +53,23 @@ class _Together:
         signals = Signals(self._pump, STOPS, self._pass_on)
         try:
             for run in runs:
-                reason = _reason_against(run)
-                if reason is None:
-                    self._start(run)
-                else:
-                    self._tell(Ended(run.path, False, 0, reason))
+                self._look_at(run)
             self._pump.wait(lambda: not self._running)
         finally:
             signals.close()
             self._pump.close()
         return standing.worst(self._codes)
+
+    def _look_at(self, run: RunDirectory) -> None:
+        try:
+            reason = _reason_against(run)
+            if reason is None:
+                self._start(run)
+                return
+        except OSError as error:  # the others can be continued all the same
+            reason = f"left alone: {error.filename or run.path}: {error.strerror}"
+            self._codes.append(AutoglmError.exit_code)
+        self._tell(Fate(run.path, False, 0, reason))
 
     def _pass_on(self, number: signal.Signals) -> None:
         self._stopping = True
@@ -96,7 +103,7 @@ class _Together:
     def _end(self, run: RunDirectory, code: int) -> None:
         self._codes.append(code)
         why = standing.of(run.events()).why
-        self._tell(Ended(run.path, True, code, f"continued, exit code {code}: {why}"))
+        self._tell(Fate(run.path, True, code, f"continued, exit code {code}: {why}"))
 
 
 def _commits(run: RunDirectory) -> int:

@@ -89,6 +89,18 @@ def test_a_stop_before_the_first_checkpoint_exits_with_128_and_the_signal(
     assert finish(process).code == 128 + signal.SIGTERM
 
 
+def test_a_schedulers_time_that_ends_before_the_first_checkpoint_fails_for_good(
+    rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 1))
+    ended = rehearsal.run("--pause", "10")
+    assert ended.code == 1, ended
+    assert "ends before its first checkpoint" in ended.err
+    assert rehearsal.events("stop_requested")[0]["by"] == "the end of the job's time"
+    assert rehearsal.events("run_failed")[0]["code"] == 1
+
+
 def test_a_second_supervisor_is_refused_with_76_and_disturbs_nothing(
     rehearsal: Rehearsal, undisturbed: dict[str, str]
 ) -> None:

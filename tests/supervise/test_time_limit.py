@@ -126,3 +126,9 @@ def test_a_slurm_that_does_not_answer_is_not_waited_for(
     monkeypatch.setattr(time_limit, "PATIENCE", 0.1)
     run.limited(until(0.2), 0.1)
     assert run.stopped()
+
+
+def test_a_slurm_that_cannot_answer_is_not_waited_for(run: Run, squeue: Path) -> None:
+    assert not squeue.exists()
+    run.limited(until(0.2), 0.1)
+    assert run.stopped(within=time_limit.PATIENCE / 2)
