@@ -174,7 +174,7 @@ def decide(
     """
     if failure.code == DoNotRequeue.exit_code:
         return GiveUp("the job asked not to be run again (exit code 93)", DoNotRequeue.exit_code)
-    asked, because = _asked(history, failure, rules)
+    asked, because = _asked(failure, rules)
     if asked is Answer.STOP:
         return GiveUp(f"restart.on has {because}: stop: {failure.summary}", AutoglmError.exit_code)
     if failure.kind is Kind.REFUSED:
@@ -193,20 +193,11 @@ def decide(
         assert failure.rank is not None  # or it would not be possible
         return Smaller(failure.rank, failure.summary)
     stuck = tally.idle if free else tally.stuck
-    openings = stuck - rules.without_progress + 1
-    if openings > 0:
-        if asked is None and failure.kind not in HEALED_BY_TIME:
-            again = answer is Answer.ROLL_BACK or tally.alike >= rules.without_progress
-        else:
-            again = asked is Answer.ROLL_BACK
-        if again or openings > rules.cool_downs:
+    if stuck >= rules.without_progress:
+        heals = failure.kind in HEALED_BY_TIME or tally.alike < rules.without_progress
+        if answer is Answer.ROLL_BACK or not (heals or asked):
             return _hopeless(stuck, failure)
-        reason = (
-            f"{_times(stuck)} without new progress: one try after a cool-down "
-            f"({openings} of {rules.cool_downs})"
-        )
-        breaker: Breaker = "open" if rules.cool_down else "half-open"
-        return Restart(rules.cool_down, reason, breaker=breaker)
+        return _cool_down(stuck, failure, rules)
     if answer is Answer.PAUSE:
         what: Literal["space", "storage"] = "storage" if failure.kind is Kind.STORAGE else "space"
         return Pause(what, rules.longest_pause, failure.summary)
@@ -301,15 +292,13 @@ def _overspent(tally: _Tally, rules: Rules) -> str:
     return ""
 
 
-def _asked(history: Sequence[Ended], failure: Failure, rules: Rules) -> tuple[Answer | None, str]:
+def _asked(failure: Failure, rules: Rules) -> tuple[Answer | None, str]:
     """What the job wants, and the key that says so: the most particular one counts."""
     text = "\n".join((failure.summary, failure.traceback, failure.tail))
     for key, answer in rules.on.items():
         if key.startswith("/") and re.search(key[1:-1], text, re.MULTILINE):
             return answer, key
-    names = [str(failure.code), failure.kind.value]
-    if failure.kind is Kind.EXCEPTION and _came_again(history):
-        names.insert(1, Kind.CODE_ERROR.value)
+    names = (str(failure.code), failure.kind.value)
     return next(((rules.on[name], name) for name in names if name in rules.on), (None, ""))
 
 
@@ -324,17 +313,11 @@ def _possible(answer: Answer, failure: Failure, rules: Rules) -> Answer:
 
 def _right_after_one_checkpoint(history: Sequence[Ended]) -> bool:
     """Whether the same failure has come twice, and soon, after loading the same checkpoint."""
-    ran = _errors(history)[-2:]
-    soon = all(0 <= attempt.furthest - attempt.started_from <= FEW for attempt in ran)
-    same = len({attempt.started_from for attempt in ran} - {0}) == 1
-    return soon and same and _came_again(history)
-
-
-def _came_again(history: Sequence[Ended]) -> bool:
-    """Whether the last two failures were the same at a place that is known."""
-    ran = _errors(history)[-2:]
-    same = len(ran) == 2 and _likeness(ran[0]) == _likeness(ran[1])
-    return same and bool(ran[1].place) and ran[1].furthest <= ran[0].furthest
+    errors = _errors(history)[-2:]
+    if len(errors) < 2 or not errors[-1].place or not errors[-1].started_from:
+        return False
+    one = len({(_likeness(error), error.started_from) for error in errors}) == 1
+    return one and all(0 <= error.furthest - error.started_from <= FEW for error in errors)
 
 
 def _errors(history: Sequence[Ended]) -> list[Ended]:
@@ -347,6 +330,18 @@ def _answer_refusal(history: Sequence[Ended], failure: Failure) -> Decision:
     if failure.final or any(attempt.refused == last.refused for attempt in before):
         return GiveUp(failure.summary, CheckpointError.exit_code)
     return Restart(0.0, "the gate judges the checkpoints anew")
+
+
+def _cool_down(stuck: int, failure: Failure, rules: Rules) -> Decision:
+    """The breaker is open, or, if that takes no time, half open."""
+    opened = stuck - rules.without_progress + 1
+    if opened > rules.cool_downs:
+        return _hopeless(stuck, failure)
+    reason = (
+        f"{_times(stuck)} without new progress: one try after a cool-down "
+        f"({opened} of {rules.cool_downs})"
+    )
+    return Restart(rules.cool_down, reason, "open" if rules.cool_down else "half-open")
 
 
 def _hopeless(count: int, failure: Failure) -> GiveUp:

@@ -270,13 +270,6 @@ def test_an_answer_of_the_jobs_own_is_bounded_like_any_other() -> None:
     assert last(Answer.REQUEUE, 3) == "give up 1"
 
 
-def test_the_same_exception_again_is_a_code_error_to_the_job() -> None:
-    rules = replace(RULES, on={"code_error": Answer.STOP})
-    once = replace(FROM_START, kind=Kind.EXCEPTION, place="x")
-    assert shown(decide([once], RAISED, rules)) == "in 0"
-    assert shown(decide([once, once], RAISED, rules)) == "give up 1"
-
-
 def test_a_stop_that_is_asked_for_names_the_key() -> None:
     rules = replace(RULES, on={"17": Answer.STOP})
     decision = decide([FROM_START], of(Kind.EXITED, code=17), rules)
