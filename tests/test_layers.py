@@ -17,6 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 PURE = [
     *("job/units.py", "job/spec.py", "job/fields.py", "job/section.py", "job/checkpoint.py"),
+    "job/answers.py",
     *("supervise/policy.py", "supervise/failure.py", "supervise/liveness.py"),
     *("supervise/interval.py", "supervise/facts.py", "supervise/causes.py"),
     *("supervise/patterns.py", "supervise/places.py"),

@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 from autoglm_resume.job import units
+from autoglm_resume.job.answers import On, Window
 from autoglm_resume.job.checkpoint import Checkpoint
 from autoglm_resume.job.fields import (
     Count,
@@ -70,7 +71,34 @@ class Restart(Section):
     )
     without_progress: Count = Field(
         default=3,
-        description="Give up after this many attempts in a row that came no further than before.",
+        description="Attempts in a row that may come no further than before. A failure that would "
+        "come again (an exception at the same place) then ends the run; one that time may heal (a "
+        "lost connection, a killed rank) is given a cool-down and one more try.",
+    )
+    cool_down: Duration = Field(
+        default=300.0,
+        validate_default=True,
+        description="How long nothing is tried after failures without progress.",
+    )
+    cool_downs: CountOrZero = Field(
+        default=3, description="Give up after this many cool-downs in a row without progress."
+    )
+    window: Window = Field(
+        default_factory=Window, description="How many failures are too many, progress or not."
+    )
+    longest_pause: Duration = Field(
+        default=86400.0,
+        validate_default=True,
+        description="How long to wait for space on a full disk, or for storage that is away.",
+    )
+    on: On = Field(
+        default_factory=dict,
+        description="Answers of the job's own to failures by class (`cuda_oom`), exit code (`17`) "
+        "or /regular expression/ in the message or the last lines of the log: `restart`, "
+        "`roll_back` (from an older checkpoint), `pause` (until there is space and the storage "
+        "answers), `smaller` (without that rank's GPU, where `guards.world_size` is elastic), "
+        "`requeue` (exit 75, under a scheduler) or `stop`. A pattern counts before a code, a code "
+        "before a class.",
     )
     grace: Duration = Field(
         default=0.0,

@@ -248,11 +248,16 @@ def _failure(e: Event) -> str:
     return f"{failed(e)}, detected after {seconds(max(0.0, e.get('mono', cause) - cause))}"
 
 
+_UNTIL = {"space": "there is space", "storage": "the storage answers"}
+
+
 def _decision(e: Event) -> str:
     action = str(e.get("action") or "restart")
     delay = e.get("delay") or 0.0
     when = f" in {seconds(delay)}" if delay > 0 else " at once"
-    if action in ("give_up", "pause", "requeue"):
+    if action == "pause":
+        when = f" until {_UNTIL.get(str(e.get('until')), 'it can go on')}"
+    elif action in ("give_up", "requeue"):
         when = ""
     return f"{_ACTIONS.get(action, action)}{when}: {short(str(e.get('reason', '')))}"
 
@@ -260,11 +265,28 @@ def _decision(e: Event) -> str:
 _ACTIONS = {
     "give_up": "giving up",
     "restart": "restarting",
-    "roll_back": "restarting one checkpoint further back",
-    "smaller": "restarting with fewer ranks",
+    "roll_back": "restarting from an older checkpoint",
+    "smaller": "restarting without that rank's GPU",
     "pause": "pausing",
-    "requeue": "leaving it to the scheduler to start it elsewhere",
+    "requeue": "ending, to be started again elsewhere",
 }
+
+
+def _branched(e: Event) -> str:
+    why = e.get("reason")
+    return f"going back to step {e.get('step', '?')}" + (f": {why}" if why else ", as asked")
+
+
+def _excluded(e: Event) -> str:
+    gpu = e.get("gpu")
+    whose = "" if gpu is None else f"'s GPU {gpu}"
+    return f"going on without rank {e.get('rank', '?')}{whose} on {e.get('host', '?')}"
+
+
+def _pause_ended(e: Event) -> str:
+    after = f"after {seconds(e.get('seconds'))}"
+    problem = e.get("problem")
+    return f"no longer waiting, {after}: {problem}" if problem else f"going on {after}"
 
 
 def _completed(e: Event) -> str:
@@ -320,7 +342,11 @@ _SAY: dict[str, Callable[[Event], str]] = {
     "save_failed": _save_failed,
     "save_skipped": lambda e: f"no save after step {e.get('step', '?')}: {e.get('reason', '?')}",
     "saver_lost": lambda e: f"rank {e.get('rank', '?')}'s saver died and was replaced",
-    "branched": lambda e: f"going back to step {e.get('step', '?')}, as asked",
+    "branched": _branched,
+    "excluded": _excluded,
+    "paused": lambda e: f"waiting: {e.get('reason', '?')}",
+    "pause_ended": _pause_ended,
+    "waiting": lambda e: f"waiting {seconds(e.get('seconds'))} more: {e.get('reason', '?')}",
     "brought_back": lambda e: f"{e.get('id', '?')} brought back from a replica",
     "resharded": _resharded,
     "partly_restored": _partly,

@@ -91,6 +91,33 @@ class Gatekeeper:
             return ResumePoint(sealed.id, sealed.step, "", sealed.seals)
         return ResumePoint(accepted.id, accepted.step, accepted.manifest.digest)
 
+    def go_back(self, before: int | None, attempt: int) -> None:
+        """Have the gate take an older checkpoint than that of step `before`, or than the newest.
+
+        What attempts before `attempt` saved after it is of a branch given up. Without an older
+        acceptable one nothing changes. What ranks left in memory must be on storage.
+        """
+        self._complete()
+        newest = self._newest_step(before)
+        older = newest if before is not None or newest is None else self._newest_step(newest)
+        if older is None:
+            self.tell("warning", text="there is no older acceptable checkpoint to go back to")
+        else:
+            self.branch(older, attempt, reason="what was saved since may be bad")
+
+    def branch(self, step: int, attempt: int, **fields: str) -> None:
+        """Go on from `step` in `attempt`; `history.recall` knows what the journal then says."""
+        self.tell("branched", step=step, **fields)
+        self.branches = (*self.branches, (step, attempt))
+        self.checkpointed = step
+
+    def _newest_step(self, before: int | None) -> int | None:
+        """Of the acceptable checkpoints on storage that are older than step `before`."""
+        paths = self.store.committed()
+        there = (self._examine(p) for p in paths if before is None or age(p.name)[0] < before)
+        accepted = choose(there, self._expectation(self.refused)).accepted
+        return accepted.step if accepted else None
+
     def may_take_from_memory(self, id: str) -> bool:
         """Whether ranks that were told to have not failed to."""
         return id not in self._not_from_memory

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from autoglm_resume.checkpoint.structure import Structure, combined
 from autoglm_resume.errors import CheckpointError
 from autoglm_resume.journal import Event
+from autoglm_resume.kinds import Kind
 from autoglm_resume.supervise.failure import Previous
 from autoglm_resume.supervise.policy import Ended
 from autoglm_resume.worker.gaps import Counts, merged
@@ -24,6 +25,29 @@ class Model:
 
     hash: str
     structure: Structure | None
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """A rank's GPU that the run goes on without."""
+
+    host: str
+    rank: int
+    gpu: str | None = None
+    """As CUDA_VISIBLE_DEVICES names it, None where ranks have none."""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A wait that a supervisor had decided on and did not live to end."""
+
+    action: str
+    delay: float
+    reason: str
+    since: float
+    """Unix seconds."""
+    until: str = ""
+    """What a pause waits for."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +79,9 @@ class History:
     """How long ranks were silent between beats, by rank and phase."""
     previous: Previous | None = None
     """The last failure, if the run was not given up after it."""
+    excluded: tuple[Exclusion, ...] = ()
+    """Since the run was last given up."""
+    pending: Pending | None = None
 
 
 def recall(events: Iterable[Event]) -> History:
@@ -71,6 +98,8 @@ def recall(events: Iterable[Event]) -> History:
     replicated: dict[str, tuple[str, ...]] = {}
     silences: Silences = {}
     previous: Previous | None = None
+    excluded: list[Exclusion] = []
+    pending: Pending | None = None
     for event in events:
         # A line of another version, or one that was damaged, must not lose the rest.
         with contextlib.suppress(KeyError, TypeError, ValueError, CheckpointError):
@@ -80,6 +109,7 @@ def recall(events: Iterable[Event]) -> History:
                 case "attempt_started":
                     attempts = max(attempts, int(event["attempt"]) + 1)
                     started_from, began = int(event["step"]), float(event["time"])
+                    pending = None
                 case "attempt_ended":
                     trained += max(0.0, float(event["time"]) - began)
                 case "gaps":
@@ -92,24 +122,32 @@ def recall(events: Iterable[Event]) -> History:
                 case "branched":
                     branches.append((int(event["step"]), int(event["attempt"])))
                     checkpointed, finished = int(event["step"]), False
+                    if event.get("reason") is None:  # a person asked for it: what failed is past
+                        ended.clear()
+                        previous = None
                 case "committed":
                     if int(event["step"]) >= checkpointed:
                         checkpointed, objects = int(event["step"]), event["objects"]
                 case "failure":
                     failures += 1
-                    step, lived, refused = (
-                        int(event["step"]),
-                        event.get("lived"),
-                        event.get("refused"),
-                    )
-                    ended.append(Ended(started_from, step, checkpointed, lived, refused))
-                    previous = Previous(str(event.get("place", "")), step)
+                    ended.append(_ended(event, started_from, checkpointed))
+                    previous = Previous(ended[-1].place, ended[-1].furthest)
+                case "decision":
+                    pending = _pending(event)
+                    ended[-1:] = [replace(last, action=event["action"]) for last in ended[-1:]]
+                case "excluded":
+                    gpu, host = event.get("gpu"), str(event["host"])
+                    excluded.append(Exclusion(host, int(event["rank"]), gpu))
+                case "run_interrupted":
+                    pending = None  # whoever starts it again wants it to go on at once
                 case "replicated":
                     target = str(event["replica"])
                     replicated[target] = (*replicated.get(target, ()), str(event["id"]))
                 case "run_failed":
                     previous = None
                     ended.clear()
+                    excluded.clear()
+                    pending = None
                 case "run_completed":
                     finished = True
     return History(
@@ -127,6 +165,32 @@ def recall(events: Iterable[Event]) -> History:
         replicated,
         silences,
         previous,
+        tuple(excluded),
+        pending,
+    )
+
+
+def _ended(event: Event, started_from: int, checkpointed: int) -> Ended:
+    known = {kind.value for kind in Kind}
+    return Ended(
+        started_from,
+        int(event["step"]),
+        checkpointed,
+        event.get("lived"),
+        event.get("refused"),
+        Kind(event["kind"]) if event.get("kind") in known else Kind.UNKNOWN,
+        str(event.get("place") or ""),
+        float(event["time"]),
+    )
+
+
+def _pending(event: Event) -> Pending:
+    return Pending(
+        str(event["action"]),
+        float(event["delay"]),
+        str(event["reason"]),
+        float(event["time"]),
+        str(event.get("until") or ""),
     )
 
 

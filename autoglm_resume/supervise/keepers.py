@@ -61,7 +61,7 @@ class Keepers:
         if job.checkpoint.replicas:
             gate.repair = self._repair
         self._replicas.start()
-        self._protect()
+        self.protect()
 
     @property
     def pids(self) -> frozenset[int]:
@@ -115,9 +115,9 @@ class Keepers:
     def _replica_said(self, event: str, /, **fields: object) -> None:
         self._tell(event, **fields)
         if event == "replicated":
-            self._protect()
+            self.protect()
 
-    def _protect(self) -> None:
+    def protect(self) -> None:
         """Retention must keep the newest checkpoint that counts by the job's commit policy."""
         if self._savers is not None:
             self._savers.protect(self._replicas.protected(self._gate.present()))

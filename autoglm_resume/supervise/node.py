@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import shutil
 import socket
@@ -17,19 +18,23 @@ from autoglm_resume.errors import UsageError
 
 def visible_gpus() -> int:
     """GPUs that a worker would see, without initialising CUDA; 0 where there is no driver."""
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return len(visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES")))
+
+
+def visible_devices(listed: str | None) -> list[str]:
+    """Their names, in CUDA's order, where CUDA_VISIBLE_DEVICES is `listed`."""
     if listed is not None:
         devices = [item.strip() for item in listed.split(",")]
         # CUDA takes the entries before the first invalid one.
-        return next((n for n, item in enumerate(devices) if item in ("", "-1")), len(devices))
+        return list(itertools.takewhile(lambda item: item not in ("", "-1"), devices))
     import pynvml  # type: ignore[import-untyped]
 
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
-        return 0
+        return []
     try:
-        return int(pynvml.nvmlDeviceGetCount())
+        return [str(number) for number in range(pynvml.nvmlDeviceGetCount())]
     finally:
         pynvml.nvmlShutdown()
 

@@ -86,6 +86,7 @@ class Signals:
         self._numbers = frozenset(n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN)
         self._before = {n: signal.signal(n, lambda *_: None) for n in self._numbers}
         pump.watch(self._read, self._readable)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._numbers)
 
     def _readable(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -93,15 +94,18 @@ class Signals:
                 if number in self._numbers:
                     self._handler(signal.Signals(number))
 
-    def close(self) -> None:
+    def close(self, *, again: bool = False) -> None:
         """Stop listening. Ctrl-C is given back; the others are ignored from here on.
 
         They asked for an end that has come: a scheduler that repeats its SIGTERM must not replace
-        the exit code that says how.
+        the exit code that says how. If somebody will listen `again`, they wait for that.
         """
+        if again:
+            signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
         signal.set_wakeup_fd(self._wakeup)
         for number, before in self._before.items():
-            signal.signal(number, before if number == signal.SIGINT else signal.SIG_IGN)
+            back = again or number == signal.SIGINT
+            signal.signal(number, before if back else signal.SIG_IGN)
         self._pump.forget(self._read)
         self._read.close()
         self._write.close()

@@ -21,6 +21,7 @@ from autoglm_resume.job.load import from_snapshot
 from autoglm_resume.job.spec import Job, dump, shown
 from autoglm_resume.supervise import drill, history
 from autoglm_resume.supervise.assign import assignment, world_size
+from autoglm_resume.supervise.exclusion import without
 from autoglm_resume.supervise.gatekeeper import Gatekeeper
 from autoglm_resume.supervise.launcher import Endpoint, torchrun_command
 from autoglm_resume.supervise.node import check_directory
@@ -89,7 +90,13 @@ def start(
         if not checkpoints.is_relative_to(run.path):
             held.enter_context(locked_checkpoints(checkpoints))
         run.save_job(dump(job))
-        return Supervisor(run, lock, job, ordered, screen, branch_from, fresh=fresh).run()
+        while True:
+            smaller = without(job, past.excluded)
+            life = Supervisor(run, lock, smaller, ordered, screen, branch_from, fresh=fresh)
+            if (code := life.run()) is not None:
+                return code
+            # It ended only to go on without a GPU.
+            past, ordered, branch_from = history.recall(run.events()), (), None
 
 
 def resume(directory: Path, screen: Screen, branch_from: int | None = None) -> int:
@@ -113,6 +120,7 @@ def plan(job: Job, *, fresh: bool = False, drills: Sequence[str] = ()) -> Plan:
         storage.check(replica)
     run = RunDirectory(Path(job.run_dir))
     past = history.History() if fresh else history.recall(run.events())
+    job = without(job, past.excluded)
     model = history.model_of(past.models, world_size(job))
     keeper = Gatekeeper(job, world_size(job), _ignore, model, past.checkpointed)
     choice = Choice((), None) if fresh else keeper.judge(every=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import socket
 import time
 import uuid
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +28,11 @@ from autoglm_resume.errors import (
 from autoglm_resume.job.spec import Job, shown
 from autoglm_resume.journal import Event, Journal, stamped
 from autoglm_resume.supervise import history, interval, policy
+from autoglm_resume.supervise.answering import Answering
 from autoglm_resume.supervise.assign import assignment, environment, source, world_size
 from autoglm_resume.supervise.attempt import Attempt, Outcome, hurried
 from autoglm_resume.supervise.drill import Drill
+from autoglm_resume.supervise.exclusion import excluding
 from autoglm_resume.supervise.failure import Failure, Previous
 from autoglm_resume.supervise.gatekeeper import Gatekeeper
 from autoglm_resume.supervise.group import end_orphans
@@ -80,7 +82,6 @@ class Supervisor:
         self._job = job
         self._screen = screen
         self._past = history.recall(run.events())
-        self._ended = list(self._past.ended)
         self._run_id = self._past.run_id or uuid.uuid4().hex[:12]
         self._previous: Failure | Previous | None = self._past.previous
         self._reported = dict(self._past.models)
@@ -115,17 +116,20 @@ class Supervisor:
         self._number = max(self._past.attempts, self._gate.store.next_attempt(), run.next_attempt())
         self._branch_from = branch_from
         self._gate.branches = self._past.branches
+        self._answers = Answering(job, self._past, self._pump, self._stops, self._tell)
         self._rehearsal = Rehearsal(self._pump, drills, self._gate.store, self._tell)
         self._drills = drills
 
-    def run(self) -> int:
-        """Bring the run to its end and return the exit code.
+    def run(self) -> int | None:
+        """Bring the run to its end and return the exit code; None if it is to go on in another
+        life, without what the journal says is excluded.
 
         Raises NoAcceptableCheckpoint, and UsageError for what the start of an attempt needs.
         """
         linux.adopt_orphans()
         signals = Signals(self._pump, (*STOPS, SAVE), self._signalled)
         began = time.monotonic()
+        code: int | None = AutoglmError.exit_code
         try:
             self._bring_back()
             self._gate.read_ahead()
@@ -147,7 +151,8 @@ class Supervisor:
                 self._saver_said,
             )
             self._launcher = launcher = self._make_launcher(keepers)
-            return self._bring_to_end(launcher, keepers, began)
+            code = self._bring_to_end(launcher, keepers, began)
+            return code
         except AutoglmError as error:
             ended = "run_interrupted" if isinstance(error, Interrupted) else "run_failed"
             self._tell(ended, code=error.exit_code, reason=error.message)
@@ -167,12 +172,13 @@ class Supervisor:
                 self._keepers.close()
             self._notifier.close(lambda: hurried(self._stops))
             end_orphans(frozenset())
-            signals.close()
+            signals.close(again=code is None)
             self._journal.close()
             self._pump.close()
 
-    def _bring_to_end(self, launcher: Launcher, keepers: Keepers, began: float) -> int:
-        while True:
+    def _bring_to_end(self, launcher: Launcher, keepers: Keepers, began: float) -> int | None:
+        given_up = self._answers.wait_on()
+        while given_up is None:
             # No rank is alive here, so this is the moment to judge and to clean up.
             resume = self._gate.pass_gate(keepers.settle(self._gate.may_take_from_memory))
             if self._stops:
@@ -192,23 +198,22 @@ class Supervisor:
             if self._stops or outcome.failure is None:
                 return self._interrupted(keepers)
             self._previous = outcome.failure
-            self._ended.append(
-                policy.Ended(
-                    resume.step if resume else 0,
-                    outcome.step,
-                    self._gate.checkpointed,
-                    outcome.lived,
-                    outcome.failure.refused,
-                )
-            )
-            decision = policy.decide(self._ended, outcome.failure, self._rules(), random.random())
-            if isinstance(decision, policy.GiveUp):
+            step = resume.step if resume else 0
+            decision = self._answers.answer(step, outcome, self._gate.checkpointed)
+            if isinstance(decision, policy.Requeue):
+                return self._interrupted(keepers, decision.reason)
+            if isinstance(decision, policy.Smaller):
+                self._tell("excluded", **asdict(excluding(self._job, decision.rank)))
+                return None
+            if isinstance(decision, policy.RollBack):
                 keepers.settle()
-                self._tell("decision", action="give_up", delay=0, reason=decision.reason)
-                self._tell("run_failed", code=decision.code, reason=decision.reason)
-                return decision.code
-            self._tell("decision", action="restart", delay=decision.delay, reason=decision.reason)
-            self._pump.wait(lambda: bool(self._stops), time.monotonic() + decision.delay)
+                self._gate.go_back(decision.before, self._number)
+                self._objects_step = min(self._objects_step, self._gate.checkpointed)
+                keepers.protect()
+            given_up = self._answers.wait(decision)
+        keepers.settle()
+        self._tell("run_failed", code=given_up.code, reason=given_up.reason)
+        return given_up.code
 
     def _attempt(self, launcher: Launcher, keepers: Keepers, resume: ResumePoint | None) -> Outcome:
         self._resume = resume
@@ -311,9 +316,10 @@ class Supervisor:
         if asked != "auto":
             self._interval = asked
             return
-        failures = self._past.failures + len(self._ended) - len(self._past.ended)
         elapsed = self._past.trained + time.monotonic() - self._began
-        chosen = interval.choose(self._costs, failures, elapsed, writing=self._writing)
+        chosen = interval.choose(
+            self._costs, self._answers.failures, elapsed, writing=self._writing
+        )
         before = self._interval
         if before is None or not 1 / NOTABLE < chosen.seconds / before < NOTABLE:
             self._interval = chosen.seconds
@@ -341,10 +347,10 @@ class Supervisor:
             resumed=self._past.run_id is not None,
         )
         if self._branch_from is not None:
-            step, self._branch_from = self._branch_from, None
-            self._tell_next("branched", step=step)
-            self._gate.branches = (*self._gate.branches, (step, self._number))
-            self._gate.checkpointed = self._objects_step = step
+            self._answers.forget()
+            self._previous = None
+            self._gate.branch(self._branch_from, self._number)
+            self._objects_step, self._branch_from = self._branch_from, None
 
     def _bring_back(self) -> None:
         """Where no checkpoint is left, the newest that a replica has."""
@@ -381,12 +387,14 @@ class Supervisor:
             spares=self._job.spares,
         )
 
-    def _interrupted(self, keepers: Keepers) -> int:
+    def _interrupted(self, keepers: Keepers, requeued: str = "") -> int:
         keepers.settle()
         newest = self._gate.newest()
         keepers.flush()
         number = self._stops[0] if self._stops else signal.SIGTERM
-        if hurried(self._stops):
+        if requeued:
+            code, reason = Interrupted.exit_code, f"to be started again elsewhere: {requeued}"
+        elif hurried(self._stops):
             code, reason = died_by_signal(signal.SIGINT), "stopped at once, as asked twice"
         elif newest is not None:
             code, reason = Interrupted.exit_code, f"stopped; continues from step {newest.step}"
@@ -421,12 +429,6 @@ class Supervisor:
             slurm.lead(self._job.preemption.grace),
             lambda: self._stop_asked(signal.SIGUSR2, by="the end of the job's time"),
             self._tell,
-        )
-
-    def _rules(self) -> policy.Rules:
-        restart = self._job.restart
-        return policy.Rules(
-            restart.max_restarts, restart.backoff, restart.max_backoff, restart.without_progress
         )
 
     def _tell_next(self, event: str, /, **fields: Any) -> None:

@@ -154,6 +154,17 @@ def all_dead(processes: list[psutil.Process], within: float) -> bool:
     return True
 
 
+def fill(disk: Path) -> Path:
+    """Write to `disk` until nothing more fits; returns the file."""
+    hog = disk / "hog"
+    with hog.open("wb", buffering=0) as file:
+        while True:
+            try:
+                file.write(b"\0" * 4096)
+            except OSError:
+                return hog
+
+
 def finish(process: subprocess.Popen[str], within: float = PATIENCE) -> Finished:
     """Wait for the end of a command."""
     out, err = process.communicate(timeout=within)
@@ -187,3 +198,17 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         return place.final()
     finally:
         place.end()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 1 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk])
+    if mounted.returncode:
+        pytest.skip("mount is not permitted here")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)

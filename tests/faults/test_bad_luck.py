@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import Rehearsal
+from tests.faults.conftest import Rehearsal, fill
 
 
 def test_a_script_that_never_works_is_given_up_early_with_1(rehearsal: Rehearsal) -> None:
@@ -122,20 +120,6 @@ def test_a_checkpoint_directory_that_is_a_file_is_refused_before_anything_starts
     assert str(rehearsal.directory / "file") in finished.err
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 1 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk])
-    if mounted.returncode:
-        pytest.skip("mount is not permitted here")
-    yield disk
-    subprocess.run(["umount", "-l", disk], check=True)
-
-
 def test_a_full_disk_fails_saves_but_neither_training_nor_the_older_checkpoint(
     rehearsal: Rehearsal, small_disk: Path, undisturbed: dict[str, str]
 ) -> None:
@@ -149,7 +133,7 @@ def test_a_full_disk_fails_saves_but_neither_training_nor_the_older_checkpoint(
         },
     )
     rehearsal.wait_for("committed", lambda e: e["step"] == 10)
-    hog = _fill(small_disk)
+    hog = fill(small_disk)
     failed = rehearsal.wait_for("save_failed")
     assert "No space left" in failed["reason"]
     committed = sorted((small_disk / "ckpt").glob("step-*/manifest.json"))
@@ -158,29 +142,6 @@ def test_a_full_disk_fails_saves_but_neither_training_nor_the_older_checkpoint(
     assert process.wait(60) == 0
     assert len(rehearsal.events("attempt_started")) == 1
     assert rehearsal.final() == undisturbed
-
-
-def test_a_run_whose_last_save_fails_is_not_called_finished(
-    rehearsal: Rehearsal, small_disk: Path
-) -> None:
-    process = rehearsal.start(
-        "--pause", "0.03", checkpoint={"dir": str(small_disk / "ckpt"), "every": {"steps": 5}}
-    )
-    rehearsal.wait_for("committed", lambda e: e["step"] == 10)
-    _fill(small_disk)
-    assert process.wait(60) == 1
-    assert "No space left" in rehearsal.events("run_failed")[0]["reason"]
-    assert not rehearsal.events("run_completed")
-
-
-def _fill(disk: Path) -> Path:
-    hog = disk / "hog"
-    with hog.open("wb", buffering=0) as file:
-        while True:
-            try:
-                file.write(b"\0" * 4096)
-            except OSError:
-                return hog
 
 
 def _interrupted_run(rehearsal: Rehearsal) -> None:

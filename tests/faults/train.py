@@ -29,12 +29,19 @@ session = autoglm.init(checkpoint_dir="checkpoints", every_steps=args.every_step
 attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 failing = attempt == 0 and session.rank == session.world_size - 1
 
+
+class LossDiverged(Exception):
+    pass
+
+
 if args.fail == "steal-port" and attempt == 0 and session.rank == 0:
     thief = socket.socket()
     thief.bind(("", int(os.environ["MASTER_PORT"])))
     thief.listen()
 if args.fail == "always":
     raise ValueError("this script never works")
+if args.fail == "killed-always":
+    os.kill(os.getpid(), signal.SIGKILL)
 if args.fail == "ninety-three":
     raise SystemExit(93)
 if args.fail == "import" and failing:
@@ -121,6 +128,8 @@ for step in session.steps(args.steps):
                 os.abort()
             case "exit":
                 raise SystemExit(17)
+            case "diverge":
+                raise LossDiverged("the loss is nan")
             case "thread":
                 time.sleep(1000)
             case "loader":

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -93,6 +94,39 @@ def test_only_rank_zero_speaks_for_all() -> None:
 def test_a_restart_names_its_step_and_attempt() -> None:
     event = {"event": "attempt_started", "attempt": 1, "step": 40}
     assert sentence(event) == "restarting from step 40 (attempt 1)"
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"action": "restart", "delay": 0}, "restarting at once: x"),
+        ({"action": "restart", "delay": 300}, "restarting in 5m 00s: x"),
+        ({"action": "roll_back", "delay": 0}, "restarting from an older checkpoint at once: x"),
+        ({"action": "pause", "delay": 0, "until": "space"}, "pausing until there is space: x"),
+        ({"action": "pause", "until": "storage"}, "pausing until the storage answers: x"),
+        ({"action": "smaller", "delay": 0}, "restarting without that rank's GPU: x"),
+        ({"action": "requeue", "delay": 0}, "ending, to be started again elsewhere: x"),
+        ({"action": "give_up", "delay": 0}, "giving up: x"),
+    ],
+)
+def test_every_decision_is_told_with_its_reason(fields: dict[str, Any], text: str) -> None:
+    assert sentence({"event": "decision", "reason": "x", **fields}) == text
+
+
+def test_going_back_and_going_on_without_a_gpu_are_told() -> None:
+    assert sentence({"event": "branched", "step": 10}) == "going back to step 10, as asked"
+    back = {"event": "branched", "step": 10, "reason": "nan"}
+    assert sentence(back) == "going back to step 10: nan"
+    out = {"event": "excluded", "rank": 1, "host": "here"}
+    assert sentence({**out, "gpu": None}) == "going on without rank 1 on here"
+    assert sentence({**out, "gpu": "3"}) == "going on without rank 1's GPU 3 on here"
+
+
+def test_a_pause_is_told_when_it_begins_and_ends() -> None:
+    assert sentence({"event": "paused", "reason": "/x: full"}) == "waiting: /x: full"
+    ended = {"event": "pause_ended", "seconds": 7200.0}
+    assert sentence({**ended, "problem": ""}) == "going on after 2h 00m"
+    assert sentence({**ended, "problem": "full"}) == "no longer waiting, after 2h 00m: full"
 
 
 def test_unknown_events_are_ignored() -> None:

@@ -188,6 +188,41 @@ def test_a_damaged_one_goes_to_quarantine_and_the_older_one_is_taken(run: Run) -
     assert again == point
 
 
+def test_going_back_takes_an_older_one_and_leaves_the_newer_ones_where_they_are(run: Run) -> None:
+    old = run.save(10)
+    run.damage(run.save(20))
+    run.save(30)
+    newest = run.save(40)
+    keeper = run.keeper()
+
+    def taken() -> tuple[str, int]:
+        point = keeper.pass_gate()
+        assert point is not None
+        return point.id, keeper.checkpointed
+
+    assert taken()[0] == newest
+    keeper.go_back(None, 1)
+    assert keeper.branches == ((30, 1),)
+    assert taken()[1] == 30
+    keeper.go_back(30, 2)
+    assert taken() == (old, 10), "that of step 20 is damaged"
+    assert run.store.directory(newest).is_dir()
+    assert [e["step"] for e in run.events("branched")] == [30, 10]
+
+
+def test_where_there_is_nothing_older_going_back_changes_nothing(run: Run) -> None:
+    only = run.save(10)
+    keeper = run.keeper()
+    before = run.listing()
+    keeper.go_back(None, 1)
+    keeper.go_back(10, 1)
+    assert (keeper.branches, run.listing()) == ((), before)
+    assert len(run.events("warning")) == 2
+    point = keeper.pass_gate()
+    assert point is not None
+    assert point.id == only
+
+
 def test_one_that_only_does_not_fit_is_passed_over_and_left_alone(run: Run) -> None:
     old = run.save(10, ranks=2)
     other = run.save(20, ranks=3)

@@ -7,8 +7,16 @@ import pytest
 
 from autoglm_resume import journal
 from autoglm_resume.checkpoint.structure import Structure, combined
+from autoglm_resume.kinds import Kind
 from autoglm_resume.supervise.failure import Previous
-from autoglm_resume.supervise.history import History, Model, model_of, recall
+from autoglm_resume.supervise.history import (
+    Exclusion,
+    History,
+    Model,
+    Pending,
+    model_of,
+    recall,
+)
 from autoglm_resume.supervise.policy import Ended
 
 MODEL = Structure.of([("w", "float32", (2, 3))])
@@ -44,7 +52,7 @@ def test_a_run_is_recalled() -> None:
     )
     assert past.run_id == "abc"
     assert past.attempts == 2
-    assert past.ended == (Ended(0, 14, 10), Ended(10, 25, 20))
+    assert past.ended == (Ended(0, 14, 10, time=1000.0), Ended(10, 25, 20, time=1000.0))
     assert (past.checkpointed, past.objects) == (20, {"model": "d20"})
     assert (past.failures, past.trained) == (2, 25.5)
     assert past.imports == ("x", "y", "z")
@@ -72,7 +80,7 @@ def test_a_run_that_was_given_up_gets_a_new_budget() -> None:
             event("failure", step=7),
         ]
     )
-    assert past.ended == (Ended(5, 7, 5),)
+    assert past.ended == (Ended(5, 7, 5, time=1000.0),)
 
 
 def test_a_refusal_is_remembered_over_a_restart_of_the_supervisor() -> None:
@@ -82,7 +90,49 @@ def test_a_refusal_is_remembered_over_a_restart_of_the_supervisor() -> None:
             event("failure", step=-1, refused="step-0000000030.a0"),
         ]
     )
-    assert past.ended == (Ended(30, -1, 0, refused="step-0000000030.a0"),)
+    assert past.ended == (Ended(30, -1, 0, refused="step-0000000030.a0", time=1000.0),)
+
+
+def test_what_failed_where_and_how_it_was_answered_is_remembered() -> None:
+    past = recall(
+        [
+            event("attempt_started", attempt=0, step=0),
+            event("failure", step=3, kind="hang", place="train.py:3 in f", time=7.0),
+            event("decision", action="restart", delay=2.0, reason="x", time=8.0),
+            event("attempt_started", attempt=1, step=0),
+            event("failure", step=3, kind="of a newer version"),
+            event("decision", action="requeue", delay=0, reason="y"),
+        ]
+    )
+    first = Ended(0, 3, 0, None, None, Kind.HANG, "train.py:3 in f", 7.0, "restart")
+    assert past.ended == (first, Ended(0, 3, 0, time=1000.0, action="requeue"))
+
+
+def test_a_wait_that_was_cut_short_is_pending_until_somebody_starts_or_stops_the_run() -> None:
+    waiting = [
+        event("failure", step=3),
+        event("decision", action="pause", delay=0, reason="full", until="space", time=9.0),
+    ]
+    assert recall(waiting).pending == Pending("pause", 0.0, "full", 9.0, "space")
+    for end in (
+        event("attempt_started", attempt=1, step=0),
+        event("run_interrupted", code=75),
+        event("run_failed", code=1),
+    ):
+        assert recall([*waiting, end]).pending is None
+
+
+def test_exclusions_last_until_the_run_is_given_up() -> None:
+    out = event("excluded", rank=1, gpu="3", host="here")
+    assert recall([out, out]).excluded == (Exclusion("here", 1, "3"),) * 2
+    assert recall([out, event("run_interrupted", code=75)]).excluded
+    assert not recall([out, event("run_failed", code=1)]).excluded
+
+
+def test_going_back_is_a_new_beginning_only_if_a_person_asked_for_it() -> None:
+    failed = [event("attempt_started", attempt=0, step=20), event("failure", step=25)]
+    assert recall([*failed, event("branched", step=10, attempt=1, reason="nan")]).ended
+    assert not recall([*failed, event("branched", step=10, attempt=1)]).ended
 
 
 def test_the_last_failure_is_remembered_until_the_run_is_given_up() -> None:

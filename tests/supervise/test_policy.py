@@ -1,116 +1,354 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoglm_resume.kinds import Kind
+from autoglm_resume.kinds import Answer, Kind
+from autoglm_resume.supervise import policy
 from autoglm_resume.supervise.failure import Failure
-from autoglm_resume.supervise.policy import Decision, Ended, GiveUp, Restart, Rules, decide
+from autoglm_resume.supervise.policy import (
+    Decision,
+    Ended,
+    GiveUp,
+    Pause,
+    Requeue,
+    Restart,
+    RollBack,
+    Rules,
+    Smaller,
+    remaining,
+)
 
-RULES = Rules(max_restarts=4, backoff=1.0, max_backoff=60.0, without_progress=3)
+NOW = 1_000_000.0
+RULES = Rules(max_restarts=10, backoff=1.0, max_backoff=60.0, without_progress=3)
+SCHEDULED = replace(RULES, scheduler=True)
+ELASTIC = replace(RULES, can_shrink=True)
 KILLED = Failure(Kind.KILLED, 1, "rank 1 died by SIGKILL", 30, signal=9)
-FROM_START = Ended(0, 10, 0)
+FROM_START = Ended(0, 10, 0, kind=Kind.KILLED)
+RAISED = Failure(Kind.EXCEPTION, 0, "rank 0 failed with ValueError", 5, place="train.py:3 in f")
+
+DIES_AGAIN = [
+    *(Kind.EXITED, Kind.EXCEPTION, Kind.CODE_ERROR, Kind.LAUNCH, Kind.CUDA_OOM, Kind.DATA_ERROR)
+]
+HEALS = [
+    *(Kind.KILLED, Kind.CRASHED, Kind.HOST_OOM, Kind.COMMUNICATION, Kind.HANG, Kind.STRAGGLER),
+    *(Kind.PORT, Kind.UNKNOWN),
+]
 
 
-def stuck(times: int) -> list[Ended]:
+def stuck(times: int, kind: Kind = Kind.KILLED, place: str = "") -> list[Ended]:
     """One attempt that reached step 10, then `times` that came no further."""
-    return [FROM_START] + [FROM_START] * times
+    each = replace(FROM_START, kind=kind, place=place)
+    return [each] + [each] * times
+
+
+def decide(
+    history: Sequence[Ended], failure: Failure = KILLED, rules: Rules = RULES, jitter: float = 0.0
+) -> Decision:
+    return policy.decide(history, failure, rules, NOW, jitter)
+
+
+def of(kind: Kind, **more: object) -> Failure:
+    return replace(Failure(kind, 1, f"rank 1: {kind.value}", 10), **more)  # type: ignore[arg-type]
+
+
+def shown(decision: Decision) -> str:
+    """A decision in a word or two."""
+    match decision:
+        case GiveUp(code=code):
+            return f"give up {code}"
+        case Restart(breaker="open"):
+            return "cool down"
+        case RollBack(before=None, delay=delay):
+            return f"back in {delay:g}"
+        case RollBack(before=before):
+            return f"before {before}"
+        case Restart(delay=delay):
+            return f"in {delay:g}"
+        case Pause(until=until):
+            return until
+        case Smaller(rank=rank):
+            return f"without {rank}"
+        case Requeue():
+            return "requeue"
+
+
+# What each class gets: after progress, stuck once and twice, three, five and six times; after
+# progress under a scheduler; after progress where it can shrink.
+TABLE = {
+    **dict.fromkeys(HEALS, ("in 0 in 1 in 2", "cool down", "cool down", "give up 1", "in 0 in 0")),
+    **dict.fromkeys(
+        DIES_AGAIN, ("in 0 in 1 in 2", "give up 1", "give up 1", "give up 1", "in 0 in 0")
+    ),
+    Kind.GPU_FAULT: (
+        *("in 0 in 1 in 2", "cool down", "cool down", "give up 1", "requeue without 1"),
+    ),
+    Kind.DIVERGED: (
+        *("back in 0 back in 1 back in 2", "give up 1", "give up 1", "give up 1"),
+        "back in 0 back in 0",
+    ),
+    Kind.DISK_FULL: ("space space space", "cool down", "cool down", "give up 1", "space space"),
+    Kind.STORAGE: (
+        *("storage storage storage", "cool down", "cool down", "give up 1", "storage storage"),
+    ),
+    **dict.fromkeys(
+        (Kind.PREEMPTED, Kind.STOPPED),
+        ("in 0 in 1 in 2", "cool down", "cool down", "give up 1", "requeue in 0"),
+    ),
+    Kind.REFUSED: ("in 0 in 0 in 0", "in 0", "in 0", "in 0", "in 0 in 0"),
+}
+
+
+@pytest.mark.parametrize("kind", list(Kind), ids=lambda kind: kind.value)
+def test_every_class_has_its_answers(kind: Kind) -> None:
+    def answer(times: int, rules: Rules = RULES) -> str:
+        history = stuck(times, kind)
+        if kind is Kind.REFUSED:
+            history[-1] = replace(history[-1], refused="a")
+        return shown(decide(history, of(kind), rules))
+
+    soon, third, fifth, sixth, else_where = TABLE[kind]
+    assert " ".join(map(answer, range(3))) == soon
+    assert (answer(3), answer(5), answer(6)) == (third, fifth, sixth)
+    assert f"{answer(0, SCHEDULED)} {answer(0, ELASTIC)}" == else_where
 
 
 @pytest.mark.parametrize(
     ("history", "expected"),
     [
-        ([FROM_START], Restart(0.0, "it had made progress")),
-        ([Ended(0, -1, 0)], Restart(1.0, "it died once without new progress")),
-        ([Ended(50, 50, 50)], Restart(1.0, "it died once without new progress")),
-        ([Ended(50, 51, 50)], Restart(0.0, "it had made progress")),
-        (stuck(1), Restart(1.0, "it died once without new progress")),
-        (stuck(2), Restart(2.0, "it died 2 times without new progress")),
+        ([FROM_START], "in 0"),
+        ([Ended(0, -1, 0)], "in 1"),
+        ([Ended(50, 50, 50)], "in 1"),
+        ([Ended(50, 51, 50)], "in 0"),
+        (stuck(1), "in 1"),
+        (stuck(2), "in 2"),
+        (stuck(3), "cool down"),
+        ([*stuck(2), Ended(0, 11, 0)], "in 0"),
+        ([*stuck(1), Ended(0, 11, 0), Ended(0, 11, 0)], "in 1"),
         (
-            stuck(3),
-            GiveUp("it died 3 times in a row without new progress: rank 1 died by SIGKILL", 1),
+            [Ended(0, 100, 90), Ended(90, 95, 90), Ended(50, 99, 90), Ended(50, 100, 90)],
+            "cool down",
         ),
-        ([*stuck(2), Ended(0, 11, 0)], Restart(0.0, "it had made progress")),
-        ([*stuck(1), Ended(0, 11, 0), Ended(0, 11, 0)], Restart(1.0, "it died once without new")),
-        (
-            [Ended(0, step, 0) for step in range(1, 6)],
-            GiveUp("max_restarts: 4 is spent: rank 1 died by SIGKILL", 1),
-        ),
-        ([Ended(0, step, 0) for step in range(1, 5)], Restart(0.0, "it had made progress")),
+        ([Ended(0, step, 0) for step in range(1, 11)], "in 0"),
+        ([Ended(0, step, 0) for step in range(1, 12)], "give up 1"),
+        ([*[Ended(0, step, 0) for step in range(1, 12)], Ended(0, 19, 18)], "in 0"),
+        ([Ended(0, -1, 0, lived=61.0)] * 9, "in 0"),
+        ([Ended(0, -1, 0, lived=59.0)] * 2, "in 2"),
     ],
 )
-def test_a_failure_is_answered(history: list[Ended], expected: Decision) -> None:
-    decision = decide(history, KILLED, RULES, jitter=0.0)
-    assert type(decision) is type(expected)
-    assert decision.reason.startswith(expected.reason)
-    if isinstance(decision, Restart):
-        assert isinstance(expected, Restart)
-        assert decision.delay == expected.delay
-    else:
-        assert decision == expected
+def test_progress_decides_how_soon(history: list[Ended], expected: str) -> None:
+    assert shown(decide(history)) == expected
+
+
+def test_reasons_are_sentences_with_what_happened() -> None:
+    assert decide([FROM_START]).reason == "it had made progress"
+    assert decide(stuck(1)).reason == "it died once without new progress"
+    assert decide(stuck(4)).reason == (
+        "it died 4 times without new progress: one try after a cool-down (2 of 3)"
+    )
+    assert decide(stuck(6)) == GiveUp(
+        "it died 6 times in a row without new progress: rank 1 died by SIGKILL", 1
+    )
+    spent = [Ended(0, step, 0) for step in range(1, 12)]
+    assert decide(spent) == GiveUp("max_restarts: 10 is spent: rank 1 died by SIGKILL", 1)
 
 
 def test_new_checkpointed_steps_refill_the_budget() -> None:
-    spent = [Ended(0, step, 0) for step in range(1, 5)]
-    assert isinstance(decide([*spent, Ended(0, 9, 0)], KILLED, RULES, 0.0), GiveUp)
-    refilled = [*spent, Ended(0, 9, 8)]
-    for step in range(10, 13):
-        assert isinstance(decide(refilled, KILLED, RULES, 0.0), Restart)
-        refilled.append(Ended(8, step, 8))
-    assert isinstance(decide(refilled, KILLED, RULES, 0.0), Restart)
-    assert isinstance(decide([*refilled, Ended(8, 14, 8)], KILLED, RULES, 0.0), GiveUp)
-
-
-def test_steps_that_were_run_before_are_no_progress_even_after_falling_back() -> None:
-    history = [Ended(0, 100, 90), Ended(90, 95, 90), Ended(50, 99, 90), Ended(50, 100, 90)]
-    assert isinstance(decide(history, KILLED, RULES, 0.0), GiveUp)
+    spent = [Ended(0, step, 0) for step in range(1, 11)]
+    refilled = [*spent, Ended(0, 19, 18)]
+    for step in range(20, 29):
+        assert isinstance(decide(refilled), Restart)
+        refilled.append(Ended(18, step, 18))
+    assert isinstance(decide(refilled), Restart)
+    assert isinstance(decide([*refilled, Ended(18, 29, 18)]), GiveUp)
 
 
 @pytest.mark.parametrize("history", [[FROM_START], stuck(9), [Ended(0, 5, 5)]])
 def test_a_rank_that_exits_93_is_not_run_again_whatever_is_left(history: list[Ended]) -> None:
+    rules = replace(RULES, on={"exited": Answer.RESTART})
     failure = Failure(Kind.EXITED, 0, "rank 0 exited with code 93", 5, code=93)
-    decision = decide(history, failure, RULES, 0.0)
-    assert isinstance(decision, GiveUp)
-    assert decision.code == 93
+    assert shown(decide(history, failure, rules)) == "give up 93"
 
 
 def test_no_restarts_means_none() -> None:
     rules = Rules(max_restarts=0, backoff=0, max_backoff=0, without_progress=3)
-    assert isinstance(decide([Ended(0, 99, 98)], KILLED, rules, 0.0), GiveUp)
+    assert isinstance(decide([Ended(0, 99, 98)], KILLED, rules), GiveUp)
 
+
+# Failures that are the same
+
+
+def test_an_exception_that_wanders_is_given_time_to_heal() -> None:
+    history = [replace(each, place=str(n)) for n, each in enumerate(stuck(3, Kind.EXCEPTION))]
+    assert shown(decide(history, RAISED)) == "cool down"
+
+
+def test_a_code_error_is_the_exception_it_was_the_first_time() -> None:
+    place = RAISED.place
+    history = [*stuck(1, Kind.EXCEPTION, place), *stuck(1, Kind.CODE_ERROR, place)]
+    assert shown(decide(history, of(Kind.CODE_ERROR, place=place))) == "give up 1"
+
+
+def test_the_same_failure_twice_right_after_a_checkpoint_goes_back_further() -> None:
+    first = Ended(100, 103, 100, kind=Kind.EXCEPTION, place="train.py:3 in f")
+    assert shown(decide([first], RAISED)) == "in 0"
+    assert shown(decide([first, first], RAISED)) == "before 100"
+    for other in (
+        replace(first, started_from=90),
+        replace(first, place="train.py:4 in f"),
+        replace(first, place=""),
+        replace(first, kind=Kind.HANG),
+        replace(first, furthest=-1),
+    ):
+        assert shown(decide([first, other], RAISED)) == "in 1"
+    far = replace(first, furthest=111)
+    assert shown(decide([far, far], RAISED)) == "in 1"
+    assert shown(decide([replace(first, started_from=0, furthest=3)] * 2, RAISED)) == "in 1"
+
+
+# Rolling back
+
+
+def test_each_roll_back_goes_further_back_whatever_was_saved_since() -> None:
+    nan = of(Kind.DIVERGED)
+    history = [Ended(0, 44, 40, kind=Kind.DIVERGED)]
+    assert shown(decide(history, nan)) == "back in 0", "than the newest, in memory perhaps"
+    history.append(Ended(30, 44, 40, kind=Kind.DIVERGED, action="roll_back"))
+    assert shown(decide(history, nan)) == "before 30"
+    history.append(Ended(20, 43, 40, kind=Kind.DIVERGED, action="roll_back"))
+    assert shown(decide(history, nan)) == "before 20"
+    history.append(Ended(10, 43, 40, kind=Kind.DIVERGED, action="roll_back"))
+    assert shown(decide(history, nan)) == "give up 1"
+
+
+# What the job maps
+
+MAPPED = [
+    ({"killed": Answer.STOP}, KILLED, "give up 1"),
+    ({"hang": Answer.STOP}, KILLED, "in 0"),
+    ({"killed": Answer.PAUSE}, KILLED, "space"),
+    ({"killed": Answer.ROLL_BACK}, KILLED, "back in 0"),
+    ({"killed": Answer.SMALLER}, KILLED, "without 1"),
+    ({"killed": Answer.SMALLER}, replace(KILLED, rank=None), "requeue"),
+    ({"killed": Answer.REQUEUE}, KILLED, "requeue"),
+    ({"17": Answer.REQUEUE, "exited": Answer.STOP}, of(Kind.EXITED, code=17), "requeue"),
+    ({"17": Answer.REQUEUE, "exited": Answer.STOP}, of(Kind.EXITED, code=18), "give up 1"),
+    ({"exited": Answer.STOP, "/rank 1/": Answer.PAUSE}, of(Kind.EXITED, code=17), "space"),
+    ({"/ECC error/": Answer.STOP}, replace(KILLED, tail="a\nan ECC error\nb"), "give up 1"),
+    ({"/^ECC error$/": Answer.STOP}, replace(KILLED, tail="a\nECC error\nb"), "give up 1"),
+    ({"/ECC error/": Answer.STOP}, replace(KILLED, traceback="ECC error"), "give up 1"),
+    ({"diverged": Answer.RESTART}, of(Kind.DIVERGED), "in 0"),
+    ({"preempted": Answer.STOP}, of(Kind.PREEMPTED), "give up 1"),
+]
+
+
+@pytest.mark.parametrize(("on", "failure", "expected"), MAPPED)
+def test_the_job_may_answer_otherwise(
+    on: dict[str, Answer], failure: Failure, expected: str
+) -> None:
+    rules = replace(RULES, on=on, scheduler=True, can_shrink=True)
+    history = [replace(FROM_START, kind=failure.kind)]
+    assert shown(decide(history, failure, rules)) == expected
+
+
+def test_an_answer_of_the_jobs_own_is_bounded_like_any_other() -> None:
+    def last(answer: Answer, times: int) -> str:
+        rules = replace(RULES, on={"exception": answer}, scheduler=True)
+        return shown(
+            decide(stuck(times, Kind.EXCEPTION, "x"), of(Kind.EXCEPTION, place="x"), rules)
+        )
+
+    assert last(Answer.RESTART, 3) == "cool down", "the job says that it may heal"
+    assert last(Answer.RESTART, 6) == "give up 1"
+    assert last(Answer.PAUSE, 6) == "give up 1"
+    assert last(Answer.ROLL_BACK, 3) == "give up 1"
+    assert last(Answer.REQUEUE, 2) == "requeue"
+    assert last(Answer.REQUEUE, 3) == "give up 1"
+
+
+def test_a_stop_that_is_asked_for_names_the_key() -> None:
+    rules = replace(RULES, on={"17": Answer.STOP})
+    decision = decide([FROM_START], of(Kind.EXITED, code=17), rules)
+    assert decision.reason == "restart.on has 17: stop: rank 1: exited"
+
+
+# Refusals
 
 REFUSED = Failure(Kind.REFUSED, 0, "rank 0 refused", -1)
 
 
 def refusal(id: str) -> Ended:
-    return Ended(30, -1, 30, refused=id)
+    return Ended(30, -1, 30, refused=id, kind=Kind.REFUSED)
 
 
 def test_a_refused_checkpoint_is_answered_by_another_one_at_once() -> None:
     for count in range(1, 20):
         history = [refusal(str(id)) for id in range(count)]
-        assert decide(history, REFUSED, RULES, 0.9) == Restart(
+        assert decide(history, REFUSED, jitter=0.9) == Restart(
             0.0, "the gate judges the checkpoints anew"
         )
 
 
 def test_a_refusal_that_the_gate_cannot_learn_from_is_not_asked_for_twice() -> None:
-    final = replace(REFUSED, final=True)
-    assert decide([refusal("a")], final, RULES, 0.0) == GiveUp("rank 0 refused", 90)
+    assert decide([refusal("a")], replace(REFUSED, final=True)) == GiveUp("rank 0 refused", 90)
 
 
 def test_a_checkpoint_that_is_refused_twice_ends_the_run() -> None:
     history = [refusal("a"), FROM_START, refusal("b"), refusal("a")]
-    assert decide(history, REFUSED, RULES, 0.0) == GiveUp("rank 0 refused", 90)
+    assert decide(history, REFUSED) == GiveUp("rank 0 refused", 90)
 
 
 def test_refusals_spend_neither_budget() -> None:
     refusals = [refusal(str(id)) for id in range(9)]
-    first = decide([*refusals, Ended(10, 29, 30)], KILLED, RULES, 0.0)
-    assert first == Restart(1.0, "it died once without new progress")
+    assert shown(decide([*refusals, Ended(10, 29, 30)])) == "in 1"
+
+
+# Preemptions
+
+
+def test_preemptions_and_requeues_spend_nothing() -> None:
+    for free in (
+        Ended(0, 10, 0, kind=Kind.PREEMPTED, time=NOW),
+        Ended(0, 10, 0, kind=Kind.EXITED, action="requeue", time=NOW),
+    ):
+        rules = replace(SCHEDULED, failures=1)
+        assert shown(decide([FROM_START, *[free] * 50, FROM_START], KILLED, rules)) == "in 1"
+        preempted = [FROM_START, *[free] * 50, replace(FROM_START, kind=Kind.PREEMPTED)]
+        assert shown(decide(preempted, of(Kind.PREEMPTED), rules)) == "requeue"
+
+
+# The window and the clock
+
+
+def test_more_failures_than_the_window_allows_end_the_run_whatever_progress_they_made() -> None:
+    rules = replace(RULES, failures=3, within=100.0)
+
+    def after(*ages: float) -> str:
+        history = [Ended(n, n + 1, n + 1, time=NOW - age) for n, age in enumerate(ages)]
+        return shown(decide(history, KILLED, rules))
+
+    assert after(90, 60, 30, 0) == "give up 1"
+    assert after(101, 60, 30, 0) == "in 0"
+    assert after(-5000, 60, 30, 0) == "in 0", "the clock was set back"
+    history = [Ended(n, n + 1, n + 1, time=NOW) for n in range(4)]
+    assert "4 failures within 1m40s" in decide(history, KILLED, replace(rules)).reason
+
+
+@given(delay=st.floats(0, 1e6), since=st.floats(-1e12, 1e12), now=st.floats(-1e12, 1e12))
+def test_what_is_left_of_a_wait_is_never_negative_nor_longer_than_all_of_it(
+    delay: float, since: float, now: float
+) -> None:
+    assert 0 <= remaining(delay, since, now) <= delay
+
+
+def test_what_is_left_of_a_wait() -> None:
+    assert remaining(300, NOW, NOW + 100) == 200
+    assert remaining(300, NOW, NOW + 400) == 0
+    assert remaining(300, NOW, NOW - 1e9) == 300
 
 
 @given(
@@ -133,57 +371,3 @@ def test_delays_grow_never_beyond_the_longest_and_jitter_takes_at_most_half(
     assert full <= delay(times + 1, 0.0) <= rules.max_backoff
     assert delay(1, 0.0) == backoff
     assert full / 2 <= delay(times, jitter) <= full
-
-
-@dataclass
-class World:
-    """A run under any sequence of failures, as the supervisor keeps its history."""
-
-    rules: Rules
-    history: list[Ended] = field(default_factory=list)
-    furthest: int = 0
-    checkpointed: int = 0
-
-    def fail(self, ran: int, saved: bool) -> Decision:
-        """An attempt from the newest checkpoint that runs `ran` steps, and perhaps saves."""
-        start = self.checkpointed
-        step = start + ran
-        if saved and ran:
-            self.checkpointed = step
-        self.history.append(Ended(start, step if ran else -1, self.checkpointed))
-        return decide(self.history, KILLED, self.rules, 0.5)
-
-
-@given(
-    rules=st.builds(
-        Rules,
-        max_restarts=st.integers(0, 5),
-        backoff=st.just(1.0),
-        max_backoff=st.just(8.0),
-        without_progress=st.integers(1, 4),
-    ),
-    attempts=st.lists(st.tuples(st.integers(0, 4), st.booleans()), max_size=40),
-)
-def test_budgets_hold_for_every_history(rules: Rules, attempts: list[tuple[int, bool]]) -> None:
-    world = World(rules)
-    since_checkpoint = without_progress = furthest = 0
-    for ran, saved in attempts:
-        before = world.checkpointed
-        decision = world.fail(ran, saved)
-        reached = world.history[-1].furthest
-        without_progress = 0 if reached > furthest else without_progress + 1
-        furthest = max(furthest, reached)
-        if world.checkpointed > before:
-            since_checkpoint = 0
-        if isinstance(decision, Restart):
-            since_checkpoint += 1
-            assert since_checkpoint <= rules.max_restarts
-            assert without_progress < rules.without_progress
-            assert (decision.delay == 0) == (without_progress == 0)
-        else:
-            assert decision.code == 1
-            # It gives up for a reason, never earlier.
-            assert (
-                without_progress >= rules.without_progress or since_checkpoint >= rules.max_restarts
-            )
-            return

@@ -212,3 +212,15 @@ def test_a_signal_repeated_after_the_end_does_not_replace_the_exit_code(pump: Pu
     pump.run(time.monotonic() + 0.01)
     assert seen == []
     assert signal.getsignal(signal.SIGINT) is interrupt, "Ctrl-C is given back"
+
+
+@pytest.mark.usefixtures("dispositions")
+def test_a_signal_between_two_listeners_waits_for_the_next_one(pump: Pump) -> None:
+    seen: list[signal.Signals] = []
+    numbers = (signal.SIGUSR1, signal.SIGUSR2)
+    Signals(pump, numbers, seen.append).close(again=True)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    signals = Signals(pump, numbers, seen.append)
+    assert pump.wait(lambda: bool(seen), soon())
+    signals.close()
+    assert seen == [signal.SIGUSR1]
