@@ -6,17 +6,16 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autoglm_resume import files
-from autoglm_resume.errors import Interrupted
+from autoglm_resume.errors import Unkillable
 from autoglm_resume.job.spec import Job
 from autoglm_resume.journal import Event
 from autoglm_resume.supervise import liveness, node, stacks
-from autoglm_resume.supervise.evidence import Witness, agent_said, gather
-from autoglm_resume.supervise.facts import Refusal
+from autoglm_resume.supervise.evidence import Witness, agent_said, described, gather
 from autoglm_resume.supervise.failure import Failure, Previous, conclude
 from autoglm_resume.supervise.follow import Follower
 from autoglm_resume.supervise.group import Exit, Group, children, end_orphans, reap
@@ -24,6 +23,7 @@ from autoglm_resume.supervise.history import Silences
 from autoglm_resume.supervise.launcher import AGENT, Launcher
 from autoglm_resume.supervise.pump import Pump
 from autoglm_resume.supervise.rehearse import Rehearsal
+from autoglm_resume.supervise.seen import WELL, Seen
 from autoglm_resume.supervise.vigil import CPU_NOISE, Vigil
 from autoglm_resume.worker.board import Beat, Board, Control, Phase
 from autoglm_resume.worker.contract import Assignment
@@ -33,8 +33,6 @@ if TYPE_CHECKING:  # a presenter is handed in; this layer does not depend on it
 
 TICK = 0.25
 """Seconds between looks at the board; exits and events are noticed at once, without it."""
-TEARDOWN = 5.0
-"""Seconds for the interpreter of a rank to end whose script failed."""
 
 REAP = 5.0
 """Seconds between looks for orphans that have ended; until then they are zombies."""
@@ -54,32 +52,6 @@ class Outcome:
     """Step of the newest checkpoint it committed, 0 without one."""
     lived: float | None = None
     """Seconds it ran, where no rank had a session."""
-
-
-@dataclass
-class _Seen:
-    """What has been seen of the ranks so far."""
-
-    codes: dict[int, int] = field(default_factory=dict)
-    """Exit codes of the ranks whose scripts have ended, though their processes may not have."""
-    ended_at: dict[int, float] = field(default_factory=dict)
-    used: dict[int, float] = field(default_factory=dict)
-    """Processor seconds of those ranks."""
-    stuck: set[int] = field(default_factory=set)
-    """Ranks that were killed because they did not end after their scripts had."""
-    refusals: dict[int, Refusal] = field(default_factory=dict)
-    hung: list[int] = field(default_factory=list)
-    states: dict[int, str] = field(default_factory=dict)
-    beats: tuple[Beat, ...] = ()
-    """As they were when ranks were found to hang."""
-    stacks: dict[int, tuple[str, ...]] = field(default_factory=dict)
-    broken_at: float | None = None
-    """Monotonic seconds of the first failure."""
-    total: int | None = None
-    """Steps the run is to have, if the script said so."""
-    checkpointed: int = 0
-    last_saved: float = 0.0
-    """Monotonic seconds of the last save, or of the start."""
 
 
 def hurried(stops: Sequence[signal.Signals]) -> bool:
@@ -119,7 +91,7 @@ class Attempt:
         self._board, self._board_fd = Board.create(world_size)
         self.board_path = f"/proc/{os.getpid()}/fd/{self._board_fd}"
         self._control = Control()
-        self._seen = _Seen()
+        self._seen = Seen()
         self._group = Group(pump, self._exited)
         self._unknown: frozenset[int] = frozenset()
         """Children that were neither ranks nor helpers at the last look."""
@@ -263,8 +235,7 @@ class Attempt:
             if used > self._seen.used.get(rank, 0.0) + CPU_NOISE:
                 # It takes its time, as a collection of garbage does on a busy machine.
                 self._seen.used[rank], self._seen.ended_at[rank] = used, now
-            well = self._seen.codes[rank] in (0, Interrupted.exit_code)
-            patience = self._job.heartbeat.timeout if well else TEARDOWN
+            patience = self._job.heartbeat.timeout
             if now - self._seen.ended_at[rank] > patience and rank not in self._seen.stuck:
                 self._seen.stuck.add(rank)
                 text = f"rank {rank} did not end within {patience:.1f} s of its script; killed"
@@ -273,29 +244,13 @@ class Attempt:
 
     def hear(self, rank: int, event: Event) -> None:
         """An event of `rank`, or of its saver."""
-        match event["event"]:
-            case "rank_started" if AGENT in self._group.pids:
-                self._group.add(rank, event["pid"])
-            case "rank_ended":
-                self._seen.codes[rank] = event["code"]
-                self._seen.ended_at[rank] = event["mono"]
-                return
-            case "steps":
-                self._seen.total = event["total"]
-                return
-            case "saved":
-                self._seen.last_saved = max(self._seen.last_saved, event["began"])
-            case "restored" if not event["sealed"]:
-                self._seen.checkpointed = max(self._seen.checkpointed, event["step"])
-            case "refused":
-                self._seen.refusals[rank] = Refusal(
-                    f"{event['id']} in memory" if event["sealed"] else event["id"],
-                    event["step"],
-                    event["kind"],
-                    event["reason"],
-                )
-            case "committed":
-                self._seen.checkpointed = max(self._seen.checkpointed, event["step"])
+        if event["event"] == "rank_started" and AGENT in self._group.pids:
+            self._group.add(rank, event["pid"])
+        if not self._seen.hear(rank, event):
+            if event["event"] == "rank_ended" and event["code"] not in WELL:
+                # Its process takes up to a second to end; nobody has to wait for that.
+                self._break(event["mono"])
+            return
         kept = self._hear(event)
         if kept is not None:
             fields = {key: value for key, value in kept.items() if key != "event"}
@@ -312,14 +267,14 @@ class Attempt:
             code = self._seen.codes.get(rank, 1)
         if rank == AGENT and self._ended_well_but_stuck:
             return  # it complains of a rank that we killed
-        if number is not None or code not in (0, Interrupted.exit_code):
+        if number is not None or code not in WELL:
             self._break(how.mono)
 
     @property
     def _ended_well_but_stuck(self) -> bool:
         """Whether every script came to its good end, though not every process."""
         codes = self._seen.codes
-        well = all(code in (0, Interrupted.exit_code) for code in codes.values())
+        well = all(code in WELL for code in codes.values())
         return bool(self._seen.stuck) and well and len(codes) == self._world_size
 
     def _break(self, mono: float) -> None:
@@ -337,15 +292,16 @@ class Attempt:
             self._seen.stacks = stacks.collect(self._pump, self._group, alive, self._task.stacks)
         began = time.monotonic()
         grace = 0.0 if hurried(self._stops) else self._job.restart.grace
-        self._group.stop(grace, linger=frozenset([AGENT]))
+        try:
+            self._group.stop(grace, linger=frozenset([AGENT]))
+        except Unkillable:
+            self._tell_failure(time.monotonic() - began)
+            raise
         end_orphans(launcher.own() | self._helpers())
         stopped = time.monotonic()
-        self._follower.drain()
         beats = self._board.beats()
         step = max(beat.step for beat in beats)
-        failure = None
-        if self._seen.broken_at is not None and not self._stops:
-            failure = self._failure(stopped - began)
+        failure = self._tell_failure(stopped - began)
         self._follower.quiet = False
         stacks.tidy(map(self._task.stacks, range(self._world_size)))
         self.silences = self._vigil.silences()
@@ -370,53 +326,22 @@ class Attempt:
         )
         return Outcome(completed, failure, step, self._seen.checkpointed, self._lived(beats))
 
-    def _failure(self, stop_seconds: float) -> Failure:
-        seen, exits = self._seen, self._group.exits
-        evidence = gather(
-            self._task,
-            self._group.pids,
-            exits,
-            seen.beats or self._board.beats(),
-            codes=seen.codes,
-            stuck=seen.stuck,
-            refusals=seen.refusals,
-            states=seen.states,
-            stacks=seen.stacks,
-        )
+    def _tell_failure(self, stop_seconds: float) -> Failure | None:
+        """What happened, into the journal; None if nothing did but that it was asked to stop."""
+        self._follower.drain()
+        if self._seen.broken_at is None or self._stops:
+            return None
+        beats = self._seen.beats or self._board.beats()
+        evidence = gather(self._task, self._group.pids, self._group.exits, beats, self._seen)
         failure = conclude(
             evidence,
-            seen.hung,
-            agent_said(self._task, exits),
+            self._seen.hung,
+            agent_said(self._task, self._group.exits),
             self._witness.machine() if self._witness is not None else None,
             self._previous,
         )
-        self._tell(
-            "failure",
-            mono=self._seen.broken_at,
-            kind=failure.kind.value,
-            root_rank=failure.rank,
-            summary=failure.summary,
-            ranks=[
-                {
-                    "rank": rank.rank,
-                    "code": rank.code,
-                    "signal": rank.signal,
-                    "by_us": rank.by_us,
-                    "step": rank.beat.step,
-                    "phase": rank.beat.phase.label,
-                }
-                for rank in evidence
-            ],
-            traceback=failure.traceback,
-            cause_mono=failure.cause_mono,
-            refused=failure.refused,
-            stacks={str(rank): list(frames) for rank, frames in self._seen.stacks.items()},
-            lived=self._lived(self._board.beats()),
-            step=failure.step,
-            place=failure.place,
-            evidence=failure.evidence,
-            tail=failure.tail,
-        )
+        told = described(failure, evidence, self._seen)
+        self._tell("failure", **told, lived=self._lived(self._board.beats()))
         if failure.traceback and failure.rank is not None:
             self._screen.traceback(failure.rank, failure.traceback)
         self._tell("group_stopped", seconds=stop_seconds)

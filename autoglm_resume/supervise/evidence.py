@@ -21,15 +21,16 @@ from autoglm_resume.supervise.facts import (
     ErrorRecord,
     Machine,
     RankEvidence,
-    Refusal,
     Space,
 )
+from autoglm_resume.supervise.failure import Failure
 from autoglm_resume.supervise.gpus import Gpus
 from autoglm_resume.supervise.group import Exit
 from autoglm_resume.supervise.launcher import AGENT, torchrun_exits, torchrun_log
 from autoglm_resume.supervise.oom import counters, rise
 from autoglm_resume.supervise.patterns import notable
 from autoglm_resume.supervise.places import last_raised
+from autoglm_resume.supervise.seen import Seen
 from autoglm_resume.worker.board import Beat
 from autoglm_resume.worker.contract import Assignment
 
@@ -111,35 +112,27 @@ def gather(
     pids: Mapping[int, int],
     exits: Mapping[int, Exit],
     beats: Sequence[Beat],
-    *,
-    codes: Mapping[int, int],
-    stuck: Iterable[int],
-    refusals: Mapping[int, Refusal],
-    states: Mapping[int, str],
-    stacks: Mapping[int, Sequence[str]],
+    seen: Seen,
 ) -> list[RankEvidence]:
-    """What the ranks of a group that is down have left.
-
-    `codes` are those of scripts that ended, `stuck` the ranks that had to be killed after that;
-    `states` and `stacks` are of ranks that hung.
-    """
+    """What the ranks of a group that is down, `pids` and `exits` by rank, have left."""
     torchrun = torchrun_exits(task) if AGENT in pids else {}
     broken = min((how.mono for how in exits.values() if not how.by_us), default=float("-inf"))
-    stuck, found = set(stuck), []
+    found = []
     for rank, beat in enumerate(beats):
         how = exits.get(rank)
         code, number = (how.code, how.signal) if how else (None, None)
-        if rank in stuck:
-            code, number = codes[rank], None
+        if rank in seen.stuck:
+            code, number = seen.codes[rank], None
         if how is not None and code is None and number is None:
-            code = codes.get(rank, torchrun.get(pids[rank]))
+            code = seen.codes.get(rank, torchrun.get(pids[rank]))
             if code is not None and code < 0:
                 number, code = -code, None
         error = _error(task, rank)
         by_us = how.by_us if how else False
-        if by_us and error is not None and error.mono <= broken:
-            # It failed before any other, but was slow to end.
-            by_us, code, number = False, codes.get(rank, 1), None
+        raised = error is not None and error.mono <= max(broken, seen.broken_at or broken)
+        if by_us and (raised or seen.failed_itself(rank)):
+            # It failed before any other, but its process was slow to end.
+            by_us, code, number = False, seen.codes.get(rank, 1), None
         evidence = RankEvidence(
             rank,
             code,
@@ -149,13 +142,42 @@ def gather(
             by_us=by_us,
             beat=beat,
             error=error,
-            refusal=refusals.get(rank),
-            state=states.get(rank, ""),
-            stack=tuple(stacks.get(rank, ())),
+            refusal=seen.refusals.get(rank),
+            state=seen.states.get(rank, ""),
+            stack=seen.stacks.get(rank, ()),
             pid=pids.get(rank),
         )
         found.append(evidence)
     return [_with_log(task, _ended_by_agent(rank, found, AGENT in pids)) for rank in found]
+
+
+def described(failure: Failure, ranks: Sequence[RankEvidence], seen: Seen) -> dict[str, Any]:
+    """A failure and what it was concluded from, as fields for the journal."""
+    return {
+        "mono": seen.broken_at,
+        "kind": failure.kind.value,
+        "root_rank": failure.rank,
+        "summary": failure.summary,
+        "ranks": [
+            {
+                "rank": rank.rank,
+                "code": rank.code,
+                "signal": rank.signal,
+                "by_us": rank.by_us,
+                "step": rank.beat.step,
+                "phase": rank.beat.phase.label,
+            }
+            for rank in ranks
+        ],
+        "traceback": failure.traceback,
+        "cause_mono": failure.cause_mono,
+        "refused": failure.refused,
+        "stacks": {str(rank): list(frames) for rank, frames in seen.stacks.items()},
+        "step": failure.step,
+        "place": failure.place,
+        "evidence": failure.evidence,
+        "tail": failure.tail,
+    }
 
 
 def agent_said(task: Assignment, exits: Mapping[int, Exit]) -> str:

@@ -120,7 +120,7 @@ def patience(look: Look, limits: Limits, load: float = 1.0) -> float:
         return min(limits.timeout, max(FLOOR, expected(counts, look.waited)) * slower)
     if look.idle:
         long = max(IDLE, 2 * BEYOND * _longest(counts, look.waited), expected(counts, look.waited))
-        return min(limits.timeout, long * slower)
+        return min(limits.timeout, long)  # who uses no processor is not slowed down by others
     return limits.timeout
 
 

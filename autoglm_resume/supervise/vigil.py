@@ -19,7 +19,8 @@ WINDOW = 30.0
 """Seconds over which stragglers are looked for, and steps in them at least."""
 STEPS = 20
 CPU_NOISE = 0.05
-"""Processor seconds that threads of libraries take though nothing is being done."""
+IDLE_SHARE = 0.02
+"""Processor seconds, and share of one, that threads of libraries take though nothing is done."""
 
 
 @dataclass
@@ -116,7 +117,8 @@ class Vigil:
         if memory.silent_since != beat.time:
             memory.silent_since, memory.cpu = beat.time, used
             return False
-        return used - memory.cpu < CPU_NOISE
+        silent = time.monotonic() - beat.time / 1e9
+        return used - memory.cpu < CPU_NOISE + IDLE_SHARE * silent
 
     def _excuse(self, rank: int, beat: Beat, now: float) -> None:
         """A silence that is spent waiting must not make this rank's own look usual."""

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +27,7 @@ from autoglm_resume.supervise.facts import Gpu, RankEvidence, Refusal
 from autoglm_resume.supervise.group import Exit
 from autoglm_resume.supervise.launcher import AGENT, torchrun_log
 from autoglm_resume.supervise.oom import counters, rise
+from autoglm_resume.supervise.seen import Seen
 from autoglm_resume.worker.board import NEVER
 from autoglm_resume.worker.contract import Assignment, Checkpointing, Source
 
@@ -56,13 +58,19 @@ def ended(
     return Exit(code, number, 100.0 + order, order, by_us)
 
 
-def collect(task: Assignment, exits: dict[int, Exit], **more: object) -> list[RankEvidence]:
+def collect(task: Assignment, exits: dict[int, Exit], **seen: Any) -> list[RankEvidence]:
     pids = {rank: 1000 + rank for rank in exits}
-    found: dict[str, object] = {
-        **{"codes": {}, "stuck": (), "refusals": {}, "states": {}, "stacks": {}},
-        **more,
-    }
-    return gather(task, pids, exits, (NEVER, NEVER), **found)  # type: ignore[arg-type]
+    return gather(task, pids, exits, (NEVER, NEVER), Seen(**seen))
+
+
+def test_a_rank_whose_script_failed_first_is_the_one_though_we_killed_its_process(
+    task: Assignment,
+) -> None:
+    exits = {0: ended(0, number=9, by_us=True), 1: ended(1, number=9, by_us=True)}
+    codes, ended_at = {0: 1, 1: 17}, {0: 100.2, 1: 100.0}
+    victim, root = collect(task, exits, codes=codes, ended_at=ended_at, broken_at=100.0)
+    assert (root.code, root.signal, root.failed) == (17, None, True)
+    assert not victim.failed
 
 
 def test_exits_are_told_as_they_were_seen(task: Assignment) -> None:
@@ -80,7 +88,7 @@ def test_what_was_seen_of_hung_ranks_goes_along(task: Assignment) -> None:
         stuck={1},
         refusals={0: refusal},
         states={0: "stopped"},
-        stacks={0: ["train.py:1 in step"]},
+        stacks={0: ("train.py:1 in step",)},
     )
     assert (first.refusal, first.state, first.stack) == (
         refusal,
