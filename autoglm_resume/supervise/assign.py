@@ -21,6 +21,8 @@ from autoglm_resume.worker.contract import (
 )
 from autoglm_resume.worker.divergence import Bounds
 
+HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
+"""For large tensors (torch: c10/core/impl/alloc_cpu.cpp): ranks are filled and torn down sooner."""
 CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 """Where compilers keep what they made: with the run, so that no restart compiles it again."""
 
@@ -34,7 +36,13 @@ def world_size(job: Job) -> int:
 def environment(job: Job) -> dict[str, str]:
     """What every process of the job inherits."""
     caches = {name: str(Path(job.run_dir) / "cache" / at) for name, at in CACHES.items()}
-    inherited = {**caches, **os.environ, **shared_environment(world_size(job)), **job.env}
+    inherited = {
+        **caches,
+        **HUGE_PAGES,
+        **os.environ,
+        **shared_environment(world_size(job)),
+        **job.env,
+    }
     return {**inherited, RUN: str(job.run_dir), SUPERVISOR: str(os.getpid())}
 
 

@@ -72,6 +72,12 @@ class Pump:
         self._selector.close()
 
 
+_missed: list[int] = []
+"""Signals that came while nobody listened, but somebody will."""
+_replaced: dict[signal.Signals, Any] = {}
+"""What was in place of their handlers before."""
+
+
 class Signals:
     """Signals as readable events: handled in the pump, never in the middle of something."""
 
@@ -84,9 +90,11 @@ class Signals:
         self._wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         # nohup ignores SIGHUP for its children, and means it.
         self._numbers = frozenset(n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN)
-        self._before = {n: signal.signal(n, lambda *_: None) for n in self._numbers}
+        before = {n: signal.signal(n, lambda *_: None) for n in self._numbers}
+        self._before = {n: _replaced.pop(n, handler) for n, handler in before.items()}
         pump.watch(self._read, self._readable)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._numbers)
+        while _missed:
+            self._write.send(bytes([_missed.pop(0)]))
 
     def _readable(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -100,12 +108,13 @@ class Signals:
         They asked for an end that has come: a scheduler that repeats its SIGTERM must not replace
         the exit code that says how. If somebody will listen `again`, they wait for that.
         """
-        if again:
-            signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
-        signal.set_wakeup_fd(self._wakeup)
         for number, before in self._before.items():
-            back = again or number == signal.SIGINT
-            signal.signal(number, before if back else signal.SIG_IGN)
+            if again:
+                _replaced[number] = before
+                signal.signal(number, lambda number, _: _missed.append(number))
+            else:
+                signal.signal(number, before if number == signal.SIGINT else signal.SIG_IGN)
+        signal.set_wakeup_fd(self._wakeup)
         self._pump.forget(self._read)
         self._read.close()
         self._write.close()

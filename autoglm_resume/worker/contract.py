@@ -183,9 +183,7 @@ class Assignment:
 
 def shared_environment(world_size: int) -> dict[str, str]:
     """Defaults that torchrun sets for every rank and that libraries read while being imported."""
-    # With huge pages for large tensors, a rank of 320 MB is built, restored and torn down in
-    # two thirds of the time (torch: c10/core/impl/alloc_cpu.cpp).
-    defaults = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "THP_MEM_ALLOC_ENABLE": "1"}
+    defaults = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
     if world_size > 1:
         defaults["OMP_NUM_THREADS"] = "1"
     return {name: value for name, value in defaults.items() if name not in os.environ}
