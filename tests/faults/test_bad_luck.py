@@ -130,6 +130,7 @@ def test_a_full_disk_fails_saves_but_neither_training_nor_the_older_checkpoint(
             "dir": str(small_disk / "ckpt"),
             "every": {"steps": 5},
             "keep": 2,
+            "on_busy": "wait",
         },
     )
     rehearsal.wait_for("committed", lambda e: e["step"] == 10)
