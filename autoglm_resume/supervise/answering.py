@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.cluster import slurm
 from autoglm_resume.errors import AutoglmError, CheckpointError
 from autoglm_resume.job.spec import Job
 from autoglm_resume.job.units import format_duration
@@ -143,6 +144,6 @@ def rules(job: Job) -> policy.Rules:
         within=restart.window.within,
         longest_pause=restart.longest_pause,
         on=restart.on,
-        scheduler="SLURM_JOB_ID" in os.environ,
+        scheduler=slurm.allocation(os.environ) is not None,
         can_shrink=can_shrink(job),
     )

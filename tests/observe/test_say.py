@@ -104,7 +104,7 @@ def test_a_restart_names_its_step_and_attempt() -> None:
         ({"action": "roll_back", "delay": 0}, "restarting from an older checkpoint at once: x"),
         ({"action": "pause", "delay": 0, "until": "space"}, "pausing until there is space: x"),
         ({"action": "pause", "until": "storage"}, "pausing until the storage answers: x"),
-        ({"action": "smaller", "delay": 0}, "restarting without that rank's GPU: x"),
+        ({"action": "smaller", "delay": 0}, "restarting without that rank's GPU at once: x"),
         ({"action": "requeue", "delay": 0}, "ending, to be started again elsewhere: x"),
         ({"action": "give_up", "delay": 0}, "giving up: x"),
     ],
