@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import os
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from autoglm_resume.job.units import parse_duration
 from autoglm_resume.journal import Event
 from autoglm_resume.observe import replicas, report
 from autoglm_resume.observe.explain import reason
@@ -17,8 +20,11 @@ from autoglm_resume.observe.goodput import Summary, summarize
 from autoglm_resume.observe.replicas import Replica
 from autoglm_resume.observe.say import seconds, slurm_job
 from autoglm_resume.observe.tables import Table, width
+from autoglm_resume.supervise.history import Silences, recall
+from autoglm_resume.supervise.liveness import Limits, Look, health, silence
 from autoglm_resume.supervise.rundir import Holder, RunDirectory
-from autoglm_resume.worker.board import Beat, Board
+from autoglm_resume.worker.board import Board
+from autoglm_resume.worker.gaps import merged
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class Rank:
     age: float | None
     """Seconds since that beat, None if there was none yet."""
     loss: float | None
+    health: float = 1.0
+    """From 1, it beats as ever, to 0, it counts as hung."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +72,13 @@ def of(run: RunDirectory) -> Status:
     now = time.monotonic() if here else None
     events = run.events()
     summary = summarize(events, alive=holder is not None, now=now)
-    targets = (run.job().get("checkpoint") or {}).get("replicas") or ()
+    job = run.job()
+    targets = (job.get("checkpoint") or {}).get("replicas") or ()
     return Status(
         run.path,
         summary,
         holder,
-        _ranks(holder) if here and holder else (),
+        _ranks(holder, recall(events).silences, _limits(job)) if here and holder else (),
         replicas.of(events, targets) if targets else (),
         _slurm(events),
     )
@@ -84,7 +93,7 @@ def _slurm(events: Sequence[Event]) -> Event | None:
     return None
 
 
-def _ranks(holder: Holder) -> tuple[Rank, ...]:
+def _ranks(holder: Holder, past: Silences, limits: Limits) -> tuple[Rank, ...]:
     if not holder.board:
         return ()
     try:
@@ -92,16 +101,31 @@ def _ranks(holder: Holder) -> tuple[Rank, ...]:
     except (OSError, ValueError):
         return ()
     try:
-        now = time.monotonic_ns()
-        return tuple(_rank(rank, beat, now) for rank, beat in enumerate(board.beats()))
+        load = os.getloadavg()[0] / (os.cpu_count() or 1)
+        now = time.monotonic()
+        return tuple(
+            _rank(rank, Look(beat, merged([past.get(rank, {}), gaps.all()])), now, limits, load)
+            for rank, (beat, gaps) in enumerate(zip(board.beats(), board.gaps, strict=True))
+        )
     finally:
         board.close()
 
 
-def _rank(rank: int, beat: Beat, now: int) -> Rank:
-    age = max(0.0, (now - beat.time) / 1e9) if beat.time else None
+def _rank(rank: int, look: Look, now: float, limits: Limits, load: float) -> Rank:
+    beat = look.beat
+    age = silence(beat, now) if beat.time else None
     loss = beat.loss if beat.loss == beat.loss else None
-    return Rank(rank, beat.pid, beat.step, beat.phase.label, age, loss)
+    sound = health(look, now, limits, load)
+    return Rank(rank, beat.pid, beat.step, beat.phase.label, age, loss, sound)
+
+
+def _limits(job: Mapping[str, Any]) -> Limits:
+    asked = job.get("heartbeat") or {}
+    try:
+        found = parse_duration(asked["timeout"]), parse_duration(asked["startup"])
+    except (KeyError, ValueError):
+        return Limits(math.inf, math.inf)  # a job of another version
+    return Limits(*found)
 
 
 def to_json(status: Status) -> dict[str, Any]:
@@ -149,12 +173,15 @@ def _failures(summary: Summary) -> str:
 
 
 def _ranks_table(ranks: Sequence[Rank]) -> Table:
-    table = Table(("rank", "process", "step", "phase", "last beat", "loss"), frozenset((0, 1, 2)))
+    headers = ("rank", "process", "step", "phase", "last beat", "health", "loss")
+    table = Table(headers, frozenset((0, 1, 2, 5)))
     for rank in ranks:
         age = "" if rank.age is None else f"{seconds(rank.age)} ago"
         loss = None if rank.loss is None else f"{rank.loss:.4g}"
         step = rank.step if rank.step >= 0 else None
-        table.add(rank.rank, rank.pid or None, step, rank.phase, age, loss)
+        style = "" if rank.health > 0.5 else "yellow" if rank.health > 0 else "red"
+        sound = f"{rank.health:.0%}"
+        table.add(rank.rank, rank.pid or None, step, rank.phase, age, sound, loss, style=style)
     return table
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from autoglm_resume import linux
+from autoglm_resume.job.spec import Job
 from autoglm_resume.supervise.group import Group, end_orphans
 from autoglm_resume.supervise.node import free_port
 from autoglm_resume.supervise.pump import Pump
@@ -285,6 +286,23 @@ class Torchrun:
 
     def close(self) -> None:
         """Nothing outlives an attempt."""
+
+
+def made_for(
+    job: Job,
+    source: Source,
+    environment: Mapping[str, str],
+    pump: Pump,
+    imports: Sequence[str],
+    log: Path,
+    tell: Callable[..., object],
+    others: Callable[[], frozenset[int]],
+) -> Launcher:
+    """The launcher that `job` asks for; see `Warm` for the rest."""
+    if job.launcher == "torchrun":
+        return Torchrun(environment)
+    modules = [*job.preload, *imports]
+    return Warm(pump, environment, modules, log, tell, others, source, job.spares)
 
 
 def torchrun_command(assignment: Assignment) -> list[str]:

@@ -79,12 +79,19 @@ def hung(looks: Sequence[Look], now: float, limits: Limits, load: float = 1.0) -
         return []
     judged = [rank for rank, look in enumerate(looks) if look.beat.phase is not Phase.DONE]
     least = min((_position(looks[rank].beat) for rank in judged), default=(0, 0))
-    return [
+    last = [rank for rank in judged if _position(looks[rank].beat) == least]
+    suspects = {
         rank
         for rank in judged
         if silence(looks[rank].beat, now) > patience(looks[rank], limits, load)
-        and (looks[rank].stopped or _position(looks[rank].beat) == least)
-    ]
+        and (looks[rank].stopped or rank in last)
+    }
+    if suspects & set(last):
+        # Each has a patience of its own; but of those that stand where they stand, silent too,
+        # any may be the one that the others wait for.
+        shortest = min(FLOOR, limits.timeout)
+        suspects |= {rank for rank in last if silence(looks[rank].beat, now) > shortest}
+    return sorted(suspects)
 
 
 def waiting(looks: Sequence[Look]) -> list[int]:

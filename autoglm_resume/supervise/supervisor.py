@@ -7,7 +7,6 @@ import signal
 import socket
 import time
 import uuid
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +26,7 @@ from autoglm_resume.errors import (
 )
 from autoglm_resume.job.spec import Job, shown
 from autoglm_resume.journal import Event, Journal, stamped
-from autoglm_resume.supervise import history, interval, policy
+from autoglm_resume.supervise import history, policy
 from autoglm_resume.supervise.answering import Answering
 from autoglm_resume.supervise.assign import assignment, environment, source, world_size
 from autoglm_resume.supervise.attempt import Attempt, Outcome, hurried
@@ -37,8 +36,9 @@ from autoglm_resume.supervise.failure import Failure, Previous
 from autoglm_resume.supervise.gatekeeper import Gatekeeper
 from autoglm_resume.supervise.group import end_orphans
 from autoglm_resume.supervise.keepers import Keepers
-from autoglm_resume.supervise.launcher import Launcher, Seen, Torchrun, Warm
+from autoglm_resume.supervise.launcher import Launcher, Seen, made_for
 from autoglm_resume.supervise.notifier import Notifier
+from autoglm_resume.supervise.pacing import Pacing
 from autoglm_resume.supervise.pump import Pump, Signals
 from autoglm_resume.supervise.ready import Readiness
 from autoglm_resume.supervise.rehearse import Rehearsal
@@ -53,10 +53,6 @@ if TYPE_CHECKING:  # a presenter is handed in; this layer does not depend on it
 SAVE = signal.SIGRTMIN
 """Asks for a checkpoint, and to go on."""
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-RECENT = 20
-"""Saves that tell what the next will cost."""
-NOTABLE = 1.2
-"""Factor by which the interval between saves must change to be changed."""
 
 
 class Supervisor:
@@ -89,15 +85,11 @@ class Supervisor:
         self._objects = self._past.objects or {}
         self._objects_step = self._past.checkpointed
         self._stops: list[signal.Signals] = []
-        self._costs: deque[float] = deque(maxlen=RECENT)
-        self._writing: deque[float] = deque(maxlen=RECENT)
-        self._interval: float | None = None
         self._limit: TimeLimit | None = None
         self._launcher: Launcher | None = None
         self._keepers: Keepers | None = None
         self._resume: ResumePoint | None = None
         """What the present attempt began with."""
-        self._began = time.monotonic()
         self._now: Attempt | None = None
         self._journal = Journal(run.journal)
         self._pump = Pump()
@@ -117,6 +109,7 @@ class Supervisor:
         self._branch_from = branch_from
         self._gate.branches = self._past.branches
         self._answers = Answering(job, self._past, self._pump, self._stops, self._tell)
+        self._pacing = Pacing(job, self._past.trained, lambda: self._answers.failures, self._tell)
         self._rehearsal = Rehearsal(self._pump, drills, self._gate.store, self._tell)
         self._drills = drills
 
@@ -137,7 +130,7 @@ class Supervisor:
             self._introduce()
             self._ready.begin()
             self._limit = self._time_limit()
-            self._choose_interval()
+            self._pacing.choose()
             self._keepers = keepers = Keepers(
                 self._pump,
                 self._job,
@@ -150,7 +143,16 @@ class Supervisor:
                 self._tell,
                 self._saver_said,
             )
-            self._launcher = launcher = self._make_launcher(keepers)
+            self._launcher = launcher = made_for(
+                self._job,
+                source(self._job),
+                environment(self._job),
+                self._pump,
+                self._past.imports,
+                self._run.path / "zygote.log",
+                self._tell,
+                self._helpers,
+            )
             code = self._bring_to_end(launcher, keepers, began)
             return code
         except AutoglmError as error:
@@ -231,7 +233,7 @@ class Supervisor:
             rehearsal=self._rehearsal,
             stops=self._stops,
             helpers=self._helpers,
-            between_saves=lambda: self._interval,
+            between_saves=lambda: self._pacing.seconds,
             past=self._silences,
             previous=self._previous,
             broken=self._broken,
@@ -292,9 +294,7 @@ class Supervisor:
                 assert self._launcher is not None
                 self._launcher.learn(Seen(event["modules"], event["own"], event["staged"]))
             case "saved":
-                self._costs.append(event["blocked"])
-                self._writing.append(event["seconds"])
-                self._choose_interval()
+                self._pacing.saved(event["blocked"], event["seconds"])
             case "committed" if not self._gate.notice(event["id"], event["step"]):
                 return None
             case "committed":
@@ -309,21 +309,6 @@ class Supervisor:
                 # gate itself, for every checkpoint.
                 self._gate.refuse(self._resume, event["reason"])
         return event
-
-    def _choose_interval(self) -> None:
-        """Seconds between two saves: the job's, or what this run was measured to need."""
-        asked = self._job.checkpoint.every.seconds
-        if asked != "auto":
-            self._interval = asked
-            return
-        elapsed = self._past.trained + time.monotonic() - self._began
-        chosen = interval.choose(
-            self._costs, self._answers.failures, elapsed, writing=self._writing
-        )
-        before = self._interval
-        if before is None or not 1 / NOTABLE < chosen.seconds / before < NOTABLE:
-            self._interval = chosen.seconds
-            self._tell("interval", seconds=chosen.seconds, reason=chosen.reason)
 
     def _introduce(self) -> None:
         if self._past.run_id is None:
@@ -372,20 +357,6 @@ class Supervisor:
         """Children of this process that are no ranks."""
         kept = self._keepers.pids if self._keepers else frozenset()
         return kept | self._notifier.pids | self._ready.pids
-
-    def _make_launcher(self, keepers: Keepers) -> Launcher:
-        if self._job.launcher == "torchrun":
-            return Torchrun(environment(self._job))
-        return Warm(
-            self._pump,
-            environment(self._job),
-            [*self._job.preload, *self._past.imports],
-            self._run.path / "zygote.log",
-            self._tell,
-            others=self._helpers,
-            source=source(self._job),
-            spares=self._job.spares,
-        )
 
     def _interrupted(self, keepers: Keepers, requeued: str = "") -> int:
         keepers.settle()

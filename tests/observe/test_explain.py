@@ -169,7 +169,7 @@ def decided(action: str, **fields: Any) -> Script:
         (
             decided("pause", reason="the disk is full"),
             True,
-            "paused: pausing: the disk is full; "
+            "paused: pausing until it can go on: the disk is full; "
             "after: rank 1 died by SIGKILL at step 7, in backward",
         ),
         (

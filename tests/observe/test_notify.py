@@ -51,7 +51,7 @@ def test_a_recovery_counts_from_the_first_of_several_failures() -> None:
         (
             {"event": "decision", "action": "pause", "reason": "the disk is full"},
             "paused",
-            "demo on node-7: pausing: the disk is full",
+            "demo on node-7: pausing until it can go on: the disk is full",
         ),
         (
             {"event": "straggler", "rank": 3, "ratio": 1.8},

@@ -15,8 +15,8 @@ DAY = 24 * HOUR
 
 
 def test_the_first_save_comes_soon_because_it_shows_what_saves_cost() -> None:
-    assert choose([], 0, 10.0).seconds == 60
-    assert choose([], 0, 10.0).reason == "every 1m until a save has shown what it costs"
+    assert choose([], 0, 10.0).seconds == 10
+    assert choose([], 0, 10.0).reason == "every 10s until a save has shown what it costs"
 
 
 @pytest.mark.parametrize(

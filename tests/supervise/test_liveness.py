@@ -110,6 +110,7 @@ def test_a_loaded_machine_is_given_more_time_but_never_more_than_the_limits(phas
         ([look(Phase.BACKWARD), look(Phase.SAVE)], []),
         # A collective that all are in, and that never ends.
         ([look(Phase.BACKWARD), look(Phase.BACKWARD)], [0, 1]),
+        ([look(Phase.BACKWARD, silences=UNKNOWN), look(Phase.BACKWARD)], [0, 1]),
         # A rank that waits may itself be stopped.
         ([look(Phase.BACKWARD, stopped=True), look(Phase.DATA)], [0]),
         # A rank that is done owes nothing, and nobody waits for it.
