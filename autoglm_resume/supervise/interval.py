@@ -25,8 +25,8 @@ Well-kept clusters do better (Llama 3: one unexpected interruption in about 260 
 capacity and new scripts worse; what the run itself shows outweighs it soon.
 """
 FIRST: Final = 10.0
-"""Seconds until the first save: it shows what they cost, and a run that fails every half minute must
-come to it."""
+"""Seconds until the first save: it shows what they cost, and a run that fails every half minute
+must come to it."""
 SHORTEST: Final = 10.0
 """Seconds: a failure costs a restart anyway, beside which losing less would not be noticed."""
 LONGEST: Final = 3600.0
