@@ -14,6 +14,7 @@ from autoglm_resume import files
 from autoglm_resume.errors import Unkillable
 from autoglm_resume.job.spec import Job
 from autoglm_resume.journal import Event
+from autoglm_resume.kinds import Kind
 from autoglm_resume.supervise import liveness, node, stacks
 from autoglm_resume.supervise.evidence import Witness, agent_said, described, gather
 from autoglm_resume.supervise.failure import Failure, Previous, conclude
@@ -200,6 +201,9 @@ class Attempt:
                 self._hangs(hung, now)
             for rank, ratio in self._vigil.find_stragglers(now, furthest).items():
                 self._tell("straggler", rank=rank, ratio=ratio)
+                if Kind.STRAGGLER.value in self._job.restart.on:
+                    self._seen.slow[rank] = ratio
+                    self._break(now)
         self._end_stuck(now)
         if furthest >= 0:
             self._screen.status(
@@ -339,6 +343,7 @@ class Attempt:
             agent_said(self._task, self._group.exits),
             self._witness.machine() if self._witness is not None else None,
             self._previous,
+            self._seen.slow,
         )
         told = described(failure, evidence, self._seen)
         self._tell("failure", **told, lived=self._lived(self._board.beats()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autoglm_resume.errors import WorldSizeMismatch
@@ -63,26 +63,32 @@ def conclude(
     agent: str = "",
     machine: Machine | None = None,
     previous: Failure | Previous | None = None,
+    slow: Mapping[int, float] | None = None,
 ) -> Failure:
     """The failure of a group whose ranks left this evidence.
 
     `hung` ranks missed their beats; `agent` is what torchrun said about its own end; `previous` is
-    the failure before this one, if no one has intervened since.
+    the failure before this one, if no one has intervened since. `slow` ranks, and how many times
+    slower than their peers they are, ended it if the job says that they do.
     """
     machine = machine or Machine()
     step = max((r.beat.step for r in ranks), default=-1)
     refusals = [(r, r.refusal) for r in ranks if r.refusal is not None]
     if refusals:
-        rank, refusal = min(refusals, key=lambda each: _is_final(each[1]))
+        refuser, refusal = min(refusals, key=lambda each: _is_final(each[1]))
         return Failure(
             Kind.REFUSED,
-            rank.rank,
-            f"rank {rank.rank} refused the checkpoint: {refusal.reason}",
+            refuser.rank,
+            f"rank {refuser.rank} refused the checkpoint: {refusal.reason}",
             step,
-            _cause_mono(rank),
+            _cause_mono(refuser),
             refused=refusal.id,
             final=_is_final(refusal),
         )
+    if slow:
+        rank, ratio = max(slow.items(), key=lambda each: each[1])
+        summary = f"rank {rank} is slow: its own work takes {ratio:.1f} times that of its peers"
+        return Failure(Kind.STRAGGLER, rank, summary, step, place=f"straggler rank {rank}")
     suspects = [r for r in ranks if r.rank in hung]
     if suspects:
         return _by_hardware(_hang(suspects, ranks, step), suspects, machine)

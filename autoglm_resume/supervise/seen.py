@@ -30,6 +30,8 @@ class Seen:
     beats: tuple[Beat, ...] = ()
     """As they were when ranks were found to hang."""
     stacks: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    slow: dict[int, float] = field(default_factory=dict)
+    """Stragglers that ended the attempt, and how many times slower than their peers they are."""
     broken_at: float | None = None
     """Monotonic seconds of the first failure."""
     total: int | None = None

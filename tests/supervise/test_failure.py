@@ -197,3 +197,10 @@ def test_the_root_always_is_a_rank_that_failed_by_itself(ranks: list[RankEvidenc
         assert failure.rank in failed
         if any(e.signal for e in failed.values()):
             assert failed[failure.rank].signal or failed[failure.rank].code not in (1, None)
+
+
+def test_a_straggler_that_a_job_ends_attempts_for_is_the_slowest_rank() -> None:
+    ranks = [gone(0, None), gone(1, None), gone(2, None)]
+    failure = conclude(ranks, slow={1: 2.04, 2: 3.2})
+    assert (failure.kind, failure.rank) == (Kind.STRAGGLER, 2)
+    assert "3.2 times" in failure.summary
