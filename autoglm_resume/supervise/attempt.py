@@ -234,13 +234,15 @@ class Attempt:
 
         Seen with torch 2.13: DDP taking down gloo's threads while it holds the GIL they wait for.
         """
-        for rank in [rank for rank in self._seen.ended_at if rank in self._group.alive]:
+        patience, seen = self._job.heartbeat.timeout, self._seen
+        for rank in [rank for rank in seen.ended_at if rank in self._group.alive]:
             used = node.cpu_seconds(self._group.pids[rank])
-            if used > self._seen.used.get(rank, 0.0) + CPU_NOISE:
+            before, since = seen.ending.get(rank, (0.0, seen.ended_at[rank]))
+            if used > before + CPU_NOISE:
                 # It takes its time, as a collection of garbage does on a busy machine.
-                self._seen.used[rank], self._seen.ended_at[rank] = used, now
-            patience = self._job.heartbeat.timeout
-            if now - self._seen.ended_at[rank] > patience and rank not in self._seen.stuck:
+                since = now
+            seen.ending[rank] = used, since
+            if now - since > patience and rank not in self._seen.stuck:
                 self._seen.stuck.add(rank)
                 text = f"rank {rank} did not end within {patience:.1f} s of its script; killed"
                 self._tell("warning", text=text)

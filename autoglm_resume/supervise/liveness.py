@@ -38,9 +38,11 @@ SLOW = 1.5
 
 _COMPUTES = (Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER, Phase.EVALUATE)
 _STARTS = (Phase.NONE, Phase.START, Phase.RESTORE)
-_OWN = (Phase.DATA, Phase.FORWARD, Phase.OPTIMIZER)
+_ENDED_BY = {Phase.FORWARD: Phase.BACKWARD, Phase.BACKWARD: Phase.OPTIMIZER}
+"""Phases that a hook must end, or all the rest of a step would count as such."""
+_OWN = (Phase.DATA, Phase.FORWARD, Phase.OPTIMIZER, Phase.STEPPED)
 """Phases in which a rank does not wait for others."""
-_ORDER = {Phase.FORWARD: 1, Phase.BACKWARD: 2, Phase.OPTIMIZER: 3}
+_ORDER = {Phase.FORWARD: 1, Phase.BACKWARD: 2, Phase.OPTIMIZER: 3, Phase.STEPPED: 4}
 """Within a step; all else is before."""
 
 
@@ -123,7 +125,7 @@ def patience(look: Look, limits: Limits, load: float = 1.0) -> float:
     if beat.phase is Phase.SAVE:
         return limits.startup  # large checkpoints take minutes, and nothing beats meanwhile
     counts = look.silences.get(int(beat.phase), {})
-    if beat.phase in _COMPUTES:
+    if beat.phase in _COMPUTES and _is_ended(beat.phase, look.silences):
         return min(limits.timeout, max(FLOOR, expected(counts, look.waited)) * slower)
     if look.idle:
         long = max(IDLE, 2 * BEYOND * _longest(counts, look.waited), expected(counts, look.waited))
@@ -215,6 +217,10 @@ class Pace:
 
 def _position(beat: Beat) -> tuple[int, int]:
     return beat.step, _ORDER.get(beat.phase, 0)
+
+
+def _is_ended(phase: Phase, silences: Mapping[int, Counts]) -> bool:
+    return phase not in _ENDED_BY or int(_ENDED_BY[phase]) in silences
 
 
 def _is_known(look: Look) -> bool:

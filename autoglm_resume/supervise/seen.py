@@ -20,8 +20,8 @@ class Seen:
     codes: dict[int, int] = field(default_factory=dict)
     """Exit codes of the ranks whose scripts have ended, though their processes may not have."""
     ended_at: dict[int, float] = field(default_factory=dict)
-    used: dict[int, float] = field(default_factory=dict)
-    """Processor seconds of those ranks."""
+    ending: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """Processor seconds of those ranks' processes, and since when they have used none."""
     stuck: set[int] = field(default_factory=set)
     """Ranks that were killed because they did not end after their scripts had."""
     refusals: dict[int, Refusal] = field(default_factory=dict)

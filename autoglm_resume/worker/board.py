@@ -57,6 +57,7 @@ class Phase(enum.IntEnum):
     SAVE = 7
     DONE = 8
     EVALUATE = 9
+    STEPPED = 10
 
     @property
     def label(self) -> str:
@@ -76,6 +77,7 @@ _LABELS = {
     Phase.SAVE: "while saving",
     Phase.DONE: "after its last step",
     Phase.EVALUATE: "in evaluation",
+    Phase.STEPPED: "after the optimizer",
 }
 
 

@@ -23,6 +23,8 @@ def watch(obj: Any, pulse: Pulse, on_forward: Callable[[], None]) -> None:
             obj.register_forward_hook(_Beat(pulse, Phase.BACKWARD, with_grad=True))
     elif isinstance(obj, torch.optim.Optimizer):
         obj.register_step_pre_hook(_Beat(pulse, Phase.OPTIMIZER))
+        # What follows in a step may take any time: evaluation, samples, a log on a slow disk.
+        obj.register_step_post_hook(_Beat(pulse, Phase.STEPPED))
 
 
 class _Beat:

@@ -34,7 +34,10 @@ for step in session.steps(20):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_a_restart_takes_its_kernels_from_the_runs_own_cache(rehearsal: Rehearsal) -> None:
+def test_a_restart_takes_its_kernels_from_the_runs_own_cache(
+    rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)  # torch sets it where it compiles
     script = rehearsal.directory / "compiled.py"
     script.write_text(COMPILED)
     limits = {"timeout": "5m"}

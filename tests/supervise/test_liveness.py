@@ -33,7 +33,10 @@ SECOND = 10**9
 LIMITS = Limits(timeout=300.0, startup=900.0)
 TENTH = {gaps.bucket(SECOND // 10): 1000}
 """A thousand silences of a tenth of a second."""
-USUAL = {int(phase): TENTH for phase in (Phase.DATA, Phase.FORWARD, Phase.BACKWARD)}
+STEP = (Phase.DATA, Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER, Phase.STEPPED)
+USUAL = {int(phase): TENTH for phase in STEP}
+HOOKLESS = {int(phase): TENTH for phase in STEP[:3]}
+"""Of a script whose optimizer has no hooks: evaluation comes in what is told as backward."""
 
 
 def beat(phase: Phase, at: float, first: float = 1, step: int = 5) -> Beat:
@@ -65,6 +68,9 @@ PAUSED = {**USUAL, int(Phase.DATA): {**TENTH, gaps.bucket(20 * SECOND): 1}}
         # Too little is known: the job's limit.
         (look(Phase.FORWARD, silences=UNKNOWN), 300, 300),
         (look(Phase.EVALUATE), 300, 300),
+        (look(Phase.BACKWARD, silences=HOOKLESS), 300, 300),
+        (look(Phase.STEPPED), 300, 300),
+        (look(Phase.OPTIMIZER), 1.0, 2.0),
         # Scripts pause between steps, and the first pause comes unannounced.
         (look(Phase.DATA), 300, 300),
         (look(Phase.DATA, idle=True), 30, 30),
@@ -102,7 +108,8 @@ def test_a_loaded_machine_is_given_more_time_but_never_more_than_the_limits(phas
     [
         # Who waits in a collective for another is not the suspect.
         ([look(Phase.BACKWARD), look(Phase.FORWARD)], [1]),
-        ([look(Phase.FORWARD, step=6), look(Phase.OPTIMIZER, step=5)], []),  # too little known
+        ([look(Phase.FORWARD, step=6), look(Phase.OPTIMIZER, step=5)], [1]),
+        ([look(Phase.FORWARD, step=6), look(Phase.STEPPED, step=5)], []),  # it may evaluate
         ([look(Phase.BACKWARD, step=6), look(Phase.BACKWARD, step=5)], [1]),
         ([look(Phase.BACKWARD), look(Phase.DATA, stopped=True)], [1]),
         # One evaluates or saves, and may: nobody hangs.
@@ -224,8 +231,9 @@ class Simulated:
         while self.now < seconds:
             step += 1
             plan = [(Phase.DATA, 0.005), (Phase.FORWARD, 0.015), (Phase.BACKWARD, 0.03)]
+            plan += [(Phase.OPTIMIZER, 0.004), (Phase.STEPPED, 0.001)]
             if step % 2000 == 0:
-                plan.append((Phase.DATA, 25.0))  # an evaluation of which no beat tells
+                plan.append((Phase.STEPPED, 25.0))  # an evaluation of which no beat tells
             if step % 900 == 0:
                 plan.append((Phase.SAVE, 8.0))
             if step % 1500 == 0:

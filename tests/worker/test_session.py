@@ -345,7 +345,7 @@ def test_evaluation_does_not_beat_as_training() -> None:
     assert phase() is Phase.BACKWARD
     loss.backward()
     optimizer.step()
-    assert phase() is Phase.OPTIMIZER
+    assert phase() is Phase.STEPPED
     with torch.no_grad():
         model(torch.ones(2))
     assert phase() is Phase.FORWARD
