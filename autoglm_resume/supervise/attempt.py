@@ -201,7 +201,7 @@ class Attempt:
                 self._hangs(hung, now)
             for rank, ratio in self._vigil.find_stragglers(now, furthest).items():
                 self._tell("straggler", rank=rank, ratio=ratio)
-                if Kind.STRAGGLER.value in self._job.restart.on:
+                if Kind.STRAGGLER.value in self._job.restart.on and not hung:
                     self._seen.slow[rank] = ratio
                     self._break(now)
         self._end_stuck(now)

@@ -1,9 +1,9 @@
 """Which rank has stopped making progress, and which is slow. Pure: looks and `now` go in.
 
 A phi-accrual detector (Hayashibara et al., “The φ accrual failure detector”, SRDS 2004) over the
-run's own silences between beats, phase by phase, as a log-normal distribution. What it cannot know
-(a pause that this run never made before, in a phase in which scripts do pause) is left to the
-limits of the job.
+run's own silences between beats, phase by phase, as a log-normal distribution. It only judges ranks
+that use no processor: one that computes may compile, evaluate or wait for a GPU where no beat tells
+of it, and has the limits of the job.
 """
 
 from __future__ import annotations
@@ -21,25 +21,18 @@ FLOOR = 1.0
 """Seconds of silence that are never held against a rank."""
 ENOUGH = 20
 """Silences that make a distribution."""
-PHI = 12.0
-"""A rank is suspected when so long a silence would come up once in 10^PHI."""
-_Z = 7.03
-"""Standard deviations to that, of a normal distribution."""
-BEYOND = 4.0
+Z = 7.03
+"""Standard deviations of a normal distribution that come up once in 10^12."""
+BEYOND = 8.0
 """Nor is a rank suspected before its silence is so many times the longest one seen."""
 NARROWEST = 0.3
 """Standard deviation of the logarithm of a silence at least: a bucket is that coarse."""
 IDLE = 30.0
-"""Seconds after which a rank between two steps that uses no processor may be suspected."""
-STARTING = 60.0
-"""Seconds after which a start may be suspected that takes many times longer than those before."""
+"""Seconds of silence after which a rank that uses no processor may be suspected: storage stalls."""
 SLOW = 1.5
 """A rank is a straggler when its own work takes so many times what its peers' takes."""
 
-_COMPUTES = (Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER, Phase.EVALUATE)
 _STARTS = (Phase.NONE, Phase.START, Phase.RESTORE)
-_ENDED_BY = {Phase.FORWARD: Phase.BACKWARD, Phase.BACKWARD: Phase.OPTIMIZER}
-"""Phases that a hook must end, or all the rest of a step would count as such."""
 _OWN = (Phase.DATA, Phase.FORWARD, Phase.OPTIMIZER, Phase.STEPPED)
 """Phases in which a rank does not wait for others."""
 _ORDER = {Phase.FORWARD: 1, Phase.BACKWARD: 2, Phase.OPTIMIZER: 3, Phase.STEPPED: 4}
@@ -69,26 +62,19 @@ class Look:
     """Whether neither its process nor a child has used a processor since it fell silent."""
 
 
-def hung(looks: Sequence[Look], now: float, limits: Limits, load: float = 1.0) -> list[int]:
+def hung(looks: Mapping[int, Look], now: float, limits: Limits) -> list[int]:
     """Ranks that have been silent for longer than they may, at monotonic time `now`.
 
-    One that is ahead of another waits for it in a collective, so only those count that keep the
-    others waiting. A script without a session never beats, and is not judged; but where other
-    ranks have one, this rank is late with its own. `load` is that of the machine, per processor.
+    `looks` are at the ranks that live. One that is ahead of another waits for it in a collective,
+    so only those count that keep the others waiting. A script without a session never beats, and
+    is not judged; but where other ranks have one, this rank is late with its own.
     """
-    started = any(look.beat.phase is not Phase.NONE for look in looks)
-    if not started:
+    if all(look.beat.phase is Phase.NONE for look in looks.values()):
         return []
-    judged = [rank for rank, look in enumerate(looks) if look.beat.phase is not Phase.DONE]
-    least = min((_position(looks[rank].beat) for rank in judged), default=(0, 0))
-    last = [rank for rank in judged if _position(looks[rank].beat) == least]
-    suspects = {
-        rank
-        for rank in judged
-        if silence(looks[rank].beat, now) > patience(looks[rank], limits, load)
-        and (looks[rank].stopped or rank in last)
-    }
-    if suspects & set(last):
+    late = {rank for rank, look in looks.items() if _is_late(look, now, limits)}
+    last = _last(looks)
+    suspects = {rank for rank in late if rank in last or _stands_alone(looks[rank])}
+    if suspects & last:
         # Each has a patience of its own; but of those that stand where they stand, silent too,
         # any may be the one that the others wait for.
         shortest = min(FLOOR, limits.timeout)
@@ -96,15 +82,10 @@ def hung(looks: Sequence[Look], now: float, limits: Limits, load: float = 1.0) -
     return sorted(suspects)
 
 
-def waiting(looks: Sequence[Look]) -> list[int]:
+def waiting(looks: Mapping[int, Look]) -> list[int]:
     """Ranks that others are behind of: their silence is not of their own making."""
-    judged = [look.beat for look in looks if look.beat.phase is not Phase.DONE]
-    least = min(map(_position, judged), default=(0, 0))
-    return [
-        rank
-        for rank, look in enumerate(looks)
-        if look.beat.phase is not Phase.DONE and _position(look.beat) > least
-    ]
+    last = _last(looks)
+    return [r for r, look in looks.items() if r not in last and look.beat.phase is not Phase.DONE]
 
 
 def silence(beat: Beat, now: float) -> float:
@@ -112,25 +93,21 @@ def silence(beat: Beat, now: float) -> float:
     return max(0.0, now - beat.time / 1e9) if beat.time else 0.0
 
 
-def patience(look: Look, limits: Limits, load: float = 1.0) -> float:
+def patience(look: Look, limits: Limits) -> float:
     """Seconds for which this rank may be silent where it is."""
     beat = look.beat
     if look.stopped and beat.phase is not Phase.NONE:
         return min(FLOOR, limits.timeout)
-    slower = max(1.0, load)
+    if beat.phase is Phase.DONE:  # an export may take hours; one that does nothing hangs
+        return limits.startup if look.idle else math.inf
     if beat.phase in _STARTS or not beat.first_step_time:
-        known = look.silences.get(int(Phase.START))
-        long = max(STARTING, 10 * _longest(known, 0)) * slower if known and _is_known(look) else 0.0
-        return min(limits.startup, long) if long else limits.startup
+        return limits.startup
     if beat.phase is Phase.SAVE:
         return limits.startup  # large checkpoints take minutes, and nothing beats meanwhile
+    if not look.idle:
+        return limits.timeout
     counts = look.silences.get(int(beat.phase), {})
-    if beat.phase in _COMPUTES and _is_ended(beat.phase, look.silences):
-        return min(limits.timeout, max(FLOOR, expected(counts, look.waited)) * slower)
-    if look.idle:
-        long = max(IDLE, 2 * BEYOND * _longest(counts, look.waited), expected(counts, look.waited))
-        return min(limits.timeout, long)  # who uses no processor is not slowed down by others
-    return limits.timeout
+    return min(limits.timeout, max(IDLE, expected(counts, look.waited)))
 
 
 def expected(counts: Counts, waited: int = 0) -> float:
@@ -142,26 +119,18 @@ def expected(counts: Counts, waited: int = 0) -> float:
     if sum(own.values()) < ENOUGH:
         return math.inf
     mean, deviation = _fit(own)
-    return max(math.exp(mean + _Z * deviation), BEYOND * _longest(own, 0))
-
-
-def phi(seconds: float, counts: Counts, waited: int = 0) -> float:
-    """-log10 of the probability that a silence lasts longer; 0 if that cannot be known yet."""
-    own = without_longest(counts, waited)
-    if sum(own.values()) < ENOUGH or seconds <= 0:
-        return 0.0
-    mean, deviation = _fit(own)
-    z = (math.log(seconds) - mean) / deviation
-    chance = 0.5 * math.erfc(z / math.sqrt(2))
-    return -math.log10(chance) if chance > 0 else 300.0
+    return max(math.exp(mean + Z * deviation), BEYOND * gaps.longest(max(own)))
 
 
 def health(look: Look, now: float, limits: Limits, load: float = 1.0) -> float:
-    """From 1, a rank that beats as ever, to 0, one that counts as hung."""
-    if look.beat.phase in (Phase.NONE, Phase.DONE):
+    """From 1, a rank that beats as ever, to 0, one that counts as hung.
+
+    `load` is that of the machine, per processor: where it is high, beats are late.
+    """
+    silent = silence(look.beat, now) / max(1.0, load)
+    if silent <= FLOOR or look.beat.phase in (Phase.NONE, Phase.DONE):
         return 1.0
-    silent = silence(look.beat, now)
-    return max(0.0, 1.0 - silent / patience(look, limits, load)) if silent > FLOOR else 1.0
+    return max(0.0, 1.0 - silent / patience(look, limits))
 
 
 def stragglers(spent: Sequence[Mapping[int, float]], steps: int) -> dict[int, float]:
@@ -219,13 +188,19 @@ def _position(beat: Beat) -> tuple[int, int]:
     return beat.step, _ORDER.get(beat.phase, 0)
 
 
-def _is_ended(phase: Phase, silences: Mapping[int, Counts]) -> bool:
-    return phase not in _ENDED_BY or int(_ENDED_BY[phase]) in silences
+def _last(looks: Mapping[int, Look]) -> set[int]:
+    """The ranks that no other is behind of; one that is done is in nobody's way."""
+    going = {r: _position(o.beat) for r, o in looks.items() if o.beat.phase is not Phase.DONE}
+    return {rank for rank, position in going.items() if position == min(going.values())}
 
 
-def _is_known(look: Look) -> bool:
-    """Whether this script was seen to come through its start, here or in an earlier attempt."""
-    return any(int(phase) in look.silences for phase in (Phase.DATA, *_COMPUTES))
+def _is_late(look: Look, now: float, limits: Limits) -> bool:
+    return silence(look.beat, now) > patience(look, limits)
+
+
+def _stands_alone(look: Look) -> bool:
+    """Whether no other rank can be what it waits for."""
+    return look.stopped or look.beat.phase is Phase.DONE
 
 
 def without_longest(counts: Counts, number: int) -> Counts:
@@ -236,11 +211,6 @@ def without_longest(counts: Counts, number: int) -> Counts:
         left[at] -= taken
         number -= taken
     return {at: count for at, count in left.items() if count}
-
-
-def _longest(counts: Counts | None, waited: int) -> float:
-    own = without_longest(counts or {}, waited)
-    return gaps.longest(max(own)) if own else 0.0
 
 
 def _fit(counts: Counts) -> tuple[float, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from autoglm_resume.supervise import liveness, node
 from autoglm_resume.supervise.history import Silences
 from autoglm_resume.supervise.liveness import Limits, Look
+from autoglm_resume.worker import gaps
 from autoglm_resume.worker.board import Beat, Board, Phase
 from autoglm_resume.worker.gaps import Counts, merged
 
@@ -18,6 +18,8 @@ FROZEN = 5.0
 WINDOW = 30.0
 """Seconds over which stragglers are looked for, and steps in them at least."""
 STEPS = 20
+ASK = 5.0
+"""Seconds between two looks at a silent rank's use of processors."""
 CPU_NOISE = 0.05
 IDLE_SHARE = 0.02
 """Processor seconds, and share of one, that threads of libraries take though nothing is done."""
@@ -33,7 +35,12 @@ class _Rank:
     excused: int = 0
     """The beat whose silence was counted as waiting already."""
     cpu: float = 0.0
-    """Processor seconds when it was seen to be silent first."""
+    """Processor seconds when it was seen to be busy last."""
+    busy: float = 0.0
+    """Monotonic seconds of that."""
+    asked: float = 0.0
+    """When its processor time was asked for last: that takes milliseconds."""
+    idle: bool = False
 
 
 class Vigil:
@@ -46,6 +53,8 @@ class Vigil:
         self._ranks = [_Rank() for _ in range(board.world_size)]
         self._ticked = self._awake = time.monotonic()
         self._window: tuple[float, int, list[dict[int, float]]] | None = None
+        self._endured: dict[int, dict[int, Counts]] = {}
+        """The silences that ended the attempt."""
         self.slow: dict[int, float] = {}
         """Stragglers, and how many times slower than their peers they are."""
 
@@ -55,17 +64,23 @@ class Vigil:
             self._awake = now  # a suspended machine: nobody had a chance to beat
         self._ticked = now
         awake = int(self._awake * 1e9)
-        beats = [
-            replace(beat, time=max(beat.time, awake)) if beat.time else beat
-            for beat in self._board.beats()
-        ]
-        if all(liveness.silence(beat, now) <= self._shortest for beat in beats):
+        beats = {
+            rank: replace(beat, time=max(beat.time, awake)) if beat.time else beat
+            for rank, beat in enumerate(self._board.beats())
+            if rank in pids
+        }
+        if all(liveness.silence(beat, now) <= self._shortest for beat in beats.values()):
             return []
-        looks = [self._look(rank, beat, now, pids.get(rank)) for rank, beat in enumerate(beats)]
+        looks = {rank: self._look(rank, beat, now, pids[rank]) for rank, beat in beats.items()}
         for rank in liveness.waiting(looks):
             self._excuse(rank, beats[rank], now)
-        load = os.getloadavg()[0] / (os.cpu_count() or 1)
-        return [rank for rank in liveness.hung(looks, now, self._limits, load) if rank in pids]
+        found = liveness.hung(looks, now, self._limits)
+        for rank in found:
+            if not looks[rank].stopped:
+                # If it would have gone on, the next attempt must wait longer for it.
+                silent = int(liveness.silence(beats[rank], now) * 1e9)
+                self._endured[rank] = {int(beats[rank].phase): {gaps.bucket(silent): 1}}
+        return found
 
     def find_stragglers(self, now: float, step: int) -> dict[int, float]:
         """Look for them once per WINDOW; returns those that were none before."""
@@ -87,38 +102,45 @@ class Vigil:
 
     def silences(self) -> dict[int, dict[int, Counts]]:
         """Those of this attempt by rank and phase, for the journal."""
-        return {
-            rank: {
+        found = {}
+        for rank, histogram in enumerate(self._board.gaps):
+            own = {
                 phase: liveness.without_longest(counts, self._waited(rank, Phase(phase)))
-                for phase, counts in one.all().items()
+                for phase, counts in histogram.all().items()
             }
-            for rank, one in enumerate(self._board.gaps)
-        }
+            found[rank] = merged([own, self._endured.get(rank, {})])
+        return found
 
     @property
     def _shortest(self) -> float:
         return min(liveness.FLOOR, self._limits.timeout, self._limits.startup)
 
-    def _look(self, rank: int, beat: Beat, now: float, pid: int | None) -> Look:
+    def _look(self, rank: int, beat: Beat, now: float, pid: int) -> Look:
         silent = liveness.silence(beat, now) > self._shortest
         known = merged([self._past.get(rank, {}), self._board.gaps[rank].all()])
         waited = self._waited(rank, beat.phase)
-        if not silent or pid is None:
-            self._ranks[rank].silent_since = 0
+        if not silent:
             return Look(beat, known, waited)
         stopped = node.state(pid) == "stopped"
-        return Look(beat, known, waited, stopped, self._idle(rank, beat, pid))
+        return Look(beat, known, waited, stopped, self._idle(rank, beat, now, pid))
 
     def _waited(self, rank: int, phase: Phase) -> int:
         return self._ranks[rank].waited.get(phase, 0)
 
-    def _idle(self, rank: int, beat: Beat, pid: int) -> bool:
-        memory, used = self._ranks[rank], node.cpu_seconds(pid)
+    def _idle(self, rank: int, beat: Beat, now: float, pid: int) -> bool:
+        """Whether neither the rank nor a child of it has used a processor for some time."""
+        memory = self._ranks[rank]
+        if memory.silent_since == beat.time and now - memory.asked < ASK:
+            return memory.idle
+        memory.asked, used = now, node.cpu_seconds(pid)
         if memory.silent_since != beat.time:
-            memory.silent_since, memory.cpu = beat.time, used
-            return False
-        silent = time.monotonic() - beat.time / 1e9
-        return used - memory.cpu < CPU_NOISE + IDLE_SHARE * silent
+            memory.silent_since, memory.idle = beat.time, False
+            memory.cpu, memory.busy = used, now
+        elif used - memory.cpu > CPU_NOISE + IDLE_SHARE * (now - memory.busy):
+            memory.cpu, memory.busy, memory.idle = used, now, False
+        else:
+            memory.idle = True
+        return memory.idle
 
     def _excuse(self, rank: int, beat: Beat, now: float) -> None:
         """A silence that is spent waiting must not make this rank's own look usual."""

@@ -13,8 +13,8 @@ from autoglm_resume.worker.board import Phase, Pulse
 def watch(obj: Any, pulse: Pulse, on_forward: Callable[[], None]) -> None:
     """Let `obj`, a module or an optimizer as the training loop calls it, beat at its phases.
 
-    `on_forward` is called when a module is about to compute something for training. What is
-    inside a compiled module is left alone: a hook there would change what was compiled.
+    `on_forward` is called when a module is about to compute something for training. What is being
+    compiled is left alone: a hook in there would break the graph.
     """
     if isinstance(obj, torch.nn.Module):
         obj.register_forward_pre_hook(_Training(on_forward))
@@ -36,6 +36,8 @@ class _Beat:
         self._with_grad = with_grad
 
     def __call__(self, called: Any, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         # An optimizer has no `training`.
         if not getattr(called, "training", True):
             self._pulse.phase(Phase.EVALUATE)
@@ -53,7 +55,7 @@ class _Training:
         self._tell = tell
 
     def __call__(self, module: torch.nn.Module, *_: Any) -> None:
-        if module.training and torch.is_grad_enabled():
+        if not torch.compiler.is_compiling() and module.training and torch.is_grad_enabled():
             self._tell()
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -75,12 +75,19 @@ def test_ranks_that_fall_silent_in_a_pass_are_seen_by_what_is_usual(
     board: Board, idle: int
 ) -> None:
     pids = {0: idle, 1: idle}
-    assert minutes(Vigil(board, LIMITS, USUAL), pids, 60) == [0, 1]
+    watch = Vigil(board, LIMITS, USUAL)
+    assert minutes(watch, pids, 60) == [0, 1]
+    # Had they gone on by themselves, the next attempt must not end them again so soon.
+    taught = added(USUAL, watch.silences())
+    assert minutes(Vigil(board, LIMITS, taught), pids, 200) == []
     assert minutes(Vigil(board, LIMITS, {}), pids, 299) == []
     assert minutes(Vigil(board, LIMITS, {}), pids, 310) == [0, 1]
 
 
-def test_only_ranks_that_live_can_hang(board: Board, pulses: list[Pulse], idle: int) -> None:
+def test_only_ranks_that_live_can_hang_or_be_waited_for(
+    board: Board, pulses: list[Pulse], idle: int
+) -> None:
+    pulses[0].phase(Phase.BACKWARD)
     assert minutes(Vigil(board, LIMITS, USUAL), {0: idle}, 60) == [0]
 
 
