@@ -13,7 +13,7 @@ from fault_bed import Bed
 
 CGROUPS = Path("/sys/fs/cgroup")
 BUSY = 5.0
-"""Seconds for writers to close what they write, or processes to leave a cgroup."""
+"""Seconds for processes to leave a cgroup."""
 
 CLOCK = r"""
 #define _GNU_SOURCE
@@ -137,9 +137,14 @@ def small_disk(bed: Bed, size: str = "16m") -> Path:
     disk = bed.directory / "disk"
     disk.mkdir()
     run("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk)
-    bed.undo.append(lambda: subprocess.run(["umount", "-l", disk]))
+    bed.undo.append(lambda: _unmount(disk))
     bed.checkpoints = disk / "checkpoints"
     return disk
+
+
+def _unmount(disk: Path) -> None:
+    while subprocess.run(["umount", "-l", disk], capture_output=True).returncode == 0:
+        pass
 
 
 def fill(disk: Path) -> Path:
@@ -157,12 +162,14 @@ def fill(disk: Path) -> Path:
 
 def read_only(disk: Path) -> None:
     """Nothing can be written there until `writable`."""
-    _patiently(lambda: run("mount", "-o", "remount,ro", disk))
+    # A mount above it: the file system itself stays writable while a file is open for writing.
+    run("mount", "--bind", disk, disk)
+    run("mount", "-o", "remount,bind,ro", disk)
 
 
 def writable(disk: Path) -> None:
     """As before."""
-    run("mount", "-o", "remount,rw", disk)
+    run("umount", "-l", disk)
 
 
 def false_clock(bed: Bed) -> Callable[[int], None]:
@@ -196,7 +203,7 @@ def _patiently(what: Callable[[], object]) -> None:
         try:
             what()
             return
-        except (OSError, NotHere):
+        except OSError:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.005)

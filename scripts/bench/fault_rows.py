@@ -166,8 +166,8 @@ def _fill_disk(bed: Bed) -> None:
 def _lock_disk(bed: Bed) -> None:
     disk = bed.checkpoints.parent
     bed.wait_saved()
-    bed.strike()
     means.read_only(disk)
+    bed.strike()
     bed.wait("decision", lambda event: event["action"] == "pause")
     means.writable(disk)
 
@@ -250,13 +250,30 @@ FAULTS = (
         code=1,
     ),
     _script("unreadable sample", "loader", "data_error", root=1),
-    _script("NaN loss", "nan", "diverged", "roll_back", words=("--at=63",), quick=True),
+    # The checkpoint of step 65 has weights that are not finite.
+    _script(
+        "NaN loss",
+        "nan",
+        "diverged",
+        "roll_back",
+        words=("--at=63",),
+        checkpoint={"on_busy": "wait"},
+        quick=True,
+    ),
     _signal("SIGSTOP of a rank", signal.SIGSTOP, "hang", quick=True),
     _signal("SIGSTOP of rank 0", signal.SIGSTOP, "hang", rank=0),
     _script("deadlocked collective", "deadlock", "hang|communication"),
     _script("lost connections", "cut", "communication"),
     _script("loop that holds the GIL", "hold-lock", "hang", root=1),
-    _script("sleeping data loader", "sleepy-data", "hang", root=1, quick=True),
+    # A pause between two steps may be what the script wants: by default it may last half a minute.
+    _script(
+        "sleeping data loader",
+        "sleepy-data",
+        "hang",
+        root=1,
+        job={"heartbeat": {"timeout": "5s"}},
+        quick=True,
+    ),
     Fault(
         "slow rank",
         words=("--fail=slow",),
