@@ -35,7 +35,6 @@ class LossDiverged(Exception):
     pass
 
 
-
 def say_when() -> None:
     """For those who measure, in the log."""
     print(f"fault at {time.monotonic()}", flush=True)
