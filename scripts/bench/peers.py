@@ -24,8 +24,8 @@ there. The default is half an hour; below 10 s a rank that saves or loads a litt
 peers, or a slow start, would be taken for dead."""
 _LIMIT = f"--timeout={TIMEOUT}"
 HEARTBEAT = 3.0
-"""Seconds for ft_launcher without a heartbeat. It multiplies the longest gap it has seen by five;
-the longest here is a save of 0.3 to 0.6 s."""
+"""Seconds for ft_launcher without a heartbeat: five times the longest gap, which is its own factor.
+The longest here is a save and the step after it, of 0.5 s together."""
 PACKAGES = (
     "nvidia-resiliency-ext==0.4.1 defusedxml dlrover==0.6.1 deprecated wrapt requests idna urllib3 "
     "charset-normalizer certifi grpcio protobuf kubernetes six python-dateutil websocket-client "
@@ -43,8 +43,9 @@ class Place:
     directory: Path
     peers: Path | None
     steps: int
-    every: int | None
-    """Steps between checkpoints; None leaves it to autoglm."""
+    every: int
+    """Steps between checkpoints."""
+    heartbeat: float = HEARTBEAT
 
     @property
     def marks(self) -> Path:
@@ -81,7 +82,7 @@ def start_ft_launcher(place: Place) -> subprocess.Popen[bytes]:
     options = {
         "workload-check-interval": 0.25,
         "initial-rank-heartbeat-timeout": 60,
-        "rank-heartbeat-timeout": HEARTBEAT,
+        "rank-heartbeat-timeout": place.heartbeat,
         "enable-nic-monitor": "false",
         "restart-check-interval": 1,
         "log-level": "WARNING",
@@ -118,7 +119,7 @@ def start_autoglm(place: Place, **fields: Any) -> subprocess.Popen[bytes]:
         script=str(common.HERE / "train_20m.py"),
         args=["--library=autoglm", f"--marks={place.marks}", f"--steps={place.steps}"],
         nproc_per_node=RANKS,
-        checkpoint={"every": {"steps": place.every}} if place.every else {},
+        checkpoint={"every": {"steps": place.every}},
         **fields,
     )
     return common.spawn([*common.autoglm(), "run", str(job)], place.output)
