@@ -58,7 +58,9 @@ class Hurt:
         result = {"seconds": found["step"], "marks": found, "resumed_at": self._first()}
         if self.system in peers.OURS:
             self._journal.new()
-            result["supervisor"] = share(self._journal.all, struck)
+            result["supervisor"] = own = share(self._journal.all, struck)
+            for mark, moment in found.items():  # a spare did some of it before
+                found[mark] = max(moment, own["fork"])
         return result
 
     def _wait(self, condition: Any, what: str, process: Any) -> None:
