@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,9 @@ class Hurt:
                 found[mark] = max(moment, own["fork"])
         return result
 
-    def _wait(self, condition: Any, what: str, process: Any) -> None:
+    def _wait(
+        self, condition: Callable[[], bool], what: str, process: subprocess.Popen[bytes]
+    ) -> None:
         text = f"{what} under {self.system}"
         patience = PATIENCE[self.scenario]
         common.wait_for(condition, text, process, self.place.output, patience, pause=0.005)
@@ -87,7 +90,7 @@ class Hurt:
         self._journal.new()
         ours = [e["step"] for e in self._journal.all if e["event"] == "committed"]
         theirs = [line["step"] for line in self._lines.all if line["what"] == "saved"]
-        return max([0, *ours, *theirs])
+        return int(max([0, *ours, *theirs]))
 
     def _new(self) -> list[dict[str, Any]]:
         """What ranks wrote that are not those of before."""
@@ -96,7 +99,7 @@ class Hurt:
         return [line for line in self._lines.all if line["pid"] not in old]
 
     def _first(self) -> int:
-        return min(line["step"] for line in self._new() if line["what"] == "step")
+        return min(int(line["step"]) for line in self._new() if line["what"] == "step")
 
     def _stepped(self) -> bool:
         stepped = {line["rank"] for line in self._new() if line["what"] == "step"}
