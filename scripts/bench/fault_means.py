@@ -172,21 +172,26 @@ def writable(disk: Path) -> None:
     run("umount", "-l", disk)
 
 
-def false_clock(bed: Bed) -> Callable[[int], None]:
-    """Processes of the run see a wall clock that is as many seconds ahead as is asked for."""
+def false_clock(bed: Bed) -> None:
+    """The run is to see a wall clock that `set_ahead` moves."""
     if shutil.which("cc") is None:
         raise NotHere("no C compiler for the library that moves the clock")
-    source, library, ahead = (bed.directory / f"clock.{end}" for end in ("c", "so", "ahead"))
+    source, library = bed.directory / "clock.c", bed.directory / "clock.so"
     source.write_text(CLOCK)
     run("cc", "-shared", "-fPIC", "-O1", "-w", "-o", library, source, "-ldl")
+    ahead = _ahead(bed)
     ahead.write_bytes(bytes(8))
     bed.variables |= {"LD_PRELOAD": str(library), "CLOCK_AHEAD": str(ahead)}
 
-    def jump(seconds: int) -> None:
-        with ahead.open("r+b") as file:
-            file.write(seconds.to_bytes(8, "little", signed=True))
 
-    return jump
+def set_ahead(bed: Bed, seconds: int) -> None:
+    """So many seconds of the true time, from now on."""
+    with _ahead(bed).open("r+b") as file:  # never shorter: processes have it mapped
+        file.write(seconds.to_bytes(8, "little", signed=True))
+
+
+def _ahead(bed: Bed) -> Path:
+    return bed.directory / "clock.ahead"
 
 
 def flip(checkpoint: Path) -> None:

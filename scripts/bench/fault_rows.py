@@ -187,18 +187,13 @@ def _storm(bed: Bed) -> None:
 
 
 def _jump(bed: Bed) -> None:
-    bed.wait_saved(1)
-    ahead = bed.directory / "clock.ahead"
     day = 86400
-
-    def jump(days: int) -> None:
-        ahead.write_bytes((days * day).to_bytes(8, "little", signed=True))
-
-    jump(1)
+    bed.wait_saved(1)
+    means.set_ahead(bed, day)
     bed.wait_saved(3)
     bed.kill(1)
     bed.wait("attempt_started", lambda event: event["attempt"] == 1)
-    jump(-1)
+    means.set_ahead(bed, -day)
     bed.wait("first_step", lambda event: event["attempt"] == 1)
     times = [event["time"] for event in bed.journal.all]
     if max(times) - min(times) < day:
@@ -246,6 +241,7 @@ FAULTS = (
         "again",
         "exception, code_error",
         "restart, roll_back, give_up",
+        checkpoint={"on_busy": "wait"},
         root=1,
         code=1,
     ),
