@@ -131,7 +131,8 @@ def _kill_saver(bed: Bed) -> None:
 
 
 def _freeze(bed: Bed, group: Path) -> None:
-    bed.wait_saved()
+    # Twenty steps and more: before, nobody can know how long this run's ranks may be silent.
+    bed.wait("committed", lambda event: event["step"] >= 40, PATIENCE)
     for pid in bed.pids().values():
         (group / "cgroup.procs").write_text(str(pid))
     bed.strike()
