@@ -1,4 +1,4 @@
-"""A GPT-like decoder of 20 million parameters: what `recovery` and `overhead` train.
+"""A GPT-like decoder of 20 million parameters: what `recovery`, `goodput` and `overhead` train.
 
 The same model, data and step whichever library makes the checkpoints: `torch` (torch.save and
 torch.load, as scripts for torchrun do) or `autoglm`. Every mark is a line of JSON with the time by
@@ -14,7 +14,10 @@ from typing import Any
 FIRST_LINE = time.monotonic_ns()
 
 import argparse  # noqa: E402
+import hashlib  # noqa: E402
 import json  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from datetime import timedelta  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
@@ -93,6 +96,8 @@ parser.add_argument("--marks", type=Path, required=True)
 parser.add_argument("--steps", type=int, required=True)
 parser.add_argument("--every", type=int, default=5, help="steps between checkpoints (torch)")
 parser.add_argument("--checkpoint", type=Path, help="file of the checkpoint (torch)")
+parser.add_argument("--timeout", type=float, help="seconds, of the process group")
+parser.add_argument("--heartbeats", action="store_true", help="to NVIDIA's ft_launcher")
 args = parser.parse_args()
 MARKS = os.open(args.marks, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
@@ -111,7 +116,8 @@ def train(ready: tuple[Decoder, torch.optim.Optimizer]) -> None:
     mark("first line", FIRST_LINE)
     mark("import torch", TORCH)
     mark("model", built, parameters=sum(p.numel() for p in decoder.parameters()))
-    dist.init_process_group("gloo")
+    limit = timedelta(seconds=args.timeout) if args.timeout else None
+    dist.init_process_group("gloo", timeout=limit)
     model = DistributedDataParallel(decoder)
     mark("process group")
     if args.library == "autoglm":
@@ -124,11 +130,13 @@ def train(ready: tuple[Decoder, torch.optim.Optimizer]) -> None:
             mark("step", step=step + 1)
     else:
         with_torch_save(model, decoder, optimizer)
+    mark("done", digest=digest(decoder))
     dist.destroy_process_group()
 
 
 def with_torch_save(model: nn.Module, decoder: Decoder, optimizer: torch.optim.Optimizer) -> None:
     """Load and save as scripts for torchrun do."""
+    beat = heartbeats()
     start = 0
     if args.checkpoint.exists():
         state = torch.load(args.checkpoint, map_location="cpu")
@@ -140,7 +148,9 @@ def with_torch_save(model: nn.Module, decoder: Decoder, optimizer: torch.optim.O
     for step in range(start, args.steps):
         train_step(model, optimizer, step)
         mark("step", step=step + 1)
+        beat()
         if (step + 1) % args.every == 0 and dist.get_rank() == 0:
+            began = time.monotonic()
             state = {
                 "model": decoder.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -149,6 +159,26 @@ def with_torch_save(model: nn.Module, decoder: Decoder, optimizer: torch.optim.O
             }
             torch.save(state, args.checkpoint.with_suffix(".new"))
             args.checkpoint.with_suffix(".new").replace(args.checkpoint)
+            mark("saved", step=step + 1, blocked=time.monotonic() - began)
+
+
+def heartbeats() -> Callable[[], None]:
+    """What tells ft_launcher that this rank lives, as its users call it after every step."""
+    if not args.heartbeats:
+        return lambda: None
+    from nvidia_resiliency_ext.fault_tolerance import RankMonitorClient
+
+    client = RankMonitorClient()
+    client.init_workload_monitoring()
+    return client.send_heartbeat  # type: ignore[no-any-return]
+
+
+def digest(decoder: Decoder) -> str:
+    """Of the weights."""
+    found = hashlib.sha256()
+    for tensor in decoder.state_dict().values():
+        found.update(tensor.numpy().data)
+    return found.hexdigest()
 
 
 if args.library == "autoglm":

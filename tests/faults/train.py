@@ -23,6 +23,7 @@ parser.add_argument("--width", type=int, default=64)
 parser.add_argument("--every-steps", type=int, default=5)
 parser.add_argument("--fail", help="what, and in attempt 0 only", default="")
 parser.add_argument("--at", type=int, default=12)
+parser.add_argument("--code", type=int, default=17, help="of --fail exit")
 args = parser.parse_args()
 
 session = autoglm.init(checkpoint_dir="checkpoints", every_steps=args.every_steps)
@@ -34,7 +35,13 @@ class LossDiverged(Exception):
     pass
 
 
+def say_when() -> None:
+    """For those who measure, in the log."""
+    print(f"fault at {time.monotonic()}", flush=True)
+
+
 if args.fail == "steal-port" and attempt == 0 and session.rank == 0:
+    say_when()
     thief = socket.socket()
     thief.bind(("", int(os.environ["MASTER_PORT"])))
     thief.listen()
@@ -44,7 +51,11 @@ if args.fail == "killed-always":
     os.kill(os.getpid(), signal.SIGKILL)
 if args.fail == "ninety-three":
     raise SystemExit(93)
+if args.fail == "early" and failing:
+    say_when()
+    raise ValueError("the configuration is on fire")
 if args.fail == "import" and failing:
+    say_when()
     import no_such_module  # noqa: F401
 if args.fail == "daemon":
     subprocess.Popen(["sleep", "1234.5"], start_new_session=True)
@@ -95,6 +106,26 @@ if args.fail == "track-more":
     session.track(another=torch.optim.SGD(net.parameters()))
 data = torch.randn(200, 32, generator=torch.Generator().manual_seed(3))
 
+
+def go_on_failing() -> None:
+    """What gets worse with every step."""
+    match args.fail:
+        case "leak-memory":
+            leaked.append(torch.ones(1 << 26))
+        case "flood":
+            for _ in range(32):
+                os.write(1, (b"x" * 1023 + b"\n") * 1024)
+        case "leak-workers":
+            loader = torch.utils.data.DataLoader(
+                range(100), num_workers=2, generator=torch.Generator()
+            )
+            leaked.append(iter(loader))
+            if step == args.at + 5:
+                say_when()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+leaked = []
 batches = None
 for step in session.steps(args.steps):
     if args.fail == "at-once" and failing and step == args.at:
@@ -103,6 +134,11 @@ for step in session.steps(args.steps):
         subprocess.run(["sh", "-c", "sleep 0.05 &"], check=True)  # an orphan that ends
     batches = batches or iter(sampler)
     x = data[next(batches)]
+    if args.fail and failing and step == args.at:
+        say_when()
+    if failing and step >= args.at:
+        go_on_failing()
+        x = x * float("nan") if args.fail == "nan" else x
     if failing and step == args.at and args.fail == "sleepy-data":
         time.sleep(1000)
     if session.rank == 1 and args.fail == "slow":
@@ -118,6 +154,8 @@ for step in session.steps(args.steps):
     optimizer.step()
     scheduler.step()
     session.report(loss=loss)
+    if args.fail == "again" and session.rank == 1 and step == args.at:
+        raise ValueError("the same every time")
     if failing and step == args.at:
         match args.fail:
             case "raise":
@@ -127,7 +165,7 @@ for step in session.steps(args.steps):
             case "abort":
                 os.abort()
             case "exit":
-                raise SystemExit(17)
+                raise SystemExit(args.code)
             case "diverge":
                 raise LossDiverged("the loss is nan")
             case "thread":
