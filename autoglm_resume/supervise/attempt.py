@@ -303,6 +303,7 @@ class Attempt:
         except Unkillable:
             self._tell_failure(time.monotonic() - began)
             raise
+        launcher.ended()
         end_orphans(launcher.own() | self._helpers())
         stopped = time.monotonic()
         beats = self._board.beats()

@@ -65,6 +65,10 @@ class Launcher(Protocol):
         """The script was seen to do this: have it ready for the next attempt."""
         ...
 
+    def ended(self) -> None:
+        """The ranks are down; after this, `own` names every process there is."""
+        ...
+
     def own(self) -> frozenset[int]:
         """Pids of processes that belong to the launcher and outlive an attempt."""
         ...
@@ -157,6 +161,8 @@ class Warm:
             self._losses = 0
         for rank, pid in {**warmest, **pids}.items():
             group.add(rank, pid)
+        if self._zygote is not None:
+            self._zygote.note(group.pids.values())
 
     def learn(self, seen: Seen) -> None:
         self._seen = seen
@@ -168,6 +174,12 @@ class Warm:
             self._zygote.open_store(0)
         if self._zygote is not None:
             self._spares.fill()
+
+    def ended(self) -> None:
+        if self._zygote is not None:
+            self._zygote.settle()
+        if self._zygote is not None:  # it may have ended meanwhile
+            self._zygote.note(())
 
     def own(self) -> frozenset[int]:
         zygote = [self._zygote.pid] if self._zygote is not None else []
@@ -280,6 +292,9 @@ class Torchrun:
 
     def learn(self, seen: Seen) -> None:
         """Nothing is kept between attempts."""
+
+    def ended(self) -> None:
+        """Nothing is left."""
 
     def own(self) -> frozenset[int]:
         return frozenset()

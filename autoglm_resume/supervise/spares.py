@@ -22,6 +22,8 @@ FAILURES = 2
 @dataclass
 class _Spare:
     pid: int
+    pidfd: int
+    """It may be reaped before we hear that it is dead."""
     link: socket.socket
     files: dict[str, list[int]] = field(default_factory=dict)
     """Size and time of change of the project's files in it."""
@@ -58,7 +60,12 @@ class Spares:
     def add(self, pid: int, link: socket.socket) -> None:
         """The zygote forked one; `link` leads to it."""
         self._expected -= 1
-        spare = _Spare(pid, link)
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            link.close()
+            return
+        spare = _Spare(pid, pidfd, link)
         self._spares.append(spare)
         self._pump.watch(link, lambda: self._readable(spare))
 
@@ -80,9 +87,7 @@ class Spares:
                 self._end(spare)
                 continue
             taken[rank] = spare.pid
-            self._spares.remove(spare)
-            self._pump.forget(spare.link)
-            spare.link.close()
+            self._forget(spare)
         return taken
 
     def close(self) -> None:
@@ -119,14 +124,17 @@ class Spares:
         self._tell("spare_failed", pid=spare.pid, reason=said["reason"])
 
     def _end(self, spare: _Spare) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(spare.pidfd, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PIDFD, spare.pidfd, os.WEXITED)
+        self._forget(spare)
+
+    def _forget(self, spare: _Spare) -> None:
         self._spares.remove(spare)
         self._pump.forget(spare.link)
         spare.link.close()
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            os.kill(
-                spare.pid, signal.SIGKILL
-            )  # it is our child: its pid is ours until it is reaped
-            os.waitpid(spare.pid, 0)
+        os.close(spare.pidfd)
 
 
 def _changed(files: Mapping[str, list[int]]) -> str | None:

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,6 +70,8 @@ class Zygote:
         self._opened = opened
         self._spared = spared
         self._requests: list[dict[str, Any]] = []
+        self._asked = ""
+        """What it is doing now."""
         self.state = State.BUSY
         self.unfit_module: str | None = None
         self._reply: dict[str, Any] | None = None
@@ -111,6 +113,15 @@ class Zygote:
         known = {"source": asdict(source), "modules": list(modules), "log": str(log)}
         self._ask({"op": "spare", **known, "split": split, "supervisor": os.getpid()})
 
+    def note(self, ranks: Iterable[int]) -> None:
+        """These processes are the ranks now; what they started dies with the supervisor."""
+        self._ask({"op": "ranks", "pids": list(ranks)})
+
+    def settle(self) -> None:
+        """Have it answer for every child that it was asked for."""
+        children = {"spare", "store"}
+        self._pump.wait(lambda: self._asked not in children, time.monotonic() + PATIENCE)
+
     def fork(self, assignment: Path, ranks: Sequence[int]) -> dict[int, int] | None:
         """Pids of freshly forked ranks; None if the zygote is not or no longer able to."""
         if self.state is not State.READY:
@@ -138,6 +149,7 @@ class Zygote:
             return
         self.state = State.BUSY
         request = self._requests.pop(0)
+        self._asked = request["op"]
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._socket.send(json.dumps(request).encode())
 
@@ -159,7 +171,7 @@ class Zygote:
             self.give_up(f"it cannot fork safely: {reply['reason']}{after}")
             return
         self._reply = reply
-        self.state = State.READY
+        self.state, self._asked = State.READY, ""
         self._send_next()
         if reply["op"] == "store" and reply["port"]:
             self._opened(StoreProcess(reply["pid"], reply["port"]))
@@ -177,7 +189,7 @@ class Zygote:
         self._lost()
 
     def _end(self) -> None:
-        self.state = State.GONE
+        self.state, self._asked = State.GONE, ""
         self._pump.forget(self._socket)
         self._socket.close()
         self._process.kill()

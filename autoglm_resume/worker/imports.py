@@ -11,6 +11,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
+RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK")
+_asked: list[str] = []
 _HERE = str(Path(__file__).parents[1]) + os.sep
 _known: frozenset[str] = frozenset()
 
@@ -29,6 +31,31 @@ def imported_since_start() -> list[str]:
         for name, module in list(sys.modules.items())
         if name not in _known and name != "__main__" and _is_installed(module, stdlib)
     ]
+
+
+class _Watched(os._Environ):  # type: ignore[type-arg]
+    """os.environ, which remembers who asked for what no process knows yet."""
+
+    def __getitem__(self, name: str) -> str:
+        if name in RANKS:
+            _asked.append(name)
+        return str(super().__getitem__(name))
+
+
+def asked_for_rank() -> str:
+    """Which variable that tells a rank was read since `watch_environment`; empty if none was."""
+    return _asked[0] if _asked else ""
+
+
+def watch_environment() -> None:
+    """From now on, notice who asks for a rank: whoever does must not be prepared ahead of it."""
+    _asked.clear()
+    os.environ.__class__ = _Watched
+
+
+def trust_environment() -> None:
+    """The rank is known, or nobody is left to ask: undo `watch_environment`."""
+    os.environ.__class__ = os._Environ
 
 
 def own_since_start() -> list[str]:

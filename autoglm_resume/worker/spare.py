@@ -70,6 +70,8 @@ class Spare:
         """
         global _waiting
         _waiting = self
+        imports.begin()
+        imports.watch_environment()
         rank.detach(log, self._source.workdir)
         linux.set_group_nice(linux.GROUP_NICE)  # ranks train meanwhile
         try:
@@ -92,6 +94,9 @@ class Spare:
     def wait(self) -> None:
         """Wait for a rank, and become it. Raises Gone if none comes any more."""
         global _waiting
+        imports.trust_environment()
+        if name := imports.asked_for_rank():
+            raise UsageError(f"{name} was asked for before autoglm.launch() has begun")
         linux.set_group_nice(0)
         self._say(op="ready", files=_own_files(self._source))
         message = self._link.recv(MESSAGE)

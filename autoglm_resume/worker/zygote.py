@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from autoglm_resume import linux
+from autoglm_resume.worker import imports
 from autoglm_resume.worker import rank as rank_process
 from autoglm_resume.worker.contract import Assignment, Source
 from autoglm_resume.worker.spare import Spare
@@ -125,11 +126,16 @@ def preload(modules: list[str]) -> dict[str, Any]:
     began = time.monotonic()
     skipped = []
     for name in modules:
+        imports.watch_environment()
         try:
             importlib.import_module(name)
         except Exception as error:
             skipped.append(f"{name}: {type(error).__name__}: {error}")
-        reason = unfit()
+        finally:
+            imports.trust_environment()
+        # A module that keeps what it found there would be wrong in every rank.
+        asked = imports.asked_for_rank()
+        reason = f"it asks for {asked} when it is imported" if asked else unfit()
         if reason:
             return {"op": "unfit", "module": name, "reason": reason}
     gc.collect()
@@ -154,6 +160,9 @@ def serve(control: socket.socket) -> Role | None:
         reply: dict[str, Any]
         if request["op"] == "preload":
             reply = preload(request["modules"])
+        elif request["op"] == "ranks":
+            ranks = request["pids"]
+            reply = {"op": "noted"}
         elif reason := unfit():
             reply = {"op": "unfit", "module": None, "reason": reason}
         elif request["op"] == "store":
@@ -187,11 +196,12 @@ def serve(control: socket.socket) -> Role | None:
         else:
             assignment = Assignment.load(Path(request["assignment"]))
             wanted = [Rank(assignment, rank) for rank in request["ranks"]]
-            role, ranks = _fork(assignment.supervisor, wanted)
+            role, pids = _fork(assignment.supervisor, wanted)
             if role:
                 control.close()
                 return role
-            reply = {"op": "forked", "pids": dict(zip(request["ranks"], ranks, strict=True))}
+            ranks = pids  # until the supervisor tells of those that it took from spares, too
+            reply = {"op": "forked", "pids": dict(zip(request["ranks"], pids, strict=True))}
         with contextlib.suppress(BrokenPipeError):
             control.send(json.dumps(reply).encode())
 

@@ -148,6 +148,7 @@ def test_a_spare_that_dies_is_missed_by_nobody(split: Split) -> None:
     [
         ("", 'os.environ["RANK"]', "KeyError: 'RANK'"),
         ('rank = os.environ["LOCAL_RANK"]', "pass", "KeyError: 'LOCAL_RANK'"),
+        ("parts.RANK = os.getenv('RANK', '-1')", "pass", "RANK was asked for before"),
         ("", "autoglm.init() if 'RANK' not in os.environ else None", "must come in train()"),
         ("", "sys.exit() if 'RANK' not in os.environ else None", "without calling autoglm.launch"),
     ],
