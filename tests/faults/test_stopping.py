@@ -38,7 +38,7 @@ def test_a_supervisor_killed_during_start_up_leaves_nothing(rehearsal: Rehearsal
 def test_a_stop_saves_first_exits_75_and_resumes_exactly(
     rehearsal: Rehearsal, undisturbed: dict[str, str], number: int
 ) -> None:
-    process = rehearsal.start("--pause", "0.03", checkpoint={"every": {"steps": 1000}})
+    process = rehearsal.start("--pause", "0.08", checkpoint={"every": {"steps": 1000}})
     rehearsal.wait_for("first_step")
     process.send_signal(number)
     stopped = finish(process)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -31,8 +32,10 @@ def on_a_terminal(run: RunDirectory, monkeypatch: pytest.MonkeyPatch, columns: i
     ours, theirs = pty.openpty()
     with os.fdopen(theirs, "w") as stream:
         telling.show(run.path, telling.of(run), stream)
-        stream.flush()
-        data = os.read(ours, 65536)
+    data = b""
+    with contextlib.suppress(OSError):  # that is how a terminal ends whose other side is closed
+        while more := os.read(ours, 65536):
+            data += more
     os.close(ours)
     return data.decode()
 
