@@ -142,8 +142,7 @@ def _freeze(bed: Bed, group: Path) -> None:
 def _freeze_a_while(bed: Bed) -> None:
     group = means.freezer(bed)
     _freeze(bed, group)
-    # It comes back when the hang must have been noticed, on a busy machine later.
-    time.sleep(5.0 * max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0))))
+    time.sleep(8.0)  # it comes back when the hang must have been noticed
     (group / "freezer.state").write_text("THAWED")
 
 
@@ -223,6 +222,9 @@ def _count_processes(bed: Bed) -> None:
 
 NONE = "none"
 """No failure, or no decision."""
+SOON = {"heartbeat": {"timeout": "5s"}}
+"""By default a rank that computes has minutes, and one that does nothing half of one: it may be
+what the script wants. These rows have a limit of the job's own, for the sake of the bench's time."""
 
 FAULTS = (
     _signal("kill -9 of a rank", signal.SIGKILL, "killed", quick=True),
@@ -259,16 +261,15 @@ FAULTS = (
     ),
     _signal("SIGSTOP of a rank", signal.SIGSTOP, "hang", quick=True),
     _signal("SIGSTOP of rank 0", signal.SIGSTOP, "hang", rank=0),
-    _script("deadlocked collective", "deadlock", "hang|communication"),
+    _script("deadlocked collective", "deadlock", "hang|communication", job=SOON),
     _script("lost connections", "cut", "communication"),
-    _script("loop that holds the GIL", "hold-lock", "hang", root=1),
-    # A pause between two steps may be what the script wants: by default it may last half a minute.
+    _script("loop that holds the GIL", "hold-lock", "hang", root=1, job=SOON),
     _script(
         "sleeping data loader",
         "sleepy-data",
         "hang",
         root=1,
-        job={"heartbeat": {"timeout": "5s"}},
+        job=SOON,
         quick=True,
     ),
     Fault(
@@ -315,8 +316,16 @@ FAULTS = (
         _freeze_a_while,
         kinds="hang",
         answers="restart",
+        job=SOON,
     ),
-    Fault("machine frozen for good", _freeze_for_good, kinds="hang", answers=NONE, patience=120),
+    Fault(
+        "machine frozen for good",
+        _freeze_for_good,
+        kinds="hang",
+        answers=NONE,
+        patience=120,
+        job=SOON,
+    ),
     Fault(
         "clock a day ahead, then behind",
         _jump,
