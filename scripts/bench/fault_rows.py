@@ -224,7 +224,7 @@ NONE = "none"
 """No failure, or no decision."""
 SOON = {"heartbeat": {"timeout": "5s"}}
 """By default a rank that computes has minutes, and one that does nothing half of one: it may be
-what the script wants. These rows have a limit of the job's own, for the sake of the bench's time."""
+what the script wants. These rows have a limit of their own, for the sake of the bench's time."""
 
 FAULTS = (
     _signal("kill -9 of a rank", signal.SIGKILL, "killed", quick=True),
