@@ -45,6 +45,8 @@ class Answering:
         self._watch = Watch(pump, [self._store.root, Path(job.run_dir)], lambda: bool(stops))
         self.failures = past.failures
         """Of all attempts ever."""
+        self.in_trouble = False
+        """Whether a stop ended a pause while what it waited for still had a problem."""
 
     def forget(self) -> None:
         """A person goes back to an older checkpoint: what failed since is of no concern."""
@@ -103,6 +105,7 @@ class Answering:
 
         problem = self._watch.wait(needed, longest, paused)
         self._tell("pause_ended", seconds=time.monotonic() - began, problem=problem)
+        self.in_trouble = bool(problem and self._stops)
         if not problem or self._stops:
             return None
         waited = f"waited {format_duration(self._rules.longest_pause)} (restart.longest_pause)"

@@ -104,11 +104,12 @@ class Keepers:
             )
             self._tell("warning", text=text)
 
-    def close(self) -> None:
-        """End them, once what was under way is on storage."""
+    def close(self, *, settled: bool) -> None:
+        """End them, once what was under way is on storage unless it is `settled`, or given up."""
         if self._savers is not None:
             with contextlib.suppress(OSError):
-                self.settle()
+                if not settled:
+                    self.settle()
             self._savers.close()
         self._replicas.close()
 

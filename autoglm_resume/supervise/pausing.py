@@ -18,6 +18,9 @@ PATIENCE = 30.0
 """Seconds after which storage that has not answered a look does not answer."""
 
 
+ENDED_EARLY = "a stop was asked for before storage had answered"
+
+
 class Watch:
     """Looks at directories, from a process of its own each time, that a pause waits for."""
 
@@ -37,12 +40,15 @@ class Watch:
         until = time.monotonic() + longest
         told = False
         while problem := self.look(needed):
+            if self._cancelled():
+                break
             if not told:
                 tell(problem)
                 told = True
-            if self._cancelled() or time.monotonic() >= until:
+            if time.monotonic() >= until:
                 break
-            self._pump.wait(self._cancelled, min(until, time.monotonic() + EVERY))
+            if self._pump.wait(self._cancelled, min(until, time.monotonic() + EVERY)):
+                break
         return problem
 
     def look(self, needed: int) -> str:
@@ -75,7 +81,7 @@ class Watch:
         with process.stderr as said:
             if process.returncode is None:
                 process.kill()  # which one that is stuck in the kernel does not hear yet
-                return silent
+                return ENDED_EARLY if self._cancelled() else silent
             return said.read().strip() if process.returncode else ""
 
 

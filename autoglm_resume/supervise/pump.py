@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 
 class HasFileno(Protocol):
@@ -72,10 +72,16 @@ class Pump:
         self._selector.close()
 
 
-_missed: list[int] = []
-"""Signals that came while nobody listened, but somebody will."""
-_replaced: dict[signal.Signals, Any] = {}
-"""What was in place of their handlers before."""
+class _Heirloom(NamedTuple):
+    """What one listener leaves to the next: the signals not handled yet are in the sockets."""
+
+    read: socket.socket
+    write: socket.socket
+    wakeup: int
+    before: dict[signal.Signals, Any]
+
+
+_left: list[_Heirloom] = []
 
 
 class Signals:
@@ -84,17 +90,19 @@ class Signals:
     def __init__(self, pump: Pump, numbers: Iterable[signal.Signals], handler: Any) -> None:
         self._pump = pump
         self._handler = handler
-        self._read, self._write = socket.socketpair()
-        self._read.setblocking(False)
-        self._write.setblocking(False)
-        self._wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        handlers: dict[signal.Signals, Any] = {}
+        if _left:
+            self._read, self._write, self._wakeup, handlers = _left.pop()
+        else:
+            self._read, self._write = socket.socketpair()
+            self._read.setblocking(False)
+            self._write.setblocking(False)
+            self._wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         # nohup ignores SIGHUP for its children, and means it.
         self._numbers = frozenset(n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN)
         before = {n: signal.signal(n, lambda *_: None) for n in self._numbers}
-        self._before = {n: _replaced.pop(n, handler) for n, handler in before.items()}
+        self._before = {n: handlers.get(n, handler) for n, handler in before.items()}
         pump.watch(self._read, self._readable)
-        while _missed:
-            self._write.send(bytes([_missed.pop(0)]))
 
     def _readable(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -102,18 +110,24 @@ class Signals:
                 if number in self._numbers:
                     self._handler(signal.Signals(number))
 
-    def close(self, *, again: bool = False) -> None:
+    def hand_over(self, unheeded: Iterable[signal.Signals] = ()) -> None:
+        """Stop listening, and leave what comes until then to the next who does.
+
+        So are those that were handled, but that nobody has acted on.
+        """
+        self._pump.forget(self._read)
+        with contextlib.suppress(BlockingIOError):  # full of others: one of them will do
+            self._write.send(bytes(unheeded))
+        _left.append(_Heirloom(self._read, self._write, self._wakeup, self._before))
+
+    def close(self) -> None:
         """Stop listening. Ctrl-C is given back; the others are ignored from here on.
 
         They asked for an end that has come: a scheduler that repeats its SIGTERM must not replace
-        the exit code that says how. If somebody will listen `again`, they wait for that.
+        the exit code that says how.
         """
         for number, before in self._before.items():
-            if again:
-                _replaced[number] = before
-                signal.signal(number, lambda number, _: _missed.append(number))
-            else:
-                signal.signal(number, before if number == signal.SIGINT else signal.SIG_IGN)
+            signal.signal(number, before if number == signal.SIGINT else signal.SIG_IGN)
         signal.set_wakeup_fd(self._wakeup)
         self._pump.forget(self._read)
         self._read.close()

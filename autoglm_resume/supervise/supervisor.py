@@ -171,16 +171,21 @@ class Supervisor:
             if self._launcher is not None:
                 self._launcher.close()
             if self._keepers is not None:
-                self._keepers.close()
+                self._keepers.close(settled=self._answers.in_trouble)
             self._notifier.close(lambda: hurried(self._stops))
             end_orphans(frozenset())
-            signals.close(again=code is None)
+            if code is None:
+                signals.hand_over(self._stops)
+            else:
+                signals.close()
             self._journal.close()
             self._pump.close()
 
     def _bring_to_end(self, launcher: Launcher, keepers: Keepers, began: float) -> int | None:
         given_up = self._answers.wait_on()
         while given_up is None:
+            if self._stops:
+                return self._interrupted(keepers)
             # No rank is alive here, so this is the moment to judge and to clean up.
             resume = self._gate.pass_gate(keepers.settle(self._gate.may_take_from_memory))
             if self._stops:
@@ -359,16 +364,20 @@ class Supervisor:
         return kept | self._notifier.pids | self._ready.pids
 
     def _interrupted(self, keepers: Keepers, requeued: str = "") -> int:
-        keepers.settle()
-        newest = self._gate.newest()
-        keepers.flush()
+        if self._answers.in_trouble:  # it may never answer: what is known has to do
+            step = self._gate.checkpointed
+        else:
+            keepers.settle()
+            newest = self._gate.newest()
+            keepers.flush()
+            step = newest.step if newest else 0
         number = self._stops[0] if self._stops else signal.SIGTERM
         if requeued:
             code, reason = Interrupted.exit_code, f"to be started again elsewhere: {requeued}"
         elif hurried(self._stops):
             code, reason = died_by_signal(signal.SIGINT), "stopped at once, as asked twice"
-        elif newest is not None:
-            code, reason = Interrupted.exit_code, f"stopped; continues from step {newest.step}"
+        elif step:
+            code, reason = Interrupted.exit_code, f"stopped; continues from step {step}"
         elif number == signal.SIGUSR2 and self._limit is not None and self._limit.near():
             raise AutoglmError(
                 "the time that the scheduler gives this job ends before its first checkpoint",
@@ -376,7 +385,6 @@ class Supervisor:
             )
         else:
             code, reason = died_by_signal(number), "stopped before the first checkpoint"
-        step = newest.step if newest else 0
         self._tell("run_interrupted", code=code, reason=reason, step=step)
         return code
 

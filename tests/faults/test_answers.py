@@ -135,6 +135,14 @@ def test_a_run_that_was_made_smaller_still_stops_when_asked(rehearsal: Rehearsal
     assert process.wait(30) == 75
 
 
+def test_a_stop_while_a_run_is_made_smaller_is_not_lost(rehearsal: Rehearsal) -> None:
+    process = rehearsal.start("--fail", "exit", *SLOWLY, **on(on={17: "smaller"}), **ELASTIC)
+    rehearsal.wait_for("excluded")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 75
+    assert not rehearsal.events("run_completed")
+
+
 def test_a_run_that_is_not_elastic_keeps_its_ranks(
     rehearsal: Rehearsal, undisturbed: dict[str, str]
 ) -> None:
@@ -192,6 +200,18 @@ def test_a_pause_ends_when_the_run_is_asked_to_stop(rehearsal: Rehearsal, small_
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 75
     assert not rehearsal.events("run_failed")
+
+
+def test_a_stop_during_a_pause_does_not_need_the_storage_that_is_away(
+    rehearsal: Rehearsal, small_disk: Path
+) -> None:
+    process, _ = _out_of_space(rehearsal, small_disk)
+    rehearsal.wait_for("paused")
+    (small_disk / "ckpt").rename(small_disk / "away")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 75
+    committed = max(e["step"] for e in rehearsal.events("committed"))
+    assert rehearsal.events("run_interrupted")[0]["step"] == committed
 
 
 def test_a_pause_goes_on_in_the_next_supervisor(

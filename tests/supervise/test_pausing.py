@@ -71,6 +71,14 @@ def test_a_stop_ends_the_wait_at_once(pump: Pump, tmp_path: Path) -> None:
     assert stops
 
 
+def test_storage_that_was_given_no_time_to_answer_is_not_said_to_be_silent(
+    pump: Pump, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    assert Watch(pump, [tmp_path], lambda: True).wait(0, 60, told.append) == pausing.ENDED_EARLY
+    assert told == []
+
+
 def test_no_look_is_left_behind(pump: Pump, tmp_path: Path) -> None:
     Watch(pump, [tmp_path], never).look(0)
     with pytest.raises(ChildProcessError):

@@ -218,9 +218,25 @@ def test_a_signal_repeated_after_the_end_does_not_replace_the_exit_code(pump: Pu
 def test_a_signal_between_two_listeners_waits_for_the_next_one(pump: Pump) -> None:
     seen: list[signal.Signals] = []
     numbers = (signal.SIGUSR1, signal.SIGUSR2)
-    Signals(pump, numbers, seen.append).close(again=True)
+    Signals(pump, numbers, seen.append).hand_over()
     os.kill(os.getpid(), signal.SIGUSR1)
     signals = Signals(pump, numbers, seen.append)
     assert pump.wait(lambda: bool(seen), soon())
     signals.close()
     assert seen == [signal.SIGUSR1]
+
+
+@pytest.mark.usefixtures("dispositions")
+def test_what_one_listener_has_not_read_or_not_acted_on_is_for_the_next(pump: Pump) -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    seen: list[signal.Signals] = []
+    numbers = (signal.SIGUSR1, signal.SIGUSR2)
+    first = Signals(pump, numbers, lambda _: pytest.fail("called"))
+    os.kill(os.getpid(), signal.SIGUSR1)
+    first.hand_over([signal.SIGUSR2])
+    signals = Signals(pump, (*numbers, signal.SIGINT), seen.append)
+    pump.wait(lambda: len(seen) >= 2, soon())
+    pump.run(time.monotonic() + 0.01)
+    signals.close()
+    assert seen == [signal.SIGUSR1, signal.SIGUSR2]
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN is not before
