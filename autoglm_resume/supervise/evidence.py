@@ -10,12 +10,11 @@ import contextlib
 import json
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from autoglm_resume.supervise.facts import (
     ErrorRecord,
@@ -27,6 +26,7 @@ from autoglm_resume.supervise.failure import Failure
 from autoglm_resume.supervise.gpus import Gpus
 from autoglm_resume.supervise.group import Exit
 from autoglm_resume.supervise.launcher import AGENT, torchrun_exits, torchrun_log
+from autoglm_resume.supervise.node import within
 from autoglm_resume.supervise.oom import counters, rise
 from autoglm_resume.supervise.patterns import notable
 from autoglm_resume.supervise.places import last_raised
@@ -41,8 +41,6 @@ KERNEL_LINES = 100
 NOWHERE = -1
 PATIENCE = 1.0
 """Seconds for a file system or a driver to answer: one that is broken may never."""
-
-T = TypeVar("T")
 
 
 class KernelLog:
@@ -202,15 +200,6 @@ def read_end(path: Path, most: int) -> str:
     if size > most:
         data = data.partition(b"\n")[2] or data
     return data.decode(errors="replace")
-
-
-def within(seconds: float, ask: Callable[[], T]) -> T | None:
-    """What `ask` returns, None if it takes longer: it may be stuck in the kernel for ever."""
-    answer: list[T] = []
-    thread = threading.Thread(target=lambda: answer.append(ask()), daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return answer[0] if answer else None
 
 
 def _with_log(task: Assignment, rank: RankEvidence) -> RankEvidence:

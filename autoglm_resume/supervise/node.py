@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import itertools
 import os
 import shutil
 import socket
 import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 
 from autoglm_resume.errors import UsageError
+
+DRIVER_PATIENCE = 30.0
+"""Seconds for the GPU driver to answer: it may have to be loaded first."""
+
+T = TypeVar("T")
 
 
 def visible_gpus() -> int:
@@ -27,16 +36,35 @@ def visible_devices(listed: str | None) -> list[str]:
         devices = [item.strip() for item in listed.split(",")]
         # CUDA takes the entries before the first invalid one.
         return list(itertools.takewhile(lambda item: item not in ("", "-1"), devices))
+    return [str(number) for number in range(_gpus())]
+
+
+@functools.cache
+def _gpus() -> int:
+    """How many the driver has, asked once: when one has failed, the driver may be silent or fail,
+    and all parts of a run must go on with the same number.
+    """
     import pynvml  # type: ignore[import-untyped]
 
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []
-    try:
-        return [str(number) for number in range(pynvml.nvmlDeviceGetCount())]
-    finally:
-        pynvml.nvmlShutdown()
+    def ask() -> int:
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlInit()
+            try:
+                return int(pynvml.nvmlDeviceGetCount())
+            finally:
+                pynvml.nvmlShutdown()
+        return 0
+
+    return within(DRIVER_PATIENCE, ask) or 0
+
+
+def within(seconds: float, ask: Callable[[], T]) -> T | None:
+    """What `ask` returns, None if it takes longer: it may be stuck in the kernel for ever."""
+    answer: list[T] = []
+    thread = threading.Thread(target=lambda: answer.append(ask()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answer[0] if answer else None
 
 
 def free_port(fixed: int | None = None) -> int:

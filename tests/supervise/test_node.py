@@ -5,8 +5,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import pynvml  # type: ignore[import-untyped]
 import pytest
 
 from autoglm_resume.errors import UsageError
@@ -94,6 +96,35 @@ def test_without_a_driver_there_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     found = len(list(Path("/dev").glob("nvidia[0-9]*")))
     assert node.visible_gpus() == found
+
+
+def test_the_driver_is_asked_once_as_a_gpu_that_fails_may_take_it_along(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 2)
+    node._gpus.cache_clear()
+    assert node.visible_gpus() == 2
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: pytest.fail("asked again"))
+    assert node.visible_gpus() == 2
+    node._gpus.cache_clear()
+
+
+def test_a_driver_that_does_not_answer_is_not_waited_for_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    silent = threading.Event()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(node, "DRIVER_PATIENCE", 0.01)
+    monkeypatch.setattr(pynvml, "nvmlInit", silent.wait)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 2)
+    monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
+    node._gpus.cache_clear()
+    assert node.visible_gpus() == 0
+    silent.set()
+    node._gpus.cache_clear()
 
 
 def test_a_directory_is_made_and_left_empty(tmp_path: Path) -> None:
