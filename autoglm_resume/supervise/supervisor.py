@@ -361,7 +361,8 @@ class Supervisor:
     def _helpers(self) -> frozenset[int]:
         """Children of this process that are no ranks."""
         kept = self._keepers.pids if self._keepers else frozenset()
-        return kept | self._notifier.pids | self._ready.pids
+        limit = self._limit.pids if self._limit else frozenset()
+        return kept | limit | self._notifier.pids | self._ready.pids
 
     def _interrupted(self, keepers: Keepers, requeued: str = "") -> int:
         if self._answers.in_trouble:  # it may never answer: what is known has to do

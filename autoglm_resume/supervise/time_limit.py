@@ -45,6 +45,11 @@ class TimeLimit:
         else:
             self._learn(job.ends - time.time())
 
+    @property
+    def pids(self) -> frozenset[int]:
+        """Of the process that asks."""
+        return frozenset([self._asking.pid] if self._asking is not None else [])
+
     def near(self) -> bool:
         """Whether a stop now is because of the end, whoever asked for it."""
         ahead = self._lead + slurm.EARLY

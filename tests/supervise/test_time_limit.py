@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,8 +125,12 @@ def test_a_slurm_that_does_not_answer_is_not_waited_for(
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(time_limit, "PATIENCE", 0.1)
-    run.limited(until(0.2), 0.1)
+    limit = run.limited(until(0.2), 0.1)
     assert run.stopped()
+    (asking,) = limit.pids  # a child that no clean-up may end
+    assert os.getpgid(asking)
+    limit.close()
+    assert not limit.pids
 
 
 def test_a_slurm_that_cannot_answer_is_not_waited_for(run: Run, squeue: Path) -> None:
