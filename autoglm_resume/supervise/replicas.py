@@ -18,6 +18,7 @@ from autoglm_resume.checkpoint.replica import SLOW, Policy, counts, newest_count
 from autoglm_resume.checkpoint.storage import check
 from autoglm_resume.errors import AutoglmError, NoAcceptableCheckpoint
 from autoglm_resume.supervise.facts import signal_name
+from autoglm_resume.supervise.group import STUCK
 from autoglm_resume.supervise.pump import Pump
 from autoglm_resume.supervise.zygote import HOME
 
@@ -138,7 +139,9 @@ class Replicas:
         if process is None:
             return None
         process.kill()
-        return process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STUCK)  # one that waits for a dead mount does not even hear this
+        return process.returncode
 
     def _lost(self, reason: str) -> None:
         if not self._warned:

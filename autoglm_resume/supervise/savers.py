@@ -125,7 +125,11 @@ class Savers:
             self._pump.forget(link)
             link.close()
             process.kill()
-            process.wait()
+        until = time.monotonic() + PATIENCE
+        for process in self._processes:
+            # One that waits for a mount that is dead does not even hear this.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, until - time.monotonic()))
 
     def _ask(
         self,
