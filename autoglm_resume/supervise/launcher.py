@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import signal
@@ -13,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from autoglm_resume import linux
 from autoglm_resume.job.spec import Job
 from autoglm_resume.supervise.group import Group, end_orphans
 from autoglm_resume.supervise.node import free_port
@@ -25,6 +23,14 @@ from autoglm_resume.worker.contract import ASSIGNMENT, Assignment, Source
 AGENT = -1
 """Key of the torchrun process itself in a group."""
 
+_TIED = """
+import runpy, sys
+from autoglm_resume import linux
+linux.die_with_parent(int(sys.argv.pop(1)))
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+"""`python -m` that ends with its parent: torchrun would train on after its kill -9. The child does
+this itself, as no Python may run between the fork and the exec of a process with threads."""
 _EXIT_LINE = re.compile(r"exitcode\s*:\s*(-?\d+)\s*\(pid:\s*(\d+)\)")
 
 
@@ -272,7 +278,7 @@ class Torchrun:
             return
         with torchrun_log(assignment).open("ab") as output:
             process = subprocess.Popen(
-                torchrun_command(assignment),
+                [sys.executable, "-c", _TIED, str(os.getpid()), *torchrun_command(assignment)[2:]],
                 cwd=HOME,
                 env={
                     **self._environment,
@@ -283,9 +289,6 @@ class Torchrun:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                # Safe: this process has one thread. Without it torchrun and its ranks would
-                # train on after a kill -9 of the supervisor.
-                preexec_fn=functools.partial(linux.die_with_parent, os.getpid()),
             )
         self._processes.append(process)
         group.add(AGENT, process.pid)
