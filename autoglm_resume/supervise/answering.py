@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -82,6 +83,16 @@ class Answering:
             return None
         return self._pause(decision.until, decision.longest)
 
+    def unfinished(self) -> policy.RollBack | policy.Smaller | None:
+        """What an earlier life decided on, but was killed before it did it."""
+        pending = self._pending
+        if pending is None or pending.done:
+            return None
+        if pending.action == policy.Smaller.action:
+            here = pending.host == socket.gethostname()  # elsewhere GPUs are others
+            return policy.Smaller(pending.rank, pending.reason) if here else None
+        return policy.RollBack(pending.delay, pending.reason, pending.before)
+
     def wait_on(self) -> policy.GiveUp | None:
         """The rest of what an earlier life was waiting for when it was killed."""
         pending, self._pending = self._pending, None
@@ -122,14 +133,22 @@ class Answering:
         return max(sizes)
 
     def _told(self, decision: policy.Decision) -> None:
-        until = {"until": decision.until} if isinstance(decision, policy.Pause) else {}
+        # With what the next life needs to carry it out if this one is killed first.
+        more: dict[str, object] = {}
+        match decision:
+            case policy.Pause(until=until):
+                more = {"until": until}
+            case policy.RollBack(before=before):
+                more = {"before": before}
+            case policy.Smaller(rank=rank):
+                more = {"rank": rank, "host": socket.gethostname()}
         self._tell(
             "decision",
             action=decision.action,
             delay=decision.delay,
             reason=decision.reason,
             breaker=decision.breaker,
-            **until,
+            **more,
         )
 
 

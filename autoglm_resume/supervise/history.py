@@ -39,7 +39,7 @@ class Exclusion:
 
 @dataclass(frozen=True)
 class Pending:
-    """A wait that a supervisor had decided on and did not live to end."""
+    """What a supervisor had decided on and did not live to carry out, or to wait for."""
 
     action: str
     delay: float
@@ -48,6 +48,13 @@ class Pending:
     """Unix seconds."""
     until: str = ""
     """What a pause waits for."""
+    before: int | None = None
+    """Of a roll-back; see `policy.RollBack`."""
+    rank: int = -1
+    """Whose GPU, on `host`, the run goes on without."""
+    host: str = ""
+    done: bool = True
+    """Whether only the wait is left."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,7 @@ def recall(events: Iterable[Event]) -> History:
                 case "branched":
                     branches.append((int(event["step"]), int(event["attempt"])))
                     checkpointed, finished = int(event["step"]), False
+                    pending = pending and replace(pending, done=True)
                     if event.get("reason") is None:  # a person asked for it: what failed is past
                         ended.clear()
                         previous = None
@@ -138,6 +146,7 @@ def recall(events: Iterable[Event]) -> History:
                 case "excluded":
                     gpu, host = event.get("gpu"), str(event["host"])
                     excluded.append(Exclusion(host, int(event["rank"]), gpu))
+                    pending = pending and replace(pending, done=True)
                 case "run_interrupted":
                     pending = None  # whoever starts it again wants it to go on at once
                 case "replicated":
@@ -191,6 +200,10 @@ def _pending(event: Event) -> Pending:
         str(event["reason"]),
         float(event["time"]),
         str(event.get("until") or ""),
+        event.get("before"),
+        int(event.get("rank", -1)),
+        str(event.get("host") or ""),
+        done=not {"before", "rank"} & event.keys(),
     )
 
 

@@ -182,6 +182,9 @@ class Supervisor:
             self._pump.close()
 
     def _bring_to_end(self, launcher: Launcher, keepers: Keepers, began: float) -> int | None:
+        unfinished = self._answers.unfinished()
+        if unfinished is not None and not self._carried_out(unfinished, keepers):
+            return None
         given_up = self._answers.wait_on()
         while given_up is None:
             if self._stops:
@@ -209,18 +212,24 @@ class Supervisor:
             decision = self._answers.answer(step, outcome, self._gate.checkpointed)
             if isinstance(decision, policy.Requeue):
                 return self._interrupted(keepers, decision.reason)
-            if isinstance(decision, policy.Smaller):
-                self._tell("excluded", **asdict(excluding(self._job, decision.rank)))
+            if not self._carried_out(decision, keepers):
                 return None
-            if isinstance(decision, policy.RollBack):
-                keepers.settle()
-                self._gate.go_back(decision.before, self._number)
-                self._objects_step = min(self._objects_step, self._gate.checkpointed)
-                keepers.protect()
             given_up = self._answers.wait(decision)
         keepers.settle()
         self._tell("run_failed", code=given_up.code, reason=given_up.reason)
         return given_up.code
+
+    def _carried_out(self, decision: policy.Decision, keepers: Keepers) -> bool:
+        """Whether this life can go on, once `decision` has been told."""
+        if isinstance(decision, policy.Smaller):
+            self._tell("excluded", **asdict(excluding(self._job, decision.rank)))
+            return False
+        if isinstance(decision, policy.RollBack):
+            keepers.settle()
+            self._gate.go_back(decision.before, self._number)
+            self._objects_step = min(self._objects_step, self._gate.checkpointed)
+            keepers.protect()
+        return True
 
     def _attempt(self, launcher: Launcher, keepers: Keepers, resume: ResumePoint | None) -> Outcome:
         self._resume = resume

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -68,6 +69,43 @@ def test_what_was_rolled_back_stays_so_for_the_next_supervisor(
     accepted = rehearsal.events("gate")[-1]["accepted"]
     assert age(accepted)[0] == step or age(accepted)[1] >= 1
     assert rehearsal.final() == undisturbed
+
+
+def cut_after(rehearsal: Rehearsal, kind: str) -> None:
+    """Have the journal end as a kill -9 right after the first such event leaves it."""
+    path = rehearsal.run_dir / "events.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    end = next(n for n, line in enumerate(lines, 1) if json.loads(line)["event"] == kind)
+    path.write_bytes(b"".join(lines[:end]))
+
+
+def test_a_roll_back_that_was_decided_and_not_begun_is_carried_out_by_the_next_supervisor(
+    rehearsal: Rehearsal, undisturbed: dict[str, str]
+) -> None:
+    process = diverging(rehearsal)
+    step = rehearsal.wait_for("branched")["step"]
+    os.kill(rehearsal.holder(), signal.SIGKILL)
+    process.wait(30)
+    cut_after(rehearsal, "decision")
+    resumed = rehearsal.resume()
+    assert resumed.code == 0, resumed
+    assert [e["step"] for e in rehearsal.events("branched")] == [step]
+    assert rehearsal.events("attempt_started")[-1]["step"] == step
+    assert rehearsal.final() == undisturbed
+
+
+def test_a_run_that_was_to_be_made_smaller_is_so_by_the_next_supervisor(
+    rehearsal: Rehearsal,
+) -> None:
+    process = rehearsal.start("--fail", "exit", *SLOWLY, **on(on={17: "smaller"}), **ELASTIC)
+    rehearsal.wait_for("excluded")
+    os.kill(rehearsal.holder(), signal.SIGKILL)
+    process.wait(30)
+    cut_after(rehearsal, "decision")
+    resumed = rehearsal.resume()
+    assert resumed.code == 0, resumed
+    assert [e["rank"] for e in rehearsal.events("excluded")] == [1]
+    assert [len(e["pids"]) for e in rehearsal.events("attempt_started")] == [2, 1]
 
 
 def test_without_an_older_checkpoint_it_goes_on_from_the_one_there_is(

@@ -122,6 +122,29 @@ def test_a_wait_that_was_cut_short_is_pending_until_somebody_starts_or_stops_the
         assert recall([*waiting, end]).pending is None
 
 
+@pytest.mark.parametrize(
+    ("decided", "carried_out"),
+    [
+        ({"action": "roll_back", "before": 7}, event("branched", step=5, attempt=1, reason="x")),
+        ({"action": "roll_back", "before": None}, event("branched", step=5, attempt=1, reason="x")),
+        ({"action": "smaller", "rank": 1}, event("excluded", rank=1, gpu=None, host="here")),
+    ],
+)
+def test_what_was_decided_and_not_carried_out_is_known(
+    decided: dict[str, Any], carried_out: journal.Event
+) -> None:
+    decision = event("decision", delay=0.5, reason="x", **decided)
+    pending = recall([event("failure", step=3), decision]).pending
+    assert pending is not None
+    assert not pending.done
+    assert pending.before == decided.get("before")
+    assert pending.rank == decided.get("rank", -1)
+    left = recall([event("failure", step=3), decision, carried_out]).pending
+    assert left is not None
+    assert left.done
+    assert left.delay == 0.5
+
+
 def test_exclusions_last_until_the_run_is_given_up() -> None:
     out = event("excluded", rank=1, gpu="3", host="here")
     assert recall([out, out]).excluded == (Exclusion("here", 1, "3"),) * 2
