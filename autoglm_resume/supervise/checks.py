@@ -293,10 +293,10 @@ def _clock(facts: Facts, needs: Needs) -> Iterator[Check]:
     yield Check(
         "clock",
         behind <= CLOCK_SECONDS,
-        f"{behind:.0f} s behind what this run has written"
+        f"{behind:.0f} s behind"
         if behind > CLOCK_SECONDS
         else "agrees with what this run has written",
-        f"at most {CLOCK_SECONDS:.0f} s behind",
+        f"at most {CLOCK_SECONDS:.0f} s behind what this run has written",
         "set the clock (NTP): ages of checkpoints, and what is kept by age, would be wrong",
         "clock",
     )
