@@ -60,12 +60,18 @@ def _all(directory: str | None, step: int | None, *, json: bool) -> int:
 
     from autoglm_resume.cli import target
     from autoglm_resume.supervise import together
+    from autoglm_resume.supervise.rundir import RunDirectory
 
     if step is not None:
         raise UsageError("--all and --from exclude each other: a step is of one run")
     place = Path(directory or target.RUNS)
     if not place.is_dir():
         raise UsageError(f"{place}: expected a directory of runs")
+    if RunDirectory(place).exists:
+        raise UsageError(
+            f"{place}: expected a directory of runs, found a run",
+            hint=f"continue it alone with: autoglm resume {place}; or name the directory it is in",
+        )
     ended: list[together.Fate] = []
 
     def tell(one: together.Fate) -> None:
@@ -73,7 +79,10 @@ def _all(directory: str | None, step: int | None, *, json: bool) -> int:
         if not json:
             print(f"{one.run.name}: {one.text}", flush=True)
 
-    code = together.resume(target.runs(place), tell)
+    runs = target.runs(place)
+    code = together.resume(runs, tell)
+    if not runs and not json:
+        print(f"{place}: no run there")
     if json:
         print(jsonlib.dumps([{**asdict(one), "run": str(one.run)} for one in ended], indent=2))
     return code

@@ -54,5 +54,9 @@ def submit(
         print(script, end="")
         return 0
     print(commands.submit(script))
-    print(f"autoglm: the run will be in {job.run_dir}", file=sys.stderr)
+    if slurm.is_array(more or ()):
+        where = f"the runs will be in {slurm.of_task(job.run_dir, 'TASK')}"
+    else:
+        where = f"the run will be in {job.run_dir}"
+    print(f"autoglm: {where}", file=sys.stderr)
     return 0

@@ -34,7 +34,7 @@ def status(
 
     runs = target.runs_in(what)
     if runs:
-        found = [view.of(run) for run in runs]
+        found = view.of_all(runs)
         if json:
             print(jsonlib.dumps([view.to_json(one) for one in found], indent=2))
         else:

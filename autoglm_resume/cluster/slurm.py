@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from autoglm_resume.errors import UsageError
+from autoglm_resume.job.paths import literal
 from autoglm_resume.job.spec import Job
 
 MARGIN = 20.0
@@ -62,7 +63,10 @@ def lead(grace: float) -> float:
 
 
 def time_limit(text: str) -> float | None:
-    """Seconds in `sbatch --time` (`30`, `30:00`, `2:00:00`, `1-12`); None if it has no end."""
+    """Seconds in `sbatch --time` (`30`, `30:00`, `2:00:00`, `1-12`); None if it has no end.
+
+    That is what 0 means there.
+    """
     match = re.fullmatch(_TIME, text.strip())
     if match is None:
         return None
@@ -70,9 +74,20 @@ def time_limit(text: str) -> float | None:
     # Minutes come first, but after days it is hours.
     first = 3600 if match["days"] or len(parts) == 3 else 60
     units = (first, first // 60, 1 if first == 3600 else 0)
-    return int(match["days"] or 0) * 86400.0 + sum(
+    total = int(match["days"] or 0) * 86400.0 + sum(
         part * unit for part, unit in zip(parts, units, strict=False)
     )
+    return total or None
+
+
+def is_array(options: Sequence[str]) -> bool:
+    """Whether `options` of sbatch ask for an array of jobs."""
+    return any(re.match(r"--array\b|-a", option) for option in options)
+
+
+def of_task(path: PurePath, task: str) -> PurePath:
+    """Where a task of an array has what a single job has at `path`."""
+    return path.with_name(f"{path.name}-{task}")
 
 
 def script(
@@ -110,20 +125,30 @@ def script(
         options="\n".join(lines),
         command=shlex.join(command),
         task="\n".join(f"        --set {_quoted(item)}" for item in _of_task(job)),
+        replicas="".join(_MAKE.format(_quoted(each)) for each in _replicas(job) if each[0] == "/"),
     )
 
 
 def _of_task(job: Job) -> list[str]:
     """Overrides by which every task of an array has a run of its own."""
     run, checkpoints = PurePath(job.run_dir), PurePath(job.checkpoint.dir)
-    own = f"{run}-{_TASK}"
+    own = of_task(run, _TASK)
     inside = checkpoints.is_relative_to(run)
-    where = f"{own}/{checkpoints.relative_to(run)}" if inside else f"{checkpoints}-{_TASK}"
-    overrides = [f"name={job.name}-{_TASK}", f"run_dir={own}", f"checkpoint.dir={where}"]
+    where = own / checkpoints.relative_to(run) if inside else of_task(checkpoints, _TASK)
+    values: dict[str, str | list[str]] = {
+        "name": f"{job.name}-{_TASK}",
+        "run_dir": literal(str(own)),
+        "checkpoint.dir": literal(str(where)),
+    }
     if job.checkpoint.replicas:
-        own_each = [f"{replica.rstrip('/')}/{_TASK}" for replica in job.checkpoint.replicas]
-        overrides.append(f"checkpoint.replicas={json.dumps(own_each, ensure_ascii=False)}")
-    return overrides
+        values["checkpoint.replicas"] = [literal(each) for each in _replicas(job)]
+    # JSON is YAML: what a name holds means nothing in it.
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+
+
+def _replicas(job: Job) -> list[str]:
+    """Where a task of an array has its replicas."""
+    return [f"{replica.rstrip('/')}/{_TASK}" for replica in job.checkpoint.replicas]
 
 
 def _quoted(text: str) -> str:
@@ -132,6 +157,9 @@ def _quoted(text: str) -> str:
         shlex.quote(part) if part else "" for part in text.split(_TASK)
     )
 
+
+# Only below a directory that is there: one that is not may be a mount that is missing, or hang.
+_MAKE = "    timeout --signal=KILL 10 mkdir {} 2>/dev/null\n"
 
 _SCRIPT = """\
 #!/bin/bash
@@ -144,7 +172,7 @@ if [[ -n ${{SLURM_ARRAY_TASK_ID:-}} ]]; then  # one run per task of an array
     run+=(
 {task}
     )
-fi
+{replicas}fi
 
 # Slurm signals this shell alone. USR2 announces a preemption or the end of the time.
 # With TERM Slurm has decided itself what becomes of the job, for instance by scancel.

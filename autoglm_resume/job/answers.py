@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Final
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
@@ -52,7 +53,19 @@ def _trigger(value: object) -> str:
     return text
 
 
+@dataclass(frozen=True)
+class _Unfit:
+    """An answer that there is, but not to this."""
+
+    answer: object
+
+
 def _answer(value: object) -> Answer:
+    if isinstance(value, _Unfit):
+        raise problem(
+            f"expected restart or stop, found {found(value.answer)}: the gate itself takes the "
+            "next checkpoint"
+        )
     if isinstance(value, Answer):
         return value
     if value not in _ANSWERS:
@@ -72,10 +85,8 @@ def _sensible(value: object) -> object:
         raise expected("a mapping such as {cuda_oom: stop, 17: requeue}", value)
     refused = value.get(Kind.REFUSED.value)
     if refused in _ANSWERS and Answer(refused) not in _EITHER_WAY:
-        raise problem(
-            f"{Kind.REFUSED.value}: expected restart or stop, found {found(refused)}: the gate "
-            "itself takes the next checkpoint"
-        )
+        # Refused in its turn, so that other problems are told too.
+        return {**value, Kind.REFUSED.value: _Unfit(refused)}
     return value
 
 

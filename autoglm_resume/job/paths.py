@@ -14,6 +14,13 @@ from typing import Any, Literal
 
 from autoglm_resume.job.draft import Draft, Keys, similar_file
 
+_VARIABLE = re.compile(r"\$(?:\$|(\w+)|\{(\w+)\})")
+
+
+def literal(path: str) -> str:
+    """`path` as a job file has to write it for it to mean itself."""
+    return path.replace("$", "$$")
+
 
 @dataclass
 class Paths:
@@ -63,11 +70,15 @@ class Paths:
         return path
 
     def _expanded(self, keys: Keys, text: str) -> str | None:
-        for variable in re.findall(r"\$\{?(\w+)", text):
-            if variable not in os.environ:
-                self.draft.refuse(keys, f"the variable {variable} in {text!r} is not set")
+        names = [plain or braced for plain, braced in _VARIABLE.findall(text)]
+        for name in filter(None, names):  # none in `$$`
+            if name not in os.environ:
+                self.draft.refuse(keys, f"the variable {name} in {text!r} is not set")
                 return None
-        return os.path.expandvars(os.path.expanduser(text))  # noqa: PTH111
+        at_home = os.path.expanduser(text)  # noqa: PTH111
+        return _VARIABLE.sub(
+            lambda found: os.environ[found[1] or found[2]] if found.lastindex else "$", at_home
+        )
 
     def _replicas(self, entries: Any) -> None:
         for n, entry in enumerate(entries if isinstance(entries, list) else ()):

@@ -17,6 +17,8 @@ from autoglm_resume.observe.tables import Table, width
 from autoglm_resume.supervise import devices, leftovers, node, ready, rounds, system
 from autoglm_resume.supervise.assign import environment, world_size
 from autoglm_resume.supervise.checks import Check, Facts, Needs, judge, judge_system
+from autoglm_resume.supervise.exclusion import VISIBLE, without
+from autoglm_resume.supervise.history import recall
 from autoglm_resume.supervise.reach import Reach
 from autoglm_resume.supervise.rundir import RunDirectory
 from autoglm_resume.worker.slots import room
@@ -37,18 +39,24 @@ def examine(job: Job | None) -> list[Finding]:
     directory and the defaults.
     """
     guards = job.guards if job else Guards()
-    env = environment(job) if job else dict(os.environ)
     home = Path(job.checkpoint.dir) if job else Path.cwd()
     replicas = job.checkpoint.replicas if job else ()
-    places = Reach([str(home)], replicas, env).answers()
+    places = Reach([str(home)], replicas, _environment(job)).answers()
+    answers = not places[0].hung
+    run = RunDirectory(Path(job.run_dir)) if job and answers else None
+    if job is not None and run is not None:
+        job = without(job, recall(run.events()).excluded)
+    env = _environment(job)
     checks = list(judge_system(system.look(env)))
-    run = RunDirectory(Path(job.run_dir)) if job else None
     looked, driver = devices.look(
-        lambda pid: run is not None and run.exists and leftovers.belongs(pid, run.path)
+        lambda pid: run is not None and run.exists and leftovers.belongs(pid, run.path),
+        env.get(VISIBLE),
     )
+    # While a supervisor has the run, what is there is its own.
+    running = run is not None and run.holder() is not None
     ranks = world_size(job) if job is not None else max(2, len(looked or ()))
     needed, disk = Needs(ranks), None
-    if not places[0].hung:
+    if answers:
         disk = ready.free(home)
         if job is not None and run is not None:
             needed = ready.needs(job, Store(home), None, ready.last_written(run.journal))
@@ -59,9 +67,9 @@ def examine(job: Job | None) -> list[Finding]:
         memory=room(),
         shm=ready.shared_memory(),
         disk=disk,
-        port_owner=None if needed.port is None else _owner(needed.port),
+        port_owner=None if needed.port is None or running else _owner(needed.port),
         places=places,
-        leftovers=_leftovers(run),
+        leftovers=None if run is None or not run.exists or running else _leftovers(run),
         collective=rounds.run(ranks, env),
     )
     checks += judge(facts, needed)
@@ -92,6 +100,10 @@ def show(findings: Sequence[Finding]) -> None:
     table.print(sys.stdout)
 
 
+def _environment(job: Job | None) -> dict[str, str]:
+    return environment(job) if job else dict(os.environ)
+
+
 def _expected(check: Check) -> str:
     return f"expected: {check.expected}" if check.expected else ""
 
@@ -102,6 +114,8 @@ def verdict(check: Check, guards: Guards) -> Verdict:
         return "unknown"
     if check.ok:
         return "ok"
+    if check.refuses:
+        return "wrong"
     strictness = getattr(guards, check.guard) if check.guard else "strict"
     # Whoever asks by hand wants the round, which is off before starts only for its time.
     lenient = strictness != "strict" and check.guard != "collective"
@@ -112,12 +126,9 @@ def _owner(port: int) -> str:
     try:
         node.free_port(port)
     except UsageError as error:
-        return error.message.rpartition("found ")[2]
+        return error.message.partition(", found ")[2].removeprefix("it ")
     return ""
 
 
-def _leftovers(run: RunDirectory | None) -> tuple[str, ...] | None:
-    """None while a supervisor has the run: then they are its own."""
-    if run is None or not run.exists or run.holder() is not None:
-        return None
+def _leftovers(run: RunDirectory) -> tuple[str, ...]:
     return tuple(map(leftovers.described, leftovers.find(run.path)))

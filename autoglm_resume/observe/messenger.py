@@ -108,6 +108,8 @@ class Target:
                     self._run(body)
             except Undelivered as error:
                 reason = str(error)
+            except Exception as error:  # its text may hold the address
+                reason = f"it failed with {type(error).__name__}"
             else:
                 self._broken = False
                 return
@@ -135,6 +137,7 @@ class Target:
 
     def _post(self, body: bytes) -> None:
         # 40 ms and more, which only who needs it should pay; and only here, beside the training.
+        import http.client
         import urllib.error
         import urllib.request
 
@@ -148,14 +151,18 @@ class Target:
             with urllib.request.urlopen(request, timeout=self._patience(WEBHOOK_SECONDS)) as reply:
                 reply.read(1024)
         except urllib.error.HTTPError as error:
-            raise Undelivered(f"it answered {error.code} {error.reason}") from None
+            # What it says itself may hold an address it redirects to.
+            said = http.client.responses.get(error.code, "")
+            raise Undelivered(f"it answered {error.code} {said}") from None
         except urllib.error.URLError as error:
             raise Undelivered(str(error.reason)) from None
         except OSError as error:
             raise Undelivered(str(error)) from None
-        except ValueError:
+        except (ValueError, http.client.InvalidURL):
             # What is wrong with an address is said with the address.
             raise Undelivered("its address cannot be used") from None
+        except http.client.HTTPException:
+            raise Undelivered("its answer is no HTTP") from None
 
     def _run(self, body: bytes) -> None:
         assert self._command is not None
@@ -170,7 +177,7 @@ class Target:
         except OSError as error:
             raise Undelivered(f"could not be started: {error.strerror}") from None
         try:
-            self._process.communicate(body, timeout=self._patience(COMMAND_SECONDS))
+            self._process.communicate(body + b"\n", timeout=self._patience(COMMAND_SECONDS))
         except subprocess.TimeoutExpired:
             raise Undelivered(f"did not end within {COMMAND_SECONDS:.0f} s") from None
         finally:

@@ -7,11 +7,12 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from autoglm_resume.errors import AutoglmError
 from autoglm_resume.job.units import parse_duration
 from autoglm_resume.journal import Event
 from autoglm_resume.observe import replicas, report
@@ -25,6 +26,9 @@ from autoglm_resume.supervise.liveness import Limits, Look, health, silence
 from autoglm_resume.supervise.rundir import Holder, RunDirectory
 from autoglm_resume.worker.board import Board
 from autoglm_resume.worker.gaps import merged
+
+UNREADABLE = "unreadable"
+"""State of a run of which nothing can be told."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ def of(run: RunDirectory) -> Status:
     events = run.events()
     summary = summarize(events, alive=holder is not None, now=now)
     job = run.job()
-    targets = (job.get("checkpoint") or {}).get("replicas") or ()
+    targets = _section(job, "checkpoint").get("replicas")
+    targets = [each for each in targets if isinstance(each, str)] if type(targets) is list else []
     return Status(
         run.path,
         summary,
@@ -82,6 +87,33 @@ def of(run: RunDirectory) -> Status:
         replicas.of(events, targets) if targets else (),
         _slurm(events),
     )
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A run of which nothing can be told, and why."""
+
+    run: Path
+    reason: str
+
+
+def of_all(runs: Iterable[RunDirectory]) -> list[Status | Unreadable]:
+    """Look at each; one that cannot be read hides no other."""
+    found: list[Status | Unreadable] = []
+    for run in runs:
+        try:
+            found.append(of(run))
+        except AutoglmError as error:
+            found.append(Unreadable(run.path, error.message))
+        except OSError as error:
+            found.append(Unreadable(run.path, f"{error.filename or run.path}: {error.strerror}"))
+    return found
+
+
+def _section(job: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Of a job as it was written, which may be one of another version, or damaged."""
+    found = job.get(name)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _slurm(events: Sequence[Event]) -> Event | None:
@@ -120,7 +152,7 @@ def _rank(rank: int, look: Look, now: float, limits: Limits, load: float) -> Ran
 
 
 def _limits(job: Mapping[str, Any]) -> Limits:
-    asked = job.get("heartbeat") or {}
+    asked = _section(job, "heartbeat")
     try:
         found = parse_duration(asked["timeout"]), parse_duration(asked["startup"])
     except (KeyError, ValueError):
@@ -128,8 +160,10 @@ def _limits(job: Mapping[str, Any]) -> Limits:
     return Limits(*found)
 
 
-def to_json(status: Status) -> dict[str, Any]:
+def to_json(status: Status | Unreadable) -> dict[str, Any]:
     """Every figure; durations in seconds."""
+    if isinstance(status, Unreadable):
+        return {"run": str(status.run), "state": UNREADABLE, "reason": status.reason}
     return {
         "run": str(status.run),
         "supervisor": asdict(status.holder) if status.holder else None,
@@ -185,7 +219,7 @@ def _ranks_table(ranks: Sequence[Rank]) -> Table:
     return table
 
 
-def show_all(found: Sequence[Status]) -> None:
+def show_all(found: Sequence[Status | Unreadable]) -> None:
     """One line per run, on standard output: done, training, or stopped for which reason."""
     table = Table(
         (
@@ -195,6 +229,9 @@ def show_all(found: Sequence[Status]) -> None:
         right=frozenset((2, 3, 4, 7, 8)),
     )
     for status in found:
+        if isinstance(status, Unreadable):
+            table.add(status.run.name, UNREADABLE, *[None] * 7, status.reason, style="red")
+            continue
         summary = status.summary
         goodput = None if summary.goodput is None else f"{summary.goodput:.1%}"
         at = summary.checkpoint_step

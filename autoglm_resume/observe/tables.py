@@ -14,6 +14,9 @@ from typing import Any, TextIO
 
 from autoglm_resume.observe.live import printable
 
+NAME = 32
+"""Characters up to which the first column is never folded."""
+
 
 @dataclass
 class Table:
@@ -78,8 +81,9 @@ class Table:
         )
         for index, header in enumerate(self.headers):
             justify: Any = "right" if index in self.right else "left"
-            # The first column is what people copy from it: a name.
-            table.add_column(Text(header), justify=justify, overflow="fold", no_wrap=index == 0)
+            # The first column is what people copy from it: a name. A path would take all the room.
+            whole = index == 0 and self._widths()[0] <= NAME
+            table.add_column(Text(header), justify=justify, overflow="fold", no_wrap=whole)
         for cells, style in self.rows:
             table.add_row(*(Text(cell) for cell in cells), style=style)
         Console(file=stream, highlight=False).print(table)

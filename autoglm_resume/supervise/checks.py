@@ -31,6 +31,8 @@ class Check:
     """What to do about it."""
     guard: str = ""
     """The switch in the job's `guards` that says how serious it is; empty where there is none."""
+    refuses: bool = False
+    """Whether `autoglm run` refuses to begin, whatever that switch says."""
 
 
 @dataclass(frozen=True)
@@ -269,6 +271,7 @@ def _disk(facts: Facts, needs: Needs) -> Iterator[Check]:
         "free some space, keep fewer checkpoints (checkpoint.keep), or point checkpoint.dir "
         "elsewhere",
         "disk",
+        refuses=facts.disk < needs.free_disk,
     )
 
 
@@ -290,8 +293,10 @@ def _clock(facts: Facts, needs: Needs) -> Iterator[Check]:
     yield Check(
         "clock",
         behind <= CLOCK_SECONDS,
-        f"{behind:.0f} s behind it" if behind > CLOCK_SECONDS else "after it",
-        "not before the newest thing that this run has written",
+        f"{behind:.0f} s behind"
+        if behind > CLOCK_SECONDS
+        else "agrees with what this run has written",
+        f"at most {CLOCK_SECONDS:.0f} s behind what this run has written",
         "set the clock (NTP): ages of checkpoints, and what is kept by age, would be wrong",
         "clock",
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +9,13 @@ from autoglm_resume.supervise.checks import Gpu, Process
 from autoglm_resume.supervise.leftovers import name_of
 
 
-def look(ours: Callable[[int], bool]) -> tuple[tuple[Gpu, ...] | None, str]:
-    """(the visible GPUs, why they could not be asked). `ours` tells processes of this run."""
+def look(ours: Callable[[int], bool], listed: str | None) -> tuple[tuple[Gpu, ...] | None, str]:
+    """(the GPUs in `listed`, why they could not be asked). `ours` tells processes of this run.
+
+    `listed` is CUDA_VISIBLE_DEVICES as the ranks get it, None where they see every GPU.
+    """
     import pynvml  # type: ignore[import-untyped]
 
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = None if listed is None else [name.strip() for name in listed.split(",")]
     try:
         pynvml.nvmlInit()

@@ -147,8 +147,9 @@ class Notifier:
         if not data:
             self._end()
             return
-        said = json.loads(data)
-        self._tell("notify_failed", target=said["target"], reason=said["reason"])
+        with contextlib.suppress(ValueError):  # one that was too long for `MESSAGE` is cut
+            said = json.loads(data)
+            self._tell("notify_failed", target=said["target"], reason=said["reason"])
 
     def _end(self) -> None:
         if self._socket is not None:

@@ -179,6 +179,22 @@ def decide(
         return GiveUp(f"restart.on has {because}: stop: {failure.summary}", AutoglmError.exit_code)
     if failure.kind is Kind.REFUSED:
         return _answer_refusal(history, failure)
+    decision = _bounded(history, failure, rules, now, jitter, asked)
+    if asked and (reason := _impossible(asked, failure, rules)):
+        note = f"restart.on has {because}: {asked.value}, but {reason}"
+        decision = replace(decision, reason=f"{decision.reason}; {note}")
+    return decision
+
+
+def _bounded(
+    history: Sequence[Ended],
+    failure: Failure,
+    rules: Rules,
+    now: float,
+    jitter: float,
+    asked: Answer | None,
+) -> Decision:
+    """The answer that is `asked` for, or natural, if it is possible here and worth another try."""
     tally = _tally(history, rules, now)
     answer = _possible(asked or NATURAL.get(failure.kind, Answer.RESTART), failure, rules)
     free = failure.kind in FREE
@@ -304,11 +320,22 @@ def _asked(failure: Failure, rules: Rules) -> tuple[Answer | None, str]:
 
 def _possible(answer: Answer, failure: Failure, rules: Rules) -> Answer:
     """`answer`, or what comes nearest to it here."""
-    if answer is Answer.SMALLER and not (rules.can_shrink and failure.rank is not None):
+    if answer is Answer.SMALLER and _impossible(answer, failure, rules):
         answer = Answer.REQUEUE
-    if answer is Answer.REQUEUE and not rules.scheduler:
+    if answer is Answer.REQUEUE and _impossible(answer, failure, rules):
         answer = Answer.RESTART
     return answer
+
+
+def _impossible(answer: Answer, failure: Failure, rules: Rules) -> str:
+    """Why `answer` cannot be given here, empty if it can."""
+    if answer is Answer.SMALLER and not rules.can_shrink:
+        return "the job cannot go on with less (guards.world_size)"
+    if answer is Answer.SMALLER and failure.rank is None:
+        return "it is not known which rank failed"
+    if answer is Answer.REQUEUE and not rules.scheduler:
+        return "no scheduler started this"
+    return ""
 
 
 def _right_after_one_checkpoint(history: Sequence[Ended]) -> bool:

@@ -13,11 +13,14 @@ from autoglm_resume.supervise.checks import Place
 
 SECONDS = 10.0
 
-# Without any import of ours, which takes time. The directory itself may not be there yet.
+# Without any import of ours, which takes time. The directory itself may not be there yet; that of a
+# replica may not be made, because it may be a mount that is missing.
 _DIRECTORY = """
 import os, sys
-path = sys.argv[1]
+path, replica = sys.argv[1:]
 while not os.path.exists(path):
+    if replica:
+        sys.exit("there is no such directory: make it, or mount it")
     path = os.path.dirname(path)
 os.listdir(path)
 if not os.access(path, os.W_OK | os.X_OK):
@@ -41,7 +44,9 @@ class Reach:
     ) -> None:
         self._began = time.monotonic()
         wanted = [*((target, False) for target in targets), *((each, True) for each in replicas)]
-        self._asked = [(target, replica, _ask(target, environment)) for target, replica in wanted]
+        self._asked = [
+            (target, replica, _ask(target, replica, environment)) for target, replica in wanted
+        ]
 
     @property
     def pids(self) -> frozenset[int]:
@@ -79,11 +84,13 @@ class Reach:
         return tuple(places)
 
 
-def _ask(target: str, environment: Mapping[str, str] | None) -> subprocess.Popen[bytes]:
+def _ask(
+    target: str, replica: bool, environment: Mapping[str, str] | None
+) -> subprocess.Popen[bytes]:
     bucket = target.startswith("s3://")
     how = ["-c", _BUCKET] if bucket else ["-I", "-S", "-c", _DIRECTORY]
     return subprocess.Popen(
-        [sys.executable, *how, target],
+        [sys.executable, *how, target, "replica" if replica else ""],
         env=None if environment is None else dict(environment),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

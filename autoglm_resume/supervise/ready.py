@@ -23,6 +23,7 @@ from autoglm_resume.job.spec import Job
 from autoglm_resume.supervise import devices, leftovers, rounds
 from autoglm_resume.supervise.assign import environment, world_size
 from autoglm_resume.supervise.checks import Check, Facts, Gpu, Needs, judge
+from autoglm_resume.supervise.exclusion import VISIBLE
 from autoglm_resume.supervise.reach import Reach
 from autoglm_resume.supervise.rundir import RunDirectory
 from autoglm_resume.worker.contract import ResumePoint
@@ -86,7 +87,7 @@ class Readiness:
 
     def _look(self) -> None:
         self._looked, self._driver = devices.look(
-            lambda pid: leftovers.belongs(pid, self._run.path)
+            lambda pid: leftovers.belongs(pid, self._run.path), environment(self._job).get(VISIBLE)
         )
 
     def _gpus(self) -> tuple[Gpu, ...] | None:

@@ -210,6 +210,36 @@ def test_a_directory_of_runs_is_listed(run: Path) -> None:
     assert [each["step"] for each in json.loads(autoglm("status", run.parent, "--json").stdout)]
 
 
+def test_one_run_that_cannot_be_read_hides_no_other(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "whole").symlink_to(run)
+    directory(tmp_path / "torn", Script().life().events)
+    (tmp_path / "torn" / "job.json").write_text('{"name": "to')
+    ended = autoglm("status", tmp_path)
+    assert ended.returncode == 0
+    rows = {line.split()[0]: line for line in ended.stdout.splitlines()[1:]}
+    assert "job.json: expected JSON, found" in rows["torn"]
+    assert "finished" in rows["whole"]
+    states = {each["state"] for each in json.loads(autoglm("status", tmp_path, "--json").stdout)}
+    assert states == {"finished", "unreadable"}
+
+
+def test_a_job_of_another_shape_is_no_reason_to_say_nothing(tmp_path: Path) -> None:
+    path = directory(tmp_path / "odd", Script().life().events)
+    (path / "job.json").write_text('{"checkpoint": [1], "heartbeat": "x"}')
+    assert autoglm("status", path).returncode == 0
+
+
+def test_continuing_all_runs_of_a_run_is_refused_and_of_nothing_is_said(
+    run: Path, tmp_path: Path
+) -> None:
+    refused = autoglm("resume", "--all", run)
+    assert refused.returncode == 2
+    assert f"autoglm resume {run}" in refused.stderr
+    nothing = autoglm("resume", "--all", tmp_path)
+    assert (nothing.returncode, nothing.stdout) == (0, f"{tmp_path}: no run there\n")
+    assert json.loads(autoglm("resume", "--all", tmp_path, "--json").stdout) == []
+
+
 def test_a_run_is_explained_attempt_by_attempt(run: Path, tmp_path: Path) -> None:
     imported = tmp_path / "modules"
     told = autoglm("explain", run, report=imported)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pytest
 
@@ -56,7 +58,8 @@ def test_an_allocation_is_named_as_slurms_commands_name_it() -> None:
         ("1-12:30", 131400),
         ("1-00:00:01", 86401),
         ("UNLIMITED", None),
-        ("0", 0),
+        ("0", None),
+        ("0-00:00", None),
         ("soon", None),
     ],
 )
@@ -172,24 +175,80 @@ def test_signals_reach_the_run_and_its_exit_code_counts(
 
 def test_each_task_of_an_array_has_a_run_and_replicas_of_its_own(tmp_path: Path) -> None:
     job = made(tmp_path, "checkpoint.dir=elsewhere/ck", f"checkpoint.replicas=[{tmp_path}/rep/]")
-    shows = [sys.executable, "-c", "import sys; print(*sys.argv[1:], sep='\\n')"]
-    script = slurm.script(job, shows)
+    script = slurm.script(job, SHOWS)
     alone, _ = run(script, tmp_path).communicate(timeout=30)
     assert alone == "\n"
-    array = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
-    given, _ = run(script, tmp_path, **array).communicate(timeout=30)
-    overrides = given.split("\n")[1:-1:2]
-    of_task = made(tmp_path, *overrides)
+    of_task = made(tmp_path, *overrides_of(script, tmp_path))
     assert of_task.name == "demo-3"
     assert str(of_task.run_dir) == f"{job.run_dir}-3"
     assert of_task.checkpoint.dir == tmp_path / "elsewhere" / "ck-3"
     assert of_task.checkpoint.replicas == (f"{tmp_path}/rep/3",)
 
 
+ARRAY = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
+SHOWS = [sys.executable, "-c", "import sys; print(*sys.argv[1:], sep='\\n')"]
+
+
+def overrides_of(script: str, tmp_path: Path, **environment: str) -> list[str]:
+    """What a task is given after --set."""
+    said, _ = run(script, tmp_path, **ARRAY, **environment).communicate(timeout=30)
+    lines = said.splitlines()
+    return [value for flag, value in itertools.pairwise(lines) if flag == "--set"]
+
+
 def test_checkpoints_inside_the_run_stay_inside(job: Job, tmp_path: Path) -> None:
-    assert f'--set checkpoint.dir={job.run_dir}-"$SLURM_ARRAY_TASK_ID"/checkpoints' in slurm.script(
-        job, ["autoglm"]
-    )
+    of_task = made(tmp_path, *overrides_of(slurm.script(job, SHOWS), tmp_path))
+    assert str(of_task.checkpoint.dir) == f"{job.run_dir}-3/checkpoints"
+
+
+def test_what_directories_are_called_means_nothing_to_the_shell_or_to_yaml(tmp_path: Path) -> None:
+    strange = tmp_path / """it's #1: $HOME ${x} "dir" $$ é\\"""
+    strange.mkdir()
+    ck, rep = (json.dumps(f"{strange}/{name}").replace("$", "$$") for name in ("ck", "rep"))
+    job = made(strange, f"checkpoint.dir={ck}", f"checkpoint.replicas=[{rep}]")
+    assert job.checkpoint.dir == strange / "ck"
+    of_task = made(strange, *overrides_of(slurm.script(job, SHOWS), tmp_path))
+    assert of_task.run_dir == strange / "runs" / "demo-3"
+    assert of_task.checkpoint.dir == strange / "ck-3"
+    assert of_task.checkpoint.replicas == (f"{strange}/rep/3",)
+
+
+def test_a_task_makes_its_own_replicas_but_no_mount_that_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "rep").mkdir()
+    places = [tmp_path / "rep", tmp_path / "missing"]
+    job = made(tmp_path, f"checkpoint.replicas=[{places[0]},{places[1]},s3://bucket/a]")
+    for _ in range(2):
+        overrides = overrides_of(slurm.script(job, SHOWS), tmp_path, PATH=os.defpath)
+        assert made(tmp_path, *overrides).checkpoint.replicas[2] == "s3://bucket/a/3"
+        assert (tmp_path / "rep" / "3").is_dir()
+        assert not (tmp_path / "missing").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "array"),
+    [
+        (["--array=0-7"], True),
+        (["--array", "0-7"], True),
+        (["--mem=4G", "-a0-7"], True),
+        (["--account=a", "-A", "b"], False),
+        ([], False),
+    ],
+)
+def test_an_array_is_told_from_a_single_job(options: list[str], array: bool) -> None:
+    assert slurm.is_array(options) is array
+    assert slurm.of_task(PurePath("/runs/demo"), "TASK") == PurePath("/runs/demo-TASK")
+
+
+def test_tasks_of_two_job_files_are_different_runs_by_the_template(tmp_path: Path) -> None:
+    (tmp_path / "commands").mkdir()
+    command = tmp_path / "commands" / "autoglm"
+    command.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    command.chmod(0o755)
+    names = []
+    for file in ("my job.yaml", "other.yml"):
+        script = f"set -- 'dir/{file}' --fresh\n{TEMPLATE.read_text()}"
+        names += [made(tmp_path, *overrides_of(script, tmp_path)).name]
+    assert names == ["my job-3", "other-3"]
 
 
 def test_the_template_does_what_a_submitted_script_does(job: Job) -> None:

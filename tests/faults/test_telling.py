@@ -18,7 +18,7 @@ def told(rehearsal: Rehearsal) -> list[dict[str, Any]]:
 
 
 def notices(directory: Path) -> list[dict[str, Any]]:
-    line = f"{{ cat; echo; }} >> {directory}/told.jsonl"
+    line = f"cat >> {directory}/told.jsonl"
     return [{"command": line, "on": OCCASIONS}]
 
 

@@ -54,6 +54,15 @@ def test_what_cannot_be_mapped_is_refused_with_its_line(
     assert re.search(words, refused.value.message), refused.value.message
 
 
+def test_every_wrong_answer_is_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as refused:
+        job(tmp_path, "on: {checkpoint_rejected: smaller, hang: stpo, cuda_omm: stop}")
+    rejected, hang, oom = refused.value.message.splitlines()
+    assert ": restart.on.checkpoint_rejected: expected restart or stop, found 'smaller'" in rejected
+    assert ": restart.on.hang: " in hang
+    assert ": restart.on.cuda_omm: " in oom
+
+
 def test_a_list_of_answers_is_none(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"expected a mapping such as .*, found a list"):
         job(tmp_path, "on: [hang]")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from autoglm_resume.job.spec import Job
 from autoglm_resume.observe import doctor
 from autoglm_resume.observe.doctor import Finding
 from autoglm_resume.supervise.checks import Check
+from autoglm_resume.supervise.rundir import RunDirectory
 from tests.observe.runs import checkpoint, directory, killed_once
 
 
@@ -18,6 +21,7 @@ from tests.observe.runs import checkpoint, directory, killed_once
         (Check("gpus", None, "", guard="gpus"), {"gpus": "strict"}, "unknown"),
         (Check("disk", False, "", guard="disk"), {}, "warning"),
         (Check("disk", False, "", guard="disk"), {"disk": "strict"}, "wrong"),
+        (Check("disk", False, "", guard="disk", refuses=True), {"disk": "off"}, "wrong"),
         (Check("storage /a", False, "", guard="storage"), {}, "wrong"),
         (Check("replica /b", False, ""), {}, "warning"),
         (Check("collective round", False, "", guard="collective"), {}, "wrong"),
@@ -61,6 +65,24 @@ def test_a_run_that_has_checkpoints_is_measured_by_them(
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.split() == ["what", "found", "verdict", "what", "to", "do"]
     assert len(rows) == len(findings) == len(doctor.to_json(findings))
+
+
+def test_what_a_start_would_refuse_is_wrong(tmp_path: Path) -> None:
+    wanted = job(tmp_path, guards={"free_disk": "1000TiB"})
+    (disk,) = (each for each in doctor.examine(wanted) if each.check.name == "disk")
+    assert (disk.verdict, disk.check.refuses) == ("wrong", True)
+
+
+def test_a_port_in_use_is_told_unless_the_run_itself_may_use_it(tmp_path: Path) -> None:
+    with socket.create_server(("", 0)) as taken:
+        number = str(taken.getsockname()[1])
+        wanted = job(tmp_path, env={"MASTER_PORT": number})
+        (port,) = (each for each in doctor.examine(wanted) if each.check.name == "port")
+        assert port.verdict == "wrong"
+        assert port.check.found.startswith(f"in use by process {os.getpid()} (")
+        with RunDirectory(Path(wanted.run_dir)).locked():
+            names = {each.check.name for each in doctor.examine(wanted)}
+    assert names.isdisjoint({"port", "leftovers"})
 
 
 def test_what_is_wrong_is_shown_with_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 
@@ -48,6 +49,21 @@ def test_digests_are_never_folded(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Terminal()
     facts.print(stream)
     assert stream.getvalue() == f"final model  blake3:{'ab' * 32}\n"
+
+
+def test_a_long_path_leaves_room_for_what_is_wrong_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    findings = Table(("what", "found", "verdict", "what to do"))
+    findings.add(f"replica /{'mnt/storage/' * 7}", "no answer", "warning", "look at the network")
+    stream = Terminal()
+    findings.print(stream)
+    lines = re.sub(r"\x1b\[\d*m", "", stream.getvalue()).splitlines()
+    assert any(" warning " in line for line in lines)
+    assert max(map(len, lines)) <= 80
+    assert len(lines) < 10
 
 
 def test_an_empty_table_is_its_headers() -> None:

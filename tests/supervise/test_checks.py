@@ -20,6 +20,7 @@ from autoglm_resume.supervise.checks import (
     judge_system,
 )
 
+AGREES = "agrees with what this run has written"
 NEEDS = Needs(ranks=2)
 GPU = Gpu("GPU 0", total=80 * GIB, used=GIB)
 SYSTEM = System("3.11", {"torch": "2.13", "CUDA": "13.0"}, 65536, {"memory": "none"}, {"pidfd": ""})
@@ -47,9 +48,14 @@ def one(facts: Facts, needs: Needs = NEEDS, name: str | None = None) -> Check:
         (Facts(disk=GIB - 1), Needs(2, free_disk=GIB), False, "1.00 GiB free"),
         (Facts(port_owner=""), Needs(2, port=29500), True, "free"),
         (Facts(port_owner="it in use"), Needs(2, port=29500), False, "it in use"),
-        (Facts(now=1000.0), Needs(2, written=990.0), True, "after it"),
-        (Facts(now=1000.0), Needs(2, written=1059.0), True, "after it"),
-        (Facts(now=1000.0), Needs(2, written=4600.0), False, "3600 s behind it"),
+        (Facts(now=1000.0), Needs(2, written=990.0), True, AGREES),
+        (Facts(now=1000.0), Needs(2, written=1059.0), True, AGREES),
+        (
+            Facts(now=1000.0),
+            Needs(2, written=4600.0),
+            False,
+            "3600 s behind",
+        ),
         (Facts(places=(Place("/nfs", "", 0.02),)), NEEDS, True, "answered in 20 ms"),
         (Facts(places=(Place("/nfs", "no answer", 10.0),)), NEEDS, False, "no answer"),
         (Facts(collective=("", 3.1)), NEEDS, True, "2 processes in 3.1 s, imports included"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import os
@@ -16,6 +17,8 @@ from typing import Any
 import pytest
 
 from autoglm_resume.job.spec import Job
+from autoglm_resume.observe import messenger
+from autoglm_resume.observe.notify import Message
 from autoglm_resume.supervise.notifier import FLUSH_SECONDS, Notifier
 from autoglm_resume.supervise.pump import Pump
 
@@ -178,11 +181,72 @@ def test_a_server_that_is_not_there_is_journaled(told: Any) -> None:
     assert "refused" in said["reason"]
 
 
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [("/se cret", "its address cannot be used"), ("/secret", "its answer is no HTTP")],
+)
+def test_what_a_library_says_of_an_address_is_never_passed_on(
+    told: Any, path: str, reason: str
+) -> None:
+    def answer() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listening.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(b"/secret\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=answer, daemon=True).start()
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}{path}"
+        run = told({"webhook": "$MY_HOOK"}, MY_HOOK=address)
+        run.fail()
+        run.say("run_failed", code=1, reason="spent")
+        run.close()
+        listening.shutdown(socket.SHUT_RDWR)
+    (said,) = run.journal
+    assert said["reason"] == reason
+    assert "cret" not in run.log.read_text()
+
+
+def test_a_defect_ends_no_thread_and_is_told_by_its_name_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(target: messenger.Target, body: bytes) -> None:
+        raise RuntimeError("https://host/secret")
+
+    monkeypatch.setattr(messenger.Target, "_post", broken)
+    monkeypatch.setattr(messenger, "BACKOFF", 0.0)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        config = {"webhook": "https://host/secret", "on": ["failed"]}
+        target = messenger.Target(theirs, config, str(tmp_path))
+        target.tell(Message("failed", {}))
+        ours.settimeout(PATIENCE)
+        said = json.loads(ours.recv(4096))
+        assert said == {"target": "https://host/…", "reason": "it failed with RuntimeError"}
+        assert target.thread.is_alive()
+        target.end(0.0)
+        target.thread.join(PATIENCE)
+
+
+def test_a_report_that_was_cut_is_let_go(told: Any) -> None:
+    run = told()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        run.notifier._socket = ours
+        for report in (b'{"target": "tru', b'{"target": "a", "reason": "b"}'):
+            theirs.send(report)
+            run.notifier._readable()
+        run.notifier._socket = None
+    assert [said["target"] for said in run.journal] == ["a"]
+
+
 def test_a_server_that_hangs_delays_nobody_else_and_the_end_only_a_little(
     told: Any, server: Server, tmp_path: Path
 ) -> None:
     server.behave = ["hang"] * 9
-    run = told({"webhook": server.url}, {"command": "cat >> told.jsonl; echo >> told.jsonl"})
+    run = told({"webhook": server.url}, {"command": "cat >> told.jsonl"})
     run.fail()
     run.say("run_failed", code=1, reason="spent")
     run.close()

@@ -276,6 +276,28 @@ def test_a_stop_that_is_asked_for_names_the_key() -> None:
     assert decision.reason == "restart.on has 17: stop: rank 1: exited"
 
 
+@pytest.mark.parametrize(
+    ("answer", "rank", "reason"),
+    [
+        (Answer.REQUEUE, 1, "no scheduler started this"),
+        (Answer.SMALLER, 1, "the job cannot go on with less (guards.world_size)"),
+        (Answer.SMALLER, None, "it is not known which rank failed"),
+    ],
+)
+def test_an_answer_that_is_not_possible_here_is_not_replaced_in_silence(
+    answer: Answer, rank: int | None, reason: str
+) -> None:
+    rules = replace(RULES, on={"17": answer}, can_shrink=rank is None)
+    failure = replace(of(Kind.EXITED, code=17), rank=rank)
+    note = f"restart.on has 17: {answer.value}, but {reason}"
+    decision = decide([FROM_START], failure, rules)
+    assert decision == Restart(0.0, f"it had made progress; {note}")
+    end = decide(stuck(9, Kind.EXITED), failure, rules)
+    assert isinstance(end, GiveUp)
+    assert end.reason.endswith(f"; {note}")
+    assert decide([FROM_START], of(Kind.GPU_FAULT), RULES).reason == "it had made progress"
+
+
 # Refusals
 
 REFUSED = Failure(Kind.REFUSED, 0, "rank 0 refused", -1)

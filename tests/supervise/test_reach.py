@@ -10,9 +10,15 @@ from autoglm_resume.supervise.reach import Reach
 
 
 def test_a_directory_answers_even_before_it_is_made(tmp_path: Path) -> None:
-    here, coming = Reach([str(tmp_path)], [str(tmp_path / "a" / "b")]).answers()
+    here, coming = Reach([str(tmp_path), str(tmp_path / "a" / "b")]).answers()
     assert (here.error, here.replica, here.hung) == ("", False, False)
-    assert (coming.error, coming.replica) == ("", True)
+    assert coming.error == ""
+
+
+def test_a_replica_has_to_be_there_because_it_may_be_a_missing_mount(tmp_path: Path) -> None:
+    here, missing = Reach([], [str(tmp_path), str(tmp_path / "mount")]).answers()
+    assert (here.error, here.replica) == ("", True)
+    assert missing.error == "there is no such directory: make it, or mount it"
 
 
 def test_a_place_that_does_not_answer_is_not_waited_for(tmp_path: Path) -> None:

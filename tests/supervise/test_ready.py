@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import pytest
 from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.errors import UsageError
 from autoglm_resume.job.spec import Job
-from autoglm_resume.supervise import ready, rounds
+from autoglm_resume.supervise import devices, ready, rounds
+from autoglm_resume.supervise.checks import Gpu
+from autoglm_resume.supervise.exclusion import VISIBLE, excluding, without
 from autoglm_resume.supervise.ready import Readiness
 from autoglm_resume.supervise.rundir import RunDirectory
 from autoglm_resume.worker.contract import ResumePoint
@@ -67,6 +71,28 @@ def test_a_lenient_guard_warns_once_and_one_that_is_off_never(tmp_path: Path) ->
         off.before()
     assert len(lenient.told) == 1
     assert off.told == []
+
+
+def test_a_gpu_that_was_left_out_is_not_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Asked(tmp_path, gpus="strict")
+    wanted: list[str | None] = []
+
+    def look(ours: Callable[[int], bool], listed: str | None) -> tuple[tuple[Gpu, ...], str]:
+        wanted.append(listed)
+        return tuple(Gpu(f"GPU {n}", "broken" if n == "1" else "") for n in listed.split(",")), ""  # type: ignore[union-attr]
+
+    monkeypatch.setattr(devices, "look", look)  # a broken GPU cannot be had
+    monkeypatch.setenv(VISIBLE, "0,1,2")
+    whole = asked.job.model_copy(update={"nproc_per_node": 3})
+    smaller = without(whole, [excluding(whole, 1)])
+    for job in (whole, smaller):
+        ready = Readiness(asked.run, job, asked.tell)
+        ready.begin()
+        with contextlib.nullcontext() if job is smaller else pytest.raises(UsageError):
+            ready.before(Store(asked.checkpoints), None)
+    assert wanted == ["0,1,2", "0,2"]
 
 
 def test_needs_are_measured_by_the_checkpoint_it_goes_on_from(tmp_path: Path) -> None:
