@@ -16,6 +16,10 @@ import pytest
 BUCKET = "bucket"
 READY = re.compile(r"Starting s3 server on \[http://127\.0\.0\.1:(\d+)/\]")
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what it puts in the background like this, and commands under test inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 class S3Server:
     """A real S3 server over a directory, which can be killed and brought back."""
