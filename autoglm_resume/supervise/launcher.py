@@ -14,10 +14,11 @@ from typing import NamedTuple, Protocol
 
 from autoglm_resume.job.spec import Job
 from autoglm_resume.supervise.group import Group, end_orphans
+from autoglm_resume.supervise.helper import HOME
 from autoglm_resume.supervise.node import free_port
 from autoglm_resume.supervise.pump import Pump
 from autoglm_resume.supervise.spares import Spares
-from autoglm_resume.supervise.zygote import HOME, State, StoreProcess, Zygote
+from autoglm_resume.supervise.zygote import State, StoreProcess, Zygote
 from autoglm_resume.worker.contract import ASSIGNMENT, Assignment, Source
 
 AGENT = -1

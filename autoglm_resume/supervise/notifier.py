@@ -6,7 +6,6 @@ import contextlib
 import json
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any
 
 from autoglm_resume.job.spec import Job
 from autoglm_resume.journal import Event
+from autoglm_resume.supervise import helper
 from autoglm_resume.supervise.pump import Pump
-from autoglm_resume.supervise.zygote import HOME
 from autoglm_resume.worker.contract import RUN
 
 FLUSH_SECONDS = 5.0
@@ -99,24 +98,11 @@ class Notifier:
         if self._starts >= STARTS:
             return
         self._starts += 1
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            with theirs, self._log.open("ab") as output:
-                self._process = subprocess.Popen(
-                    [
-                        *(sys.executable, "-m", "autoglm_resume.observe.messenger"),
-                        *(str(theirs.fileno()), str(self._cwd)),
-                    ],
-                    cwd=HOME,
-                    env=self._environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=[theirs.fileno()],
-                    start_new_session=True,
-                )
+            self._process, ours = helper.start(
+                "autoglm_resume.observe.messenger", [str(self._cwd)], self._environment, self._log
+            )
         except OSError as error:
-            ours.close()
             reason = f"it could not be started: {error.strerror}"
             self._tell("notify_failed", target="its own process", reason=reason)
             return

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from autoglm_resume.supervise.helper import HOME
 from autoglm_resume.supervise.pump import Pump
-from autoglm_resume.supervise.zygote import HOME
 
 EVERY = 2.0
 """Seconds between two looks."""

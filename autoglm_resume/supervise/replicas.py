@@ -17,10 +17,11 @@ from autoglm_resume.checkpoint.repair import Restored
 from autoglm_resume.checkpoint.replica import SLOW, Policy, counts, newest_counting
 from autoglm_resume.checkpoint.storage import check
 from autoglm_resume.errors import AutoglmError, NoAcceptableCheckpoint
+from autoglm_resume.supervise import helper
 from autoglm_resume.supervise.facts import signal_name
 from autoglm_resume.supervise.group import STUCK
+from autoglm_resume.supervise.helper import HOME
 from autoglm_resume.supervise.pump import Pump
-from autoglm_resume.supervise.zygote import HOME
 
 MESSAGE = 1 << 20
 RESTART_SECONDS = 30.0
@@ -94,25 +95,12 @@ class Replicas:
         self._pump.cancel(self.start)
         if not self._targets or self._process is not None:
             return
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        known = [str(os.getpid()), str(self._root), self._run, *self._targets]
         try:
-            with theirs, self._log.open("ab") as output:
-                self._process = subprocess.Popen(
-                    [
-                        *(sys.executable, "-m", "autoglm_resume.worker.replicator"),
-                        *(str(theirs.fileno()), str(os.getpid()), str(self._root), self._run),
-                        *self._targets,
-                    ],
-                    cwd=HOME,
-                    env=self._environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=[theirs.fileno()],
-                    start_new_session=True,
-                )
+            self._process, ours = helper.start(
+                "autoglm_resume.worker.replicator", known, self._environment, self._log
+            )
         except OSError as error:
-            ours.close()
             self._lost(f"it could not be started: {error.strerror}")
             return
         self._socket = ours

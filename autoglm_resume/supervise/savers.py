@@ -6,7 +6,6 @@ import contextlib
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -15,8 +14,8 @@ from autoglm_resume.checkpoint.part import part_file
 from autoglm_resume.checkpoint.sealed import Sealed
 from autoglm_resume.checkpoint.store import Store
 from autoglm_resume.journal import Event
+from autoglm_resume.supervise import helper
 from autoglm_resume.supervise.pump import Pump
-from autoglm_resume.supervise.zygote import HOME
 from autoglm_resume.worker import saver_link
 from autoglm_resume.worker.saver_link import Closed, Message
 
@@ -185,21 +184,12 @@ class Savers:
                 self._processes[rank], self._links[rank] = self._spawn(rank)
 
     def _spawn(self, rank: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs, self._log.open("ab") as output:
-            process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "autoglm_resume.worker.saver_process"),
-                    *(str(theirs.fileno()), str(os.getpid()), self.names[rank]),
-                ],
-                cwd=HOME,
-                env=dict(self._environment),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
+        process, ours = helper.start(
+            "autoglm_resume.worker.saver_process",
+            [str(os.getpid()), self.names[rank]],
+            self._environment,
+            self._log,
+        )
         self._pump.watch(ours, lambda: self._readable(rank, ours))
         self._tell_protected(ours)
         return process, ours

@@ -8,14 +8,13 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import autoglm_resume
+from autoglm_resume.supervise import helper
 from autoglm_resume.supervise.facts import signal_name
 from autoglm_resume.supervise.pump import Pump
 from autoglm_resume.worker.contract import Source
@@ -25,9 +24,6 @@ BATCH = 1000
 """Modules in one request, which must fit into the socket's buffer."""
 PATIENCE = 5.0
 """Seconds for a fork, which takes milliseconds."""
-
-HOME = Path(autoglm_resume.__file__).parent.parent
-"""Where this package lies: `python -m` finds it there, whatever the user's directory holds."""
 
 
 class State(enum.Enum):
@@ -76,23 +72,10 @@ class Zygote:
         self.unfit_module: str | None = None
         self._reply: dict[str, Any] | None = None
         self._introduced = False
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket = ours
-        with theirs, log.open("ab") as output:
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "autoglm_resume.worker.zygote"),
-                    *(str(theirs.fileno()), str(os.getpid()), *modules),
-                ],
-                cwd=HOME,
-                env=dict(environment),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
-        pump.watch(ours, self._readable)
+        self._process, self._socket = helper.start(
+            "autoglm_resume.worker.zygote", [str(os.getpid()), *modules], environment, log
+        )
+        pump.watch(self._socket, self._readable)
 
     @property
     def pid(self) -> int:
