@@ -18,22 +18,39 @@ FILES = sorted(ROOT.rglob("*.py"))
 PURE = [
     *("job/units.py", "job/spec.py", "job/fields.py", "job/section.py", "job/checkpoint.py"),
     "job/answers.py",
-    *("supervise/policy.py", "supervise/failure.py", "supervise/liveness.py"),
-    *("supervise/interval.py", "supervise/facts.py", "supervise/causes.py"),
-    *("supervise/patterns.py", "supervise/places.py"),
-    "supervise/checks.py",
-    *("supervise/drill.py", "supervise/history.py"),
-    *("supervise/drill.py", "supervise/history.py", "supervise/standing.py"),
+    *("supervise/core/policy.py", "supervise/core/diagnosis.py", "supervise/core/liveness.py"),
+    *(
+        "supervise/core/save_interval.py",
+        "supervise/core/evidence.py",
+        "supervise/core/rank_cause.py",
+    ),
+    *("supervise/core/patterns.py", "supervise/core/code_location.py"),
+    "supervise/core/checks.py",
+    *("supervise/core/drill.py", "supervise/core/history.py"),
+    *("supervise/core/drill.py", "supervise/core/history.py", "supervise/core/resumable.py"),
     "cluster/slurm.py",
-    *("checkpoint/gate.py", "checkpoint/manifest.py", "checkpoint/part.py"),
-    *("checkpoint/retention.py", "checkpoint/structure.py", "checkpoint/previous.py"),
-    "checkpoint/pace.py",
-    *("checkpoint/options.py", "checkpoint/replica.py", "checkpoint/renaming.py"),
-    *("checkpoint/document.py", "observe/goodput.py", "observe/say.py", "errors.py"),
-    "kinds.py",
-    *("worker/divergence.py", "worker/gaps.py"),
-    *("observe/recovery.py", "observe/segments.py", "observe/explain.py"),
-    *("observe/notify.py", "job/notify.py", "job/secret.py"),
+    *("checkpoint/store/gate.py", "checkpoint/format/manifest.py", "checkpoint/format/part.py"),
+    *(
+        "checkpoint/store/retention.py",
+        "checkpoint/format/structure.py",
+        "checkpoint/write/reuse.py",
+    ),
+    "checkpoint/chunks/compression.py",
+    *(
+        "checkpoint/format/options.py",
+        "checkpoint/replicas/plan.py",
+        "checkpoint/format/renaming.py",
+    ),
+    *(
+        "checkpoint/format/document.py",
+        "observe/pure/goodput.py",
+        "observe/pure/say.py",
+        "errors.py",
+    ),
+    "failures.py",
+    *("protocol/loss_guard.py", "protocol/silences.py"),
+    *("observe/pure/recovery.py", "observe/pure/segments.py", "observe/pure/explain.py"),
+    *("observe/pure/notify.py", "job/notify.py", "job/secret.py"),
 ]
 IMPURE = {
     *("torch", "rich", "numpy", "subprocess", "socket", "time", "datetime", "os", "shutil"),
@@ -44,6 +61,8 @@ METHODS = {
     *("read_bytes", "read_text", "write_bytes", "write_text", "unlink", "mkdir", "iterdir"),
     *("rename", "stat", "exists", "touch"),
 }
+WITHOUT_TORCH = ("cli", "supervise", "observe", "control", "messenger", "cluster")
+"""Folders on the path of the supervisor or of a command."""
 UNPICKLERS = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 
 
@@ -117,14 +136,14 @@ def test_a_pure_module_cannot_touch_the_world(file: str) -> None:
                 assert node.func.attr not in METHODS, f"{file}:{node.lineno}: {node.func.attr}()"
 
 
-@pytest.mark.parametrize("path", below("cli", "supervise", "observe", "cluster"), ids=name_of)
+@pytest.mark.parametrize("path", below(*WITHOUT_TORCH), ids=name_of)
 def test_nothing_on_the_supervisors_path_imports_torch(path: Path) -> None:
     heavy = {name for name in reachable(name_of(path)) if name.partition(".")[0] == "torch"}
     assert not heavy
 
 
 def test_the_supervisor_and_the_cli_really_run_without_torch() -> None:
-    modules = [name_of(path) for path in below("cli", "supervise", "observe", "job", "cluster")]
+    modules = [name_of(path) for path in below(*WITHOUT_TORCH, "job")]
     modules.remove("autoglm_resume.cli.__main__")
     code = f"""
 import importlib, sys
@@ -148,7 +167,9 @@ def test_importing_the_package_imports_nothing_of_its_own_or_of_others() -> None
     assert done.stdout.split() == ["autoglm_resume"], done.stderr
 
 
-@pytest.mark.parametrize("path", below("worker", "checkpoint", "job"), ids=name_of)
+@pytest.mark.parametrize(
+    "path", below("worker", "savers", "protocol", "checkpoint", "job"), ids=name_of
+)
 def test_the_workers_side_never_sees_the_supervisor(path: Path) -> None:
     above = ("autoglm_resume.supervise", "autoglm_resume.cli")
     assert not [name for name in imports(tree_of(path)) if name.startswith(above)]

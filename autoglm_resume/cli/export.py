@@ -50,19 +50,19 @@ def export(
     from autoglm_resume.errors import UsageError
     from autoglm_resume.observe import inspection
     from autoglm_resume.observe.progress import Progress
-    from autoglm_resume.observe.say import size
+    from autoglm_resume.observe.pure.say import size
 
     found = inspection.find(Path(what))
     if not found.paths:
         raise UsageError(f"{found.store.root}: no checkpoint there yet")
     path, target = found.paths[0], Path(out)
 
-    from autoglm_resume.checkpoint import exchange, formats
+    from autoglm_resume.checkpoint.interop import bundle, formats
 
     formats.check(to, target)
     total = found.store.load_manifest(path).raw
     with Progress(f"exporting {path.name}", 2 * total) as progress:
-        content = exchange.gather(found.store, path, progress)
+        content = bundle.gather(found.store, path, progress)
         formats.write(to, target, content)
     print(f"{out}: {path.name}, {len(content.tensors)} tensors, {size(content.nbytes)}")
     return 0

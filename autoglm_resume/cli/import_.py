@@ -44,12 +44,12 @@ def import_(
     """
     from pathlib import Path
 
-    from autoglm_resume.checkpoint.store import Store
+    from autoglm_resume.checkpoint.store.store import Store
     from autoglm_resume.errors import UsageError
     from autoglm_resume.observe import inspection
     from autoglm_resume.observe.progress import Progress
-    from autoglm_resume.observe.say import size
-    from autoglm_resume.supervise.rundir import undisturbed
+    from autoglm_resume.observe.pure.say import size
+    from autoglm_resume.supervise.base.run_directory import undisturbed
 
     try:
         target = inspection.find(Path(directory))
@@ -59,10 +59,10 @@ def import_(
             raise
         store, run = Store(Path(directory).absolute()), None
 
-    from autoglm_resume.checkpoint import exchange, formats
+    from autoglm_resume.checkpoint.interop import bundle, formats
 
     content = formats.read(Path(source))
     with Progress("importing", 2 * content.raw) as progress, undisturbed(run, store.root):
-        manifest = exchange.put(store, content, step, progress)
+        manifest = bundle.put(store, content, step, progress)
     print(f"{store.directory(manifest.id)}: {size(manifest.raw)}, {manifest.world_size} ranks")
     return 0

@@ -45,7 +45,8 @@ def prune(
     import time
 
     from autoglm_resume.cli import target
-    from autoglm_resume.observe import inspection, listing, pruning
+    from autoglm_resume.control import pruning
+    from autoglm_resume.observe import inspection, listing
 
     found = inspection.find_all(target.checkpoints(what))
     if keep is None:

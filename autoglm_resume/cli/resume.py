@@ -59,8 +59,8 @@ def _all(directory: str | None, step: int | None, *, json: bool) -> int:
     from pathlib import Path
 
     from autoglm_resume.cli import target
-    from autoglm_resume.supervise import together
-    from autoglm_resume.supervise.rundir import RunDirectory
+    from autoglm_resume.supervise import resume_all
+    from autoglm_resume.supervise.base.run_directory import RunDirectory
 
     if step is not None:
         raise UsageError("--all and --from exclude each other: a step is of one run")
@@ -72,15 +72,15 @@ def _all(directory: str | None, step: int | None, *, json: bool) -> int:
             f"{place}: expected a directory of runs, found a run",
             hint=f"continue it alone with: autoglm resume {place}; or name the directory it is in",
         )
-    ended: list[together.Fate] = []
+    ended: list[resume_all.Fate] = []
 
-    def tell(one: together.Fate) -> None:
+    def tell(one: resume_all.Fate) -> None:
         ended.append(one)
         if not json:
             print(f"{one.run.name}: {one.text}", flush=True)
 
     runs = target.runs(place)
-    code = together.resume(runs, tell)
+    code = resume_all.resume(runs, tell)
     if not runs and not json:
         print(f"{place}: no run there")
     if json:

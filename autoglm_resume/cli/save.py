@@ -18,7 +18,7 @@ def save(
 ) -> int:
     """Ask a run to save and go on, and wait for the commit."""
     from autoglm_resume.cli import target
-    from autoglm_resume.observe import saving
+    from autoglm_resume.control import saving
 
     found = target.run(run)
     holder = found.holder()

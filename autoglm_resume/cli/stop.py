@@ -18,7 +18,7 @@ def stop(
 ) -> int:
     """Ask a run to save and stop, and wait until it has."""
     from autoglm_resume.cli import target
-    from autoglm_resume.observe import stopping
+    from autoglm_resume.control import stopping
 
     found = target.run(run)
     holder = found.holder()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from autoglm_resume.errors import UsageError
-from autoglm_resume.supervise.rundir import RunDirectory
+from autoglm_resume.supervise.base.run_directory import RunDirectory
 
 RUNS = "runs"
 

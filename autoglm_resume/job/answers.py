@@ -11,9 +11,9 @@ from typing import Annotated, Final
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
 from autoglm_resume.errors import DoNotRequeue
+from autoglm_resume.failures import Answer, Kind
 from autoglm_resume.job.fields import Count, PositiveDuration, expected, found, problem
 from autoglm_resume.job.section import Section
-from autoglm_resume.kinds import Answer, Kind
 
 _PATTERN: Final = r"^/.+/$"
 _CODE: Final = r"^[1-9][0-9]{0,2}$"

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationInfo, field_validator
 
-from autoglm_resume.checkpoint import retention
+from autoglm_resume.checkpoint.store import retention
 from autoglm_resume.job.fields import (
     Count,
     FilePath,

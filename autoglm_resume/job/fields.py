@@ -12,7 +12,7 @@ from typing import Annotated, Final, Literal, TypeVar
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from autoglm_resume.checkpoint.replica import A_BUCKET, BUCKET
+from autoglm_resume.checkpoint.replicas.plan import A_BUCKET, BUCKET
 from autoglm_resume.job import units
 
 Parsed = TypeVar("Parsed")

@@ -15,7 +15,7 @@ from typing import Final, TypeVar
 
 from pydantic import ValidationError
 
-from autoglm_resume.checkpoint import retention
+from autoglm_resume.checkpoint.store import retention
 from autoglm_resume.job import checkpoint
 from autoglm_resume.job.draft import Draft, Keys, Place
 from autoglm_resume.job.paths import Paths

@@ -10,18 +10,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import UsageError
 from autoglm_resume.job.spec import Guards, Job
 from autoglm_resume.observe.tables import Table, width
-from autoglm_resume.supervise import devices, leftovers, node, ready, rounds, system
-from autoglm_resume.supervise.assign import environment, world_size
-from autoglm_resume.supervise.checks import Check, Facts, Needs, judge, judge_system
-from autoglm_resume.supervise.exclusion import VISIBLE, without
-from autoglm_resume.supervise.history import recall
-from autoglm_resume.supervise.reach import Reach
-from autoglm_resume.supervise.rundir import RunDirectory
-from autoglm_resume.worker.slots import room
+from autoglm_resume.protocol.shared_memory import room
+from autoglm_resume.supervise.base import machine
+from autoglm_resume.supervise.base.assign import environment, world_size
+from autoglm_resume.supervise.base.gpu_exclusion import VISIBLE, without
+from autoglm_resume.supervise.base.run_directory import RunDirectory
+from autoglm_resume.supervise.core.checks import Check, Facts, Needs, judge, judge_system
+from autoglm_resume.supervise.core.history import recall
+from autoglm_resume.supervise.preflight import collective_round, leftovers, nvml, preflight, system
+from autoglm_resume.supervise.preflight.storage_probe import Reach
 
 Verdict = Literal["ok", "warning", "wrong", "unknown"]
 
@@ -48,7 +49,7 @@ def examine(job: Job | None) -> list[Finding]:
         job = without(job, recall(run.events()).excluded)
     env = _environment(job)
     checks = list(judge_system(system.look(env)))
-    looked, driver = devices.look(
+    looked, driver = nvml.look(
         lambda pid: run is not None and run.exists and leftovers.belongs(pid, run.path),
         env.get(VISIBLE),
     )
@@ -57,20 +58,20 @@ def examine(job: Job | None) -> list[Finding]:
     ranks = world_size(job) if job is not None else max(2, len(looked or ()))
     needed, disk = Needs(ranks), None
     if answers:
-        disk = ready.free(home)
+        disk = preflight.free(home)
         if job is not None and run is not None:
-            needed = ready.needs(job, Store(home), None, ready.last_written(run.journal))
+            needed = preflight.needs(job, Store(home), None, preflight.last_written(run.journal))
     facts = Facts(
         now=time.time(),
         gpus=looked,
         driver=driver,
         memory=room(),
-        shm=ready.shared_memory(),
+        shm=preflight.shared_memory(),
         disk=disk,
         port_owner=None if needed.port is None or running else _owner(needed.port),
         places=places,
         leftovers=None if run is None or not run.exists or running else _leftovers(run),
-        collective=rounds.run(ranks, env),
+        collective=collective_round.run(ranks, env),
     )
     checks += judge(facts, needed)
     return [Finding(check, verdict(check, guards)) for check in checks]
@@ -124,7 +125,7 @@ def verdict(check: Check, guards: Guards) -> Verdict:
 
 def _owner(port: int) -> str:
     try:
-        node.free_port(port)
+        machine.free_port(port)
     except UsageError as error:
         return error.message.partition(", found ")[2].removeprefix("it ")
     return ""

@@ -10,16 +10,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from autoglm_resume.checkpoint.gate import Check, Expectation, Facts, Verdict, judge
-from autoglm_resume.checkpoint.manifest import MANIFEST, Part, Tensor, parse_id
-from autoglm_resume.checkpoint.reader import QUARANTINE
-from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.checkpoint.chunks.reader import QUARANTINE
+from autoglm_resume.checkpoint.format.manifest import MANIFEST, Part, Tensor, parse_id
+from autoglm_resume.checkpoint.store.gate import Check, Expectation, Facts, Verdict, judge
+from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import CheckpointError, UsageError
 from autoglm_resume.observe.progress import Progress
-from autoglm_resume.observe.say import check as failed_check
-from autoglm_resume.observe.say import plural, short, size
+from autoglm_resume.observe.pure.say import check as failed_check
+from autoglm_resume.observe.pure.say import plural, short, size
 from autoglm_resume.observe.tables import Table
-from autoglm_resume.supervise.rundir import RunDirectory
+from autoglm_resume.supervise.base.run_directory import RunDirectory
 
 _BRING_BACK = (
     "To bring copies back, name their target in checkpoint.replicas of a job whose directory of"
@@ -124,7 +124,7 @@ def expectation(run: RunDirectory | None) -> Expectation | None:
     """What the run expects of its checkpoints, None without a run."""
     if run is None:
         return None
-    from autoglm_resume.supervise import history
+    from autoglm_resume.supervise.core import history
 
     events = run.events()
     world = next((e.get("world_size") for e in events if e["event"] == "run_started"), None)

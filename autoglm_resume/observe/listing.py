@@ -8,20 +8,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from autoglm_resume.checkpoint import document, retention
-from autoglm_resume.checkpoint.gate import Facts, Verdict
-from autoglm_resume.checkpoint.manifest import Manifest, age, parse_id
-from autoglm_resume.checkpoint.replica import newest_counting
-from autoglm_resume.checkpoint.retention import Candidate, Keep
-from autoglm_resume.checkpoint.store import REASON
+from autoglm_resume.checkpoint.format import document
+from autoglm_resume.checkpoint.format.manifest import Manifest, age, parse_id
+from autoglm_resume.checkpoint.replicas.plan import newest_counting
+from autoglm_resume.checkpoint.store import retention
+from autoglm_resume.checkpoint.store.gate import Facts, Verdict
+from autoglm_resume.checkpoint.store.retention import Candidate, Keep
+from autoglm_resume.checkpoint.store.store import REASON
 from autoglm_resume.errors import CheckpointError
 from autoglm_resume.observe import inspection
 from autoglm_resume.observe.inspection import Target
 from autoglm_resume.observe.progress import Progress
-from autoglm_resume.observe.say import check as failed_check
-from autoglm_resume.observe.say import seconds, short, size
+from autoglm_resume.observe.pure.say import check as failed_check
+from autoglm_resume.observe.pure.say import seconds, short, size
 from autoglm_resume.observe.tables import Table
-from autoglm_resume.supervise.rundir import RunDirectory
+from autoglm_resume.supervise.base.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def _newest_that_counts(run: RunDirectory | None, ids: Sequence[str]) -> dict[st
     policy, targets = how.get("commit", "local"), how.get("replicas") or ()
     if run is None or policy == "local" or not targets:
         return {}
-    from autoglm_resume.supervise import history
+    from autoglm_resume.supervise.core import history
 
     known = history.recall(run.events()).replicated
     newest = newest_counting(ids, policy, {target: known.get(target, ()) for target in targets})

@@ -15,7 +15,7 @@ import time
 from typing import Literal
 
 from autoglm_resume.journal import Event
-from autoglm_resume.observe.say import sentence
+from autoglm_resume.observe.pure.say import sentence
 
 Console = Literal["all", "rank0", "none"]
 

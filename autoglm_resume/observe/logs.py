@@ -15,7 +15,7 @@ from autoglm_resume.errors import UsageError
 from autoglm_resume.linux import DirectoryWatch
 from autoglm_resume.observe.live import printable
 from autoglm_resume.observe.tables import terminal
-from autoglm_resume.supervise.rundir import RunDirectory
+from autoglm_resume.supervise.base.run_directory import RunDirectory
 
 _LOG = re.compile(r"rank-(\d+)\.log\Z")
 _ELSEWHERE = 1.0

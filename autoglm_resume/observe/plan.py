@@ -7,7 +7,7 @@ import shlex
 import sys
 
 from autoglm_resume.observe.live import printable
-from autoglm_resume.observe.say import rejection, short
+from autoglm_resume.observe.pure.say import rejection, short
 from autoglm_resume.supervise.start import Plan
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 from types import TracebackType
 
-from autoglm_resume.observe.say import seconds, size
+from autoglm_resume.observe.pure.say import seconds, size
 from autoglm_resume.observe.tables import terminal
 
 _AFTER = 2.0

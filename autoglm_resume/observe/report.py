@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from autoglm_resume import journal
-from autoglm_resume.observe.explain import reason
-from autoglm_resume.observe.goodput import Summary, summarize
 from autoglm_resume.observe.live import Screen, printable
-from autoglm_resume.observe.recovery import Recovery
-from autoglm_resume.observe.say import plural, seconds
+from autoglm_resume.observe.pure.explain import reason
+from autoglm_resume.observe.pure.goodput import Summary, summarize
+from autoglm_resume.observe.pure.recovery import Recovery
+from autoglm_resume.observe.pure.say import plural, seconds
 from autoglm_resume.observe.tables import Table
 
 

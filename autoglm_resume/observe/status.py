@@ -15,17 +15,18 @@ from typing import Any
 from autoglm_resume.errors import AutoglmError
 from autoglm_resume.job.units import parse_duration
 from autoglm_resume.journal import Event
-from autoglm_resume.observe import replicas, report
-from autoglm_resume.observe.explain import reason
-from autoglm_resume.observe.goodput import Summary, summarize
-from autoglm_resume.observe.replicas import Replica
-from autoglm_resume.observe.say import seconds, slurm_job
+from autoglm_resume.observe import report
+from autoglm_resume.observe.pure import replicas
+from autoglm_resume.observe.pure.explain import reason
+from autoglm_resume.observe.pure.goodput import Summary, summarize
+from autoglm_resume.observe.pure.replicas import Replica
+from autoglm_resume.observe.pure.say import seconds, slurm_job
 from autoglm_resume.observe.tables import Table, width
-from autoglm_resume.supervise.history import Silences, recall
-from autoglm_resume.supervise.liveness import Limits, Look, health, silence
-from autoglm_resume.supervise.rundir import Holder, RunDirectory
-from autoglm_resume.worker.board import Board
-from autoglm_resume.worker.gaps import merged
+from autoglm_resume.protocol.heartbeats import Board
+from autoglm_resume.protocol.silences import merged
+from autoglm_resume.supervise.base.run_directory import Holder, RunDirectory
+from autoglm_resume.supervise.core.history import Silences, recall
+from autoglm_resume.supervise.core.liveness import Limits, Look, health, silence
 
 UNREADABLE = "unreadable"
 """State of a run of which nothing can be told."""

@@ -11,10 +11,10 @@ from typing import Any, TextIO
 
 from autoglm_resume.errors import UsageError
 from autoglm_resume.observe import status
-from autoglm_resume.observe.explain import Explanation, Story, explain
 from autoglm_resume.observe.live import printable
+from autoglm_resume.observe.pure.explain import Explanation, Story, explain
 from autoglm_resume.observe.tables import width
-from autoglm_resume.supervise.rundir import RunDirectory
+from autoglm_resume.supervise.base.run_directory import RunDirectory
 
 _BOLD, _DIM, _RED, _GREEN, _RESET = (f"\x1b[{n}m" for n in (1, 2, 31, 32, 0))
 _COLORS = {"failed": _RED, "concluded": _BOLD}

@@ -12,22 +12,24 @@ from typing import TYPE_CHECKING
 
 from autoglm_resume import files
 from autoglm_resume.errors import Unkillable
+from autoglm_resume.failures import Kind
 from autoglm_resume.job.spec import Job
 from autoglm_resume.journal import Event
-from autoglm_resume.kinds import Kind
-from autoglm_resume.supervise import liveness, node, stacks
-from autoglm_resume.supervise.evidence import Witness, agent_said, described, gather
-from autoglm_resume.supervise.failure import Failure, Previous, conclude
-from autoglm_resume.supervise.follow import Follower
-from autoglm_resume.supervise.group import Exit, Group, children, end_orphans, reap
-from autoglm_resume.supervise.history import Silences
-from autoglm_resume.supervise.launcher import AGENT, Launcher
-from autoglm_resume.supervise.pump import Pump
-from autoglm_resume.supervise.rehearse import Rehearsal
-from autoglm_resume.supervise.seen import WELL, Seen
-from autoglm_resume.supervise.vigil import CPU_NOISE, Vigil
-from autoglm_resume.worker.board import Beat, Board, Control, Phase
-from autoglm_resume.worker.contract import Assignment
+from autoglm_resume.protocol.assignment import Assignment
+from autoglm_resume.protocol.heartbeats import Beat, Board, Control, Phase
+from autoglm_resume.supervise.base import machine
+from autoglm_resume.supervise.base.event_loop import Pump
+from autoglm_resume.supervise.core import liveness
+from autoglm_resume.supervise.core.diagnosis import Failure, Previous, conclude
+from autoglm_resume.supervise.core.history import Silences
+from autoglm_resume.supervise.evidence import stacks
+from autoglm_resume.supervise.evidence.collect import Witness, agent_said, described, gather
+from autoglm_resume.supervise.ranks.fault_injector import Rehearsal
+from autoglm_resume.supervise.ranks.group import Exit, Group, children, end_orphans, reap
+from autoglm_resume.supervise.ranks.hang_detector import CPU_NOISE, Vigil
+from autoglm_resume.supervise.ranks.launcher import AGENT, Launcher
+from autoglm_resume.supervise.ranks.log_follower import Follower
+from autoglm_resume.supervise.ranks.observed import WELL, Seen
 
 if TYPE_CHECKING:  # a presenter is handed in; this layer does not depend on it
     from autoglm_resume.observe.live import Screen
@@ -218,7 +220,7 @@ class Attempt:
     def _hangs(self, ranks: list[int], now: float) -> None:
         seen, pids = self._seen, self._group.pids
         seen.hung = ranks
-        seen.states = {rank: node.state(pids[rank]) for rank in ranks}
+        seen.states = {rank: machine.state(pids[rank]) for rank in ranks}
         seen.beats = self._board.beats()  # one that was stopped goes on to write its stacks
         self._break(now)
 
@@ -236,7 +238,7 @@ class Attempt:
         """
         patience, seen = self._job.heartbeat.timeout, self._seen
         for rank in [rank for rank in seen.ended_at if rank in self._group.alive]:
-            used = node.cpu_seconds(self._group.pids[rank])
+            used = machine.cpu_seconds(self._group.pids[rank])
             before, since = seen.ending.get(rank, (0.0, seen.ended_at[rank]))
             if used > before + CPU_NOISE:
                 # It takes its time, as a collection of garbage does on a busy machine.

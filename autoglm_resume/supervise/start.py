@@ -12,23 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoglm_resume.checkpoint import storage
-from autoglm_resume.checkpoint.gate import Choice, Verdict, superseded
-from autoglm_resume.checkpoint.manifest import age
-from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.checkpoint.format.manifest import age
+from autoglm_resume.checkpoint.storage import storage
+from autoglm_resume.checkpoint.store.gate import Choice, Verdict, superseded
+from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import AutoglmError, NoAcceptableCheckpoint, UsageError
 from autoglm_resume.job.load import from_snapshot
 from autoglm_resume.job.spec import Job, dump, shown
-from autoglm_resume.supervise import drill, history
-from autoglm_resume.supervise.assign import assignment, world_size
-from autoglm_resume.supervise.exclusion import without
-from autoglm_resume.supervise.gatekeeper import Gatekeeper
-from autoglm_resume.supervise.launcher import Endpoint, torchrun_command
-from autoglm_resume.supervise.node import check_directory
-from autoglm_resume.supervise.ready import require_storage
-from autoglm_resume.supervise.rundir import RunDirectory, locked_checkpoints
+from autoglm_resume.protocol.assignment import ASSIGNMENT, shared_environment
+from autoglm_resume.supervise.base.assign import assignment, world_size
+from autoglm_resume.supervise.base.gpu_exclusion import without
+from autoglm_resume.supervise.base.machine import check_directory
+from autoglm_resume.supervise.base.run_directory import RunDirectory, locked_checkpoints
+from autoglm_resume.supervise.core import drill, history
+from autoglm_resume.supervise.gate import Gatekeeper
+from autoglm_resume.supervise.preflight.preflight import require_storage
+from autoglm_resume.supervise.ranks.launcher import Endpoint, torchrun_command
 from autoglm_resume.supervise.supervisor import Supervisor
-from autoglm_resume.worker.contract import ASSIGNMENT, shared_environment
 
 if TYPE_CHECKING:  # a presenter is handed in; this layer does not depend on it
     from autoglm_resume.observe.live import Screen

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import autoglm_resume
 from autoglm_resume import linux
-from autoglm_resume.checkpoint.part import age
-from autoglm_resume.checkpoint.structure import Structure
+from autoglm_resume.checkpoint.format.part import age
+from autoglm_resume.checkpoint.format.structure import Structure
 from autoglm_resume.cluster import slurm
 from autoglm_resume.errors import (
     AutoglmError,
@@ -26,26 +26,26 @@ from autoglm_resume.errors import (
 )
 from autoglm_resume.job.spec import Job, shown
 from autoglm_resume.journal import Event, Journal, stamped
-from autoglm_resume.supervise import history, policy
-from autoglm_resume.supervise.answering import Answering
-from autoglm_resume.supervise.assign import assignment, environment, source, world_size
+from autoglm_resume.protocol.assignment import ResumePoint
 from autoglm_resume.supervise.attempt import Attempt, Outcome, hurried
-from autoglm_resume.supervise.drill import Drill
-from autoglm_resume.supervise.exclusion import excluding
-from autoglm_resume.supervise.failure import Failure, Previous
-from autoglm_resume.supervise.gatekeeper import Gatekeeper
-from autoglm_resume.supervise.group import end_orphans
-from autoglm_resume.supervise.keepers import Keepers
-from autoglm_resume.supervise.launcher import Launcher, Seen, made_for
-from autoglm_resume.supervise.notifier import Notifier
-from autoglm_resume.supervise.pacing import Pacing
-from autoglm_resume.supervise.pump import Pump, Signals
-from autoglm_resume.supervise.ready import Readiness
-from autoglm_resume.supervise.rehearse import Rehearsal
-from autoglm_resume.supervise.replicas import restore
-from autoglm_resume.supervise.rundir import Lock, RunDirectory
+from autoglm_resume.supervise.base.assign import assignment, environment, source, world_size
+from autoglm_resume.supervise.base.event_loop import Pump, Signals
+from autoglm_resume.supervise.base.gpu_exclusion import excluding
+from autoglm_resume.supervise.base.run_directory import Lock, RunDirectory
+from autoglm_resume.supervise.core import history, policy
+from autoglm_resume.supervise.core.diagnosis import Failure, Previous
+from autoglm_resume.supervise.core.drill import Drill
+from autoglm_resume.supervise.gate import Gatekeeper
+from autoglm_resume.supervise.persistence import Keepers
+from autoglm_resume.supervise.preflight.preflight import Readiness
+from autoglm_resume.supervise.ranks.fault_injector import Rehearsal
+from autoglm_resume.supervise.ranks.group import end_orphans
+from autoglm_resume.supervise.ranks.launcher import Launcher, Seen, made_for
+from autoglm_resume.supervise.recovery import Answering
+from autoglm_resume.supervise.save_timer import Pacing
+from autoglm_resume.supervise.services.notifier import Notifier
+from autoglm_resume.supervise.services.replicator import restore
 from autoglm_resume.supervise.time_limit import TimeLimit
-from autoglm_resume.worker.contract import ResumePoint
 
 if TYPE_CHECKING:  # a presenter is handed in; this layer does not depend on it
     from autoglm_resume.observe.live import Screen

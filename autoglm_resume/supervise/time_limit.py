@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from autoglm_resume.cluster import commands, slurm
-from autoglm_resume.supervise.pump import Pump
+from autoglm_resume.supervise.base.event_loop import Pump
 
 DAY = 86400.0
 """The longest wait in one: no selector takes a month."""

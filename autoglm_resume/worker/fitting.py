@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from autoglm_resume.checkpoint import renaming
-from autoglm_resume.checkpoint.restore import RestoredPart
-from autoglm_resume.checkpoint.structure import Structure, differences
+from autoglm_resume.checkpoint.format import renaming
+from autoglm_resume.checkpoint.format.structure import Structure, differences
+from autoglm_resume.checkpoint.state.restore import RestoredPart
 from autoglm_resume.errors import CheckpointError, ModelMismatch
 from autoglm_resume.worker.settings import Settings
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from autoglm_resume.worker.board import Phase, Pulse
+from autoglm_resume.protocol.heartbeats import Phase, Pulse
 
 
 def watch(obj: Any, pulse: Pulse, on_forward: Callable[[], None]) -> None:

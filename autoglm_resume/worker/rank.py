@@ -23,9 +23,9 @@ from typing import TextIO
 
 from autoglm_resume import files, linux
 from autoglm_resume.errors import Interrupted
+from autoglm_resume.protocol.assignment import ASSIGNMENT, STACKS, Assignment, Source
+from autoglm_resume.protocol.heartbeats import Board, Phase
 from autoglm_resume.worker import imports
-from autoglm_resume.worker.board import Board, Phase
-from autoglm_resume.worker.contract import ASSIGNMENT, STACKS, Assignment, Source
 from autoglm_resume.worker.events import Events
 
 UNDER_TORCHRUN = "--under-torchrun"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch.distributed as dist
 
-from autoglm_resume.worker.board import Pulse
+from autoglm_resume.protocol.heartbeats import Pulse
 
 
 class Request(NamedTuple):

@@ -6,14 +6,15 @@ import contextlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from autoglm_resume.checkpoint import elastic, renaming, restore
-from autoglm_resume.checkpoint.restore import OtherSharding, RestoredPart
-from autoglm_resume.checkpoint.sharding import Present
-from autoglm_resume.checkpoint.snapshot import Snapshot
-from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.checkpoint.format import renaming
+from autoglm_resume.checkpoint.format.snapshot import Snapshot
+from autoglm_resume.checkpoint.state import reshard, restore
+from autoglm_resume.checkpoint.state.restore import OtherSharding, RestoredPart
+from autoglm_resume.checkpoint.state.sharding import Present
+from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import CorruptCheckpoint, WorldSizeMismatch
+from autoglm_resume.protocol.assignment import ResumePoint
 from autoglm_resume.worker import rng
-from autoglm_resume.worker.contract import ResumePoint
 from autoglm_resume.worker.data import ResumableSampler
 
 RNG = "rng"
@@ -57,7 +58,7 @@ def read(
                     return restore.read(store, path, rank, present=present, memory=held)
             return restore.read(store, path, rank, present=present)
     buffers = {f"{name}/{key}" for name in led for key, _ in objects[name].named_buffers()}
-    restored = elastic.read(store, path, rank, present, own=[RNG], led=buffers)
+    restored = reshard.read(store, path, rank, present, own=[RNG], led=buffers)
     for name, obj in objects.items():
         if isinstance(obj, ResumableSampler) and name in restored.states:
             _require_samples(f"{restored.part.id}: {name}", restored.states[name], world_size)

@@ -20,33 +20,26 @@ from typing import Any, NoReturn
 import torch
 
 import autoglm_resume
-from autoglm_resume.checkpoint import capture, saver, structure
-from autoglm_resume.checkpoint.document import digest
-from autoglm_resume.checkpoint.part import checkpoint_id
-from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.checkpoint.format import structure
+from autoglm_resume.checkpoint.format.document import digest
+from autoglm_resume.checkpoint.format.part import checkpoint_id
+from autoglm_resume.checkpoint.state import capture
+from autoglm_resume.checkpoint.store.store import Store
+from autoglm_resume.checkpoint.write import part_writer
 from autoglm_resume.errors import (
     CheckpointError,
     Interrupted,
     UsageError,
 )
-from autoglm_resume.worker import (
-    copying,
-    fitting,
-    hooks,
-    imports,
-    restoring,
-    rng,
-    settings,
-    spare,
-    tracked,
-)
-from autoglm_resume.worker.board import Board, Phase, Pulse
-from autoglm_resume.worker.contract import Assignment, ResumePoint
+from autoglm_resume.protocol.assignment import Assignment, ResumePoint
+from autoglm_resume.protocol.heartbeats import Board, Phase, Pulse
+from autoglm_resume.protocol.loss_guard import LossGuard
+from autoglm_resume.worker import fitting, hooks, imports, restoring, rng, settings, spare, tracked
 from autoglm_resume.worker.data import ResumableSampler
-from autoglm_resume.worker.divergence import LossGuard
 from autoglm_resume.worker.events import Events
 from autoglm_resume.worker.requests import FromClock, FromRankZero, FromSupervisor, Requests
-from autoglm_resume.worker.saves import Saves
+from autoglm_resume.worker.saving import device_copy
+from autoglm_resume.worker.saving.save_manager import Saves
 
 RNG = restoring.RNG
 LINEAGE = 8
@@ -265,7 +258,7 @@ class Session:
             self._lineage = (self._id(), *self._lineage)[:LINEAGE]
             self._pulse.phase(Phase.DATA)
 
-    def _save_for_certain(self) -> saver.SaveFailed | None:
+    def _save_for_certain(self) -> part_writer.SaveFailed | None:
         """Save, and return when it is certain what became of it."""
         self._save()
         self._pulse.phase(Phase.SAVE)
@@ -281,7 +274,9 @@ class Session:
     def _safe(self) -> frozenset[int]:
         """What only an optimizer step changes, so that it may be copied until then."""
         tracked = self._tracked.values()
-        return copying.safe_until_step([o for o in tracked if isinstance(o, torch.optim.Optimizer)])
+        return device_copy.safe_until_step(
+            [o for o in tracked if isinstance(o, torch.optim.Optimizer)]
+        )
 
     def _metrics(self) -> dict[str, float]:
         found = {name: _number(value) for name, value in self._figures.items()}

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-from autoglm_resume.checkpoint.gate import Expectation, choose
-from autoglm_resume.checkpoint.retention import Keep
-from autoglm_resume.checkpoint.store import Store
-from autoglm_resume.checkpoint.structure import Structure
+from autoglm_resume.checkpoint.format.structure import Structure
+from autoglm_resume.checkpoint.store.gate import Expectation, choose
+from autoglm_resume.checkpoint.store.retention import Keep
+from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import NoAcceptableCheckpoint
-from autoglm_resume.worker import turns
-from autoglm_resume.worker.contract import Assignment, Checkpointing, ResumePoint
-from autoglm_resume.worker.divergence import Bounds
+from autoglm_resume.protocol.assignment import Assignment, Checkpointing, ResumePoint
+from autoglm_resume.protocol.loss_guard import Bounds
+from autoglm_resume.savers import directory_lock
 
 DEFAULT_SECONDS = 300.0
 DEFAULT_KEEP = 3
@@ -97,7 +97,7 @@ def _choose(
     settings: Settings, model: Structure | None
 ) -> ResumePoint | NoAcceptableCheckpoint | None:
     store = Store(Path(settings.checkpoint.dir))
-    with turns.settled(store.root):
+    with directory_lock.settled(store.root):
         store.complete()
         if settings.world_size == 1 or dist.is_initialized():
             store.sweep()  # the other ranks wait for this answer, so nothing is being written

@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 from autoglm_resume import linux
 from autoglm_resume.errors import UsageError
+from autoglm_resume.protocol.assignment import Assignment, Source
 from autoglm_resume.worker import imports, rank
-from autoglm_resume.worker.contract import Assignment, Source
 from autoglm_resume.worker.events import Events
 
 Ready = TypeVar("Ready")

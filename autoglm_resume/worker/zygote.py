@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from autoglm_resume import linux
+from autoglm_resume.protocol.assignment import Assignment, Source
 from autoglm_resume.worker import imports
 from autoglm_resume.worker import rank as rank_process
-from autoglm_resume.worker.contract import Assignment, Source
 from autoglm_resume.worker.spare import Spare
 
 ALWAYS = (

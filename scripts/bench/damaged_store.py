@@ -93,7 +93,7 @@ class Trial:
     """Damages to views of the checkpoints of a training in `trained`, in the directory `place`."""
 
     def __init__(self, trained: Path, place: Path) -> None:
-        from autoglm_resume.checkpoint.store import Store
+        from autoglm_resume.checkpoint.store.store import Store
 
         self.pristine = checkpoints(trained)
         self.directory = place
@@ -153,7 +153,7 @@ class Trial:
         return self._pass_gate(intact, touched, problem)
 
     def _pass_gate(self, intact: dict[str, bool], touched: set[str], problem: str) -> Outcome:
-        from autoglm_resume.supervise.gatekeeper import Gatekeeper
+        from autoglm_resume.supervise.gate import Gatekeeper
 
         keeper = Gatekeeper(self.job, RANKS, lambda event, **fields: None)
         good = [id for id in self.ids if intact.get(id, True) and id not in touched]
@@ -186,7 +186,7 @@ class Trial:
         """
         from train_deltas import digest_of
 
-        from autoglm_resume.checkpoint import restore
+        from autoglm_resume.checkpoint.state import restore
         from autoglm_resume.errors import CheckpointError
 
         step = str(int(id.split(".")[0].removeprefix("step-")))
@@ -210,7 +210,7 @@ class Trial:
 
         None if that changes nothing of what the rank needs.
         """
-        from autoglm_resume.supervise.gatekeeper import Gatekeeper
+        from autoglm_resume.supervise.gate import Gatekeeper
 
         self.fresh()
         keeper = Gatekeeper(self.job, RANKS, lambda event, **fields: None)
@@ -257,8 +257,8 @@ class Trial:
         return ""
 
     def _assignment(self, point: Any) -> Any:
-        from autoglm_resume.worker.board import Board
-        from autoglm_resume.worker.contract import Assignment, Checkpointing, Source
+        from autoglm_resume.protocol.assignment import Assignment, Checkpointing, Source
+        from autoglm_resume.protocol.heartbeats import Board
 
         if self._board is None:
             self._board = Board.create(RANKS)

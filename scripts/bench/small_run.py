@@ -102,8 +102,8 @@ class Run:
         """SHA-256 of what each rank that made it would load from a checkpoint, else the newest."""
         from train_small import sha256
 
-        from autoglm_resume.checkpoint import restore
-        from autoglm_resume.checkpoint.store import Store
+        from autoglm_resume.checkpoint.state import restore
+        from autoglm_resume.checkpoint.store.store import Store
 
         store = Store(self.checkpoints)
         path = store.directory(id) if id else store.latest()

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 import autoglm_resume as autoglm
-from autoglm_resume.worker.board import Board
-from autoglm_resume.worker.contract import Assignment
+from autoglm_resume.protocol.assignment import Assignment
+from autoglm_resume.protocol.heartbeats import Board
 
 BATCHES, CALLS = 100, 1000
 

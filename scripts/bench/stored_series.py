@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from blake3 import blake3
 
-from autoglm_resume.checkpoint import capture, codec, restore
-from autoglm_resume.checkpoint.codec import Effort
-from autoglm_resume.checkpoint.options import Options
-from autoglm_resume.checkpoint.part import CHUNK_BYTES, Part, checkpoint_id
-from autoglm_resume.checkpoint.saver import Saver
-from autoglm_resume.checkpoint.snapshot import Snapshot
-from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.checkpoint.chunks import codec
+from autoglm_resume.checkpoint.chunks.codec import Effort
+from autoglm_resume.checkpoint.format.options import Options
+from autoglm_resume.checkpoint.format.part import CHUNK_BYTES, Part, checkpoint_id
+from autoglm_resume.checkpoint.format.snapshot import Snapshot
+from autoglm_resume.checkpoint.state import capture, restore
+from autoglm_resume.checkpoint.store.store import Store
+from autoglm_resume.checkpoint.write.part_writer import Saver
 
 
 class Series:

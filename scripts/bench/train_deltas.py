@@ -85,7 +85,7 @@ def main() -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     import autoglm_resume as autoglm
-    from autoglm_resume.checkpoint.store import Store
+    from autoglm_resume.checkpoint.store.store import Store
     from autoglm_resume.worker import rng
 
     parser = argparse.ArgumentParser()

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from autoglm_resume.kinds import Kind
+from autoglm_resume.failures import Kind
 
 ROOT = Path(__file__).parents[2]
 ACTIONS = {"restart", "roll_back", "pause", "smaller", "requeue", "give_up", "none"}

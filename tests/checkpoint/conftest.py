@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from autoglm_resume.checkpoint import capture
-from autoglm_resume.checkpoint.manifest import checkpoint_id
-from autoglm_resume.checkpoint.saver import Saver
-from autoglm_resume.checkpoint.snapshot import Snapshot
-from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.checkpoint.format.manifest import checkpoint_id
+from autoglm_resume.checkpoint.format.snapshot import Snapshot
+from autoglm_resume.checkpoint.state import capture
+from autoglm_resume.checkpoint.store.store import Store
+from autoglm_resume.checkpoint.write.part_writer import Saver
 
 Save = Callable[..., str]
 

@@ -23,23 +23,37 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lossy import Crashed, Op, Places, Recorder, Tree, lost, record, torn, whole, zeroed
 
 from autoglm_resume import files
-from autoglm_resume.checkpoint import capture, direct, mirror, packing, repair, restore
-from autoglm_resume.checkpoint.manifest import checkpoint_id
-from autoglm_resume.checkpoint.options import Options
-from autoglm_resume.checkpoint.previous import Previous
-from autoglm_resume.checkpoint.retention import Keep
-from autoglm_resume.checkpoint.saver import Saver
-from autoglm_resume.checkpoint.snapshot import Snapshot
-from autoglm_resume.checkpoint.storage import open_storage
-from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.checkpoint.chunks import direct_io
+from autoglm_resume.checkpoint.format.manifest import checkpoint_id
+from autoglm_resume.checkpoint.format.options import Options
+from autoglm_resume.checkpoint.format.snapshot import Snapshot
+from autoglm_resume.checkpoint.replicas import mirror, repair
+from autoglm_resume.checkpoint.state import capture, restore
+from autoglm_resume.checkpoint.storage.storage import open_storage
+from autoglm_resume.checkpoint.store.retention import Keep
+from autoglm_resume.checkpoint.store.store import Store
+from autoglm_resume.checkpoint.write import pack_writer
+from autoglm_resume.checkpoint.write.part_writer import Saver
+from autoglm_resume.checkpoint.write.reuse import Previous
 from autoglm_resume.job.spec import Job
-from autoglm_resume.supervise.gatekeeper import Gatekeeper
-from autoglm_resume.worker import housekeeping
-from autoglm_resume.worker.contract import Checkpointing
+from autoglm_resume.protocol.assignment import Checkpointing
+from autoglm_resume.savers import housekeeping
+from autoglm_resume.supervise.gate import Gatekeeper
 from autoglm_resume.worker.events import Events
+from tests.checkpoint.lossy import (
+    Crashed,
+    Op,
+    Places,
+    Recorder,
+    Tree,
+    lost,
+    record,
+    torn,
+    whole,
+    zeroed,
+)
 
 RANKS = 2
 STEPS = range(1, 6)
@@ -351,8 +365,8 @@ class Recordings:
             root = places.make(start)
             with pytest.MonkeyPatch.context() as patch:
                 # So small that even these packs take several.
-                patch.setattr(direct, "BUFFER_BYTES", direct.BLOCK)
-                patch.setattr(packing, "WINDOW_BYTES", direct.BLOCK)
+                patch.setattr(direct_io, "BUFFER_BYTES", direct_io.BLOCK)
+                patch.setattr(pack_writer, "WINDOW_BYTES", direct_io.BLOCK)
                 ops = record(root, lambda recorder: STORIES[name](Run(root, recorder)))
             self._made[name] = Recording(ops, places, start, saved)
         return self._made[name]

@@ -24,8 +24,8 @@ from torch.distributed.fsdp import fully_shard
 
 from autoglm_resume.checkpoint.dcp import Reader, Writer, directory_of, newest
 from autoglm_resume.checkpoint.dcp.metadata import from_json, key_of, to_json
-from autoglm_resume.checkpoint.part import pack_file, part_file
-from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.checkpoint.format.part import pack_file, part_file
+from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import CorruptCheckpoint, UsageError
 from tests.checkpoint.ranks import DIED, ranks
 

@@ -15,14 +15,17 @@ from typing import Any
 import pytest
 import torch
 
-from autoglm_resume.checkpoint import capture, claims, direct, packing, restore, retention, saver
-from autoglm_resume.checkpoint.manifest import CHUNK_BYTES, checkpoint_id
-from autoglm_resume.checkpoint.options import Options
-from autoglm_resume.checkpoint.previous import Previous
-from autoglm_resume.checkpoint.retention import Candidate, Keep
-from autoglm_resume.checkpoint.saver import SaveFailed, Saver
-from autoglm_resume.checkpoint.snapshot import Snapshot
-from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.checkpoint.chunks import direct_io
+from autoglm_resume.checkpoint.format.manifest import CHUNK_BYTES, checkpoint_id
+from autoglm_resume.checkpoint.format.options import Options
+from autoglm_resume.checkpoint.format.snapshot import Snapshot
+from autoglm_resume.checkpoint.state import capture, restore
+from autoglm_resume.checkpoint.store import retention
+from autoglm_resume.checkpoint.store.retention import Candidate, Keep
+from autoglm_resume.checkpoint.store.store import Store
+from autoglm_resume.checkpoint.write import chunk_ownership, pack_writer, part_writer
+from autoglm_resume.checkpoint.write.part_writer import SaveFailed, Saver
+from autoglm_resume.checkpoint.write.reuse import Previous
 from autoglm_resume.errors import CorruptCheckpoint
 
 Tensors = dict[str, torch.Tensor]
@@ -184,7 +187,9 @@ def test_a_bad_base_is_blamed_by_its_own_file(store: Store) -> None:
 # Several ranks
 
 
-def all_ranks(store: Store, snapshots: list[Snapshot], savers: list[Saver]) -> list[saver.Saved]:
+def all_ranks(
+    store: Store, snapshots: list[Snapshot], savers: list[Saver]
+) -> list[part_writer.Saved]:
     with ThreadPoolExecutor(len(savers)) as pool:
         return list(
             pool.map(lambda pair: pair[0].persist(pair[1]), zip(savers, snapshots, strict=True))
@@ -236,7 +241,7 @@ def test_ranks_in_real_processes_share_as_well(store: Store) -> None:
 def test_a_rank_whose_peer_says_nothing_stores_everything_itself(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claims, "PATIENCE", 0.0)
+    monkeypatch.setattr(chunk_ownership, "PATIENCE", 0.0)
     (tensors,) = series(1)
     first = Saver(store).persist(taken(1, tensors, 0, 2)).part
     assert not any(chunk.with_peer for chunk in first.chunks)
@@ -260,7 +265,7 @@ def test_a_save_that_is_given_up_leaves_nothing(store: Store) -> None:
 def test_a_save_that_is_given_up_while_it_waits_for_another_rank_ends_at_once(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claims, "PATIENCE", 1e9)
+    monkeypatch.setattr(chunk_ownership, "PATIENCE", 1e9)
     (tensors,) = series(1)
     given_up = threading.Event()
     failures: list[SaveFailed] = []
@@ -273,7 +278,7 @@ def test_a_save_that_is_given_up_while_it_waits_for_another_rank_ends_at_once(
 
     thread = threading.Thread(target=persist)
     thread.start()
-    claim = store.directory(checkpoint_id(1, "a0")) / claims.claim_file(0)
+    claim = store.directory(checkpoint_id(1, "a0")) / chunk_ownership.claim_file(0)
     while not claim.exists():
         assert thread.is_alive()
     given_up.set()
@@ -311,7 +316,7 @@ class Flushing:
 def test_an_error_that_passes_costs_only_another_try(
     store: Store, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
-    monkeypatch.setattr(saver, "RETRIES", (0.0, 0.0))
+    monkeypatch.setattr(part_writer, "RETRIES", (0.0, 0.0))
     monkeypatch.setattr(os, "fdatasync", Flushing(times, errno.EIO))
     (tensors,) = series(1)
     assert_holds(store, Saver(store).persist(taken(1, tensors)).part.id, tensors)
@@ -321,7 +326,7 @@ def test_an_error_that_passes_costs_only_another_try(
 def test_one_that_stays_is_reported_and_one_that_cannot_pass_is_not_tried_again(
     store: Store, monkeypatch: pytest.MonkeyPatch, error: int, tries: int
 ) -> None:
-    monkeypatch.setattr(saver, "RETRIES", (0.0, 0.0))
+    monkeypatch.setattr(part_writer, "RETRIES", (0.0, 0.0))
     flushing = Flushing(100, error)
     monkeypatch.setattr(os, "fdatasync", flushing)
     first, second = series(2)
@@ -337,7 +342,7 @@ def test_one_that_stays_is_reported_and_one_that_cannot_pass_is_not_tried_again(
 def test_nobody_waits_for_another_try_of_a_save_that_is_given_up(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saver, "RETRIES", (1e9,))
+    monkeypatch.setattr(part_writer, "RETRIES", (1e9,))
     given_up = threading.Event()
 
     def flush(fd: int) -> None:
@@ -372,8 +377,8 @@ class Lying:
 def test_a_disk_that_gives_back_other_bytes_is_found_out_before_the_commit(
     store: Store, monkeypatch: pytest.MonkeyPatch, compress: Any, place: int
 ) -> None:
-    monkeypatch.setattr(packing, "WINDOW_BYTES", CHUNK_BYTES)
-    monkeypatch.setattr(direct, "BUFFER_BYTES", 16 * direct.BLOCK)
+    monkeypatch.setattr(pack_writer, "WINDOW_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(direct_io, "BUFFER_BYTES", 16 * direct_io.BLOCK)
     old, new, newer = series(3)
     one = Saver(store, Options(compress))
     before = one.persist(taken(1, old)).part
@@ -394,7 +399,7 @@ def test_chunks_of_all_tensors_are_in_their_order() -> None:
         "empty": torch.zeros(0),
         "b": torch.ones(3),
     }
-    items = packing.items_of(taken(1, tensors))
+    items = pack_writer.items_of(taken(1, tensors))
     assert [(i.tensor, i.place, len(i.raw)) for i in items] == [
         ("m/a", 0, CHUNK_BYTES),
         ("m/a", 1, CHUNK_BYTES),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from autoglm_resume.supervise.rundir import RunDirectory
+from autoglm_resume.supervise.base.run_directory import RunDirectory
 from tests.observe.runs import Script, checkpoint, directory, flip, killed_once
 
 HEAVY = ("torch", "numpy", "pydantic", "yaml", "rich", "psutil", "pickle", "asyncio")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.checkpoint.store.store import Store
 from tests.cli.test_app import autoglm
 from tests.observe.runs import checkpoint
 

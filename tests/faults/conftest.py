@@ -114,7 +114,7 @@ class Rehearsal:
 
     def savers(self) -> list[psutil.Process]:
         """Those of them that persist snapshots."""
-        named = "autoglm_resume.worker.saver_process"
+        named = "autoglm_resume.savers.saver_process"
         return [p for p in self.workers() if named in p.cmdline()]
 
     def end(self) -> None:

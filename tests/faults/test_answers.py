@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from autoglm_resume.checkpoint.part import age
+from autoglm_resume.checkpoint.format.part import age
 from tests.faults.conftest import Rehearsal, fill, finish
 
 FAST = {"backoff": "10ms", "max_backoff": "50ms"}

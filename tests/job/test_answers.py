@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from autoglm_resume.errors import UsageError
+from autoglm_resume.failures import Answer
 from autoglm_resume.job.load import from_snapshot, load
 from autoglm_resume.job.spec import Job, dump, json_schema
-from autoglm_resume.kinds import Answer
 
 
 def job(directory: Path, restart: str) -> Job:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from autoglm_resume.checkpoint.retention import Best, Keep
+from autoglm_resume.checkpoint.store.retention import Best, Keep
 from autoglm_resume.errors import UsageError
 from autoglm_resume.job.checkpoint import Checkpoint
 from autoglm_resume.job.load import keep_of, keep_option, load

@@ -128,11 +128,11 @@ def checkpoint(
     """A real checkpoint; its directory. `refer`: it takes what is the same from its parent."""
     import torch
 
-    from autoglm_resume.checkpoint import capture
-    from autoglm_resume.checkpoint.manifest import checkpoint_id
-    from autoglm_resume.checkpoint.previous import Previous
-    from autoglm_resume.checkpoint.saver import Saver
-    from autoglm_resume.checkpoint.store import Store
+    from autoglm_resume.checkpoint.format.manifest import checkpoint_id
+    from autoglm_resume.checkpoint.state import capture
+    from autoglm_resume.checkpoint.store.store import Store
+    from autoglm_resume.checkpoint.write.part_writer import Saver
+    from autoglm_resume.checkpoint.write.reuse import Previous
 
     store = Store(root)
     id = checkpoint_id(step, token)

@@ -9,8 +9,8 @@ import pytest
 from autoglm_resume.job.spec import Job
 from autoglm_resume.observe import doctor
 from autoglm_resume.observe.doctor import Finding
-from autoglm_resume.supervise.checks import Check
-from autoglm_resume.supervise.rundir import RunDirectory
+from autoglm_resume.supervise.base.run_directory import RunDirectory
+from autoglm_resume.supervise.core.checks import Check
 from tests.observe.runs import checkpoint, directory, killed_once
 
 

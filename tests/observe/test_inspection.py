@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import UsageError
 from autoglm_resume.journal import encode
 from autoglm_resume.observe import inspection

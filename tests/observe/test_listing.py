@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from autoglm_resume.checkpoint.retention import Keep
-from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.checkpoint.store.retention import Keep
+from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import UsageError
 from autoglm_resume.journal import encode
 from autoglm_resume.observe import inspection, listing
 from autoglm_resume.observe.listing import Listed, Listing
-from autoglm_resume.supervise.rundir import RunDirectory
+from autoglm_resume.supervise.base.run_directory import RunDirectory
 from tests.observe.runs import WALL, Script, checkpoint, directory, flip
 
 HOUR = 3600.0

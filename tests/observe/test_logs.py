@@ -10,7 +10,7 @@ import pytest
 
 from autoglm_resume.errors import UsageError
 from autoglm_resume.observe import logs
-from autoglm_resume.supervise.rundir import RunDirectory
+from autoglm_resume.supervise.base.run_directory import RunDirectory
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from autoglm_resume.checkpoint.gate import Check, Verdict
+from autoglm_resume.checkpoint.store.gate import Check, Verdict
 from autoglm_resume.observe import plan as view
 from autoglm_resume.supervise.start import Plan
 

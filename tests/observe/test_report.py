@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from autoglm_resume.observe import report
-from autoglm_resume.observe.goodput import summarize
 from autoglm_resume.observe.live import Screen
+from autoglm_resume.observe.pure.goodput import summarize
 from tests.observe.runs import Script, directory, killed_once
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from autoglm_resume.observe import status
-from autoglm_resume.supervise.rundir import RunDirectory
-from autoglm_resume.worker.board import Board, Phase
+from autoglm_resume.protocol.heartbeats import Board, Phase
+from autoglm_resume.supervise.base.run_directory import RunDirectory
 from tests.observe.runs import Script, directory, killed_once
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from autoglm_resume.errors import UsageError
 from autoglm_resume.observe import telling
-from autoglm_resume.supervise.rundir import RunDirectory
+from autoglm_resume.supervise.base.run_directory import RunDirectory
 from tests.observe.runs import Script, directory, killed_once
 
 

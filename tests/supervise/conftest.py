@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from autoglm_resume.supervise.pump import Pump
+from autoglm_resume.supervise.base.event_loop import Pump
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from autoglm_resume.cluster.slurm import Allocation
 from autoglm_resume.supervise import time_limit
-from autoglm_resume.supervise.pump import Pump
+from autoglm_resume.supervise.base.event_loop import Pump
 from autoglm_resume.supervise.time_limit import TimeLimit
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.checkpoint.store.store import Store
+from autoglm_resume.savers.directory_lock import settled
 from autoglm_resume.worker import rng
-from autoglm_resume.worker.turns import settled
 
 _exits: list[Callable[[], object]] = []
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from autoglm_resume.worker.board import Board
-from autoglm_resume.worker.contract import Assignment, Checkpointing, Source
+from autoglm_resume.protocol.assignment import Assignment, Checkpointing, Source
+from autoglm_resume.protocol.heartbeats import Board
 
 Make = Callable[..., Assignment]
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from autoglm_resume.checkpoint import capture, restore
-from autoglm_resume.checkpoint.manifest import checkpoint_id
-from autoglm_resume.checkpoint.saver import Saver
-from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.checkpoint.format.manifest import checkpoint_id
+from autoglm_resume.checkpoint.state import capture, restore
+from autoglm_resume.checkpoint.store.store import Store
+from autoglm_resume.checkpoint.write.part_writer import Saver
 from autoglm_resume.errors import CheckpointError, ModelMismatch
-from autoglm_resume.worker.contract import Checkpointing
+from autoglm_resume.protocol.assignment import Checkpointing
 from autoglm_resume.worker.fitting import Loading, fitted
 from autoglm_resume.worker.settings import Settings
 

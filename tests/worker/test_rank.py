@@ -16,8 +16,8 @@ import pytest
 
 import autoglm_resume
 from autoglm_resume.journal import read
-from autoglm_resume.worker.board import Board, Phase
-from autoglm_resume.worker.contract import Assignment
+from autoglm_resume.protocol.assignment import Assignment
+from autoglm_resume.protocol.heartbeats import Board, Phase
 
 HOME = Path(autoglm_resume.__file__).parent.parent
 Make = Callable[..., Assignment]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from autoglm_resume.worker.board import Board, Control
+from autoglm_resume.protocol.heartbeats import Board, Control
 from autoglm_resume.worker.requests import FromClock, FromRankZero, FromSupervisor, Request
 
 

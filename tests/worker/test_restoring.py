@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from autoglm_resume.checkpoint import capture, sealed
-from autoglm_resume.checkpoint.manifest import checkpoint_id
-from autoglm_resume.checkpoint.packing import items_of
-from autoglm_resume.checkpoint.restore import RestoredPart
-from autoglm_resume.checkpoint.saver import Saver
-from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.checkpoint.format.manifest import checkpoint_id
+from autoglm_resume.checkpoint.state import capture
+from autoglm_resume.checkpoint.state.restore import RestoredPart
+from autoglm_resume.checkpoint.store.store import Store
+from autoglm_resume.checkpoint.write import in_memory
+from autoglm_resume.checkpoint.write.pack_writer import items_of
+from autoglm_resume.checkpoint.write.part_writer import Saver
 from autoglm_resume.errors import CorruptCheckpoint, WorldSizeMismatch
+from autoglm_resume.protocol.assignment import ResumePoint
 from autoglm_resume.worker import restoring, rng
-from autoglm_resume.worker.contract import ResumePoint
 from autoglm_resume.worker.data import ResumableSampler
 
 ID = checkpoint_id(3, "a0")
@@ -102,7 +103,7 @@ def test_a_snapshot_in_memory_is_what_was_sealed_or_nothing(store: Store) -> Non
     taken = capture.take({n: o.state_dict() for n, o in tracked.items()}, id=ID, rank=0,
                          world_size=3)  # fmt: skip
     names = [item.named().name for item in items_of(taken)]
-    point = ResumePoint(ID, 3, "", (sealed.seal(taken, names),) * 3)
+    point = ResumePoint(ID, 3, "", (in_memory.seal(taken, names),) * 3)
     found = restoring.read(point, store, 0, 3, tracked, (), {}, taken)
     assert found.from_memory
     assert found.states["sampler"] == tracked["sampler"].state_dict()

@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 
-from autoglm_resume.checkpoint import tree
+from autoglm_resume.checkpoint.state import tree
 from autoglm_resume.worker import rng
 
 

@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from alone import checkpoints, end_process, lonely
 
 import autoglm_resume as autoglm
-from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import (
     CheckpointError,
     CorruptCheckpoint,
     NoAcceptableCheckpoint,
     UsageError,
 )
+from tests.worker.alone import checkpoints, end_process, lonely
 
 
 @pytest.fixture(autouse=True)
@@ -320,7 +320,7 @@ def test_a_model_can_still_be_saved_whole_after_it_is_tracked(tmp_path: Path) ->
 
 
 def test_evaluation_does_not_beat_as_training() -> None:
-    from autoglm_resume.worker.board import Board, Phase
+    from autoglm_resume.protocol.heartbeats import Board, Phase
     from autoglm_resume.worker.hooks import watch
 
     board, fd = Board.create(1)

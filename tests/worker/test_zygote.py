@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import autoglm_resume
-from autoglm_resume.worker.contract import Assignment
+from autoglm_resume.protocol.assignment import Assignment
 
 HOME = Path(autoglm_resume.__file__).parent.parent
 Make = Callable[..., Assignment]
@@ -29,10 +29,10 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 from dataclasses import replace
 from autoglm_resume import linux
-from autoglm_resume.supervise.group import Group
-from autoglm_resume.supervise.pump import Pump
-from autoglm_resume.supervise.zygote import State, Zygote
-from autoglm_resume.worker.contract import Assignment
+from autoglm_resume.supervise.ranks.group import Group
+from autoglm_resume.supervise.base.event_loop import Pump
+from autoglm_resume.supervise.ranks.zygote import State, Zygote
+from autoglm_resume.protocol.assignment import Assignment
 import psutil
 
 linux.adopt_orphans()
@@ -312,7 +312,7 @@ def test_a_zygote_that_does_not_answer_is_given_up(assign: Make, drive: Callable
     answer = drive(
         assign("print('up')"),
         """
-import autoglm_resume.supervise.zygote as module
+import autoglm_resume.supervise.ranks.zygote as module
 module.PATIENCE = 0.2
 z = zygote()
 os.kill(z.pid, signal.SIGSTOP)
@@ -375,7 +375,7 @@ def test_threads_that_a_fork_would_end_by_itself_do_not_stop_a_job_of_one_rank(
     answer = drive(
         assign("import numpy; a = numpy.ones((500, 500)); print((a @ a).sum())"),
         """
-from autoglm_resume.worker.contract import shared_environment
+from autoglm_resume.protocol.assignment import shared_environment
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.pop(name, None)
 environment = {**os.environ, **shared_environment(1)}

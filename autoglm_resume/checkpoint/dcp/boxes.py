@@ -9,10 +9,10 @@ from typing import TypeAlias
 import torch
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
-from autoglm_resume.checkpoint import tree
 from autoglm_resume.checkpoint.dcp.metadata import Key, key_of
-from autoglm_resume.checkpoint.part import CHUNK_BYTES, Chunk, Part, Tensor, part_file
-from autoglm_resume.checkpoint.sharding import Box
+from autoglm_resume.checkpoint.format.part import CHUNK_BYTES, Chunk, Part, Tensor, part_file
+from autoglm_resume.checkpoint.state import tree
+from autoglm_resume.checkpoint.state.sharding import Box
 from autoglm_resume.errors import CorruptCheckpoint, UsageError
 
 STATE = "state"

@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from autoglm_resume.checkpoint import tree
-from autoglm_resume.checkpoint.document import Json
+from autoglm_resume.checkpoint.format.document import Json
+from autoglm_resume.checkpoint.state import tree
 from autoglm_resume.errors import CorruptCheckpoint, UsageError
 
 Key: TypeAlias = "tuple[str, tuple[int, ...] | None]"

@@ -7,11 +7,8 @@ import re
 from pathlib import Path
 from typing import TypeAlias
 
-from autoglm_resume.checkpoint.part import (
-    checkpoint_id,
-    parse_id,
-)
-from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.checkpoint.format.part import checkpoint_id, parse_id
+from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import UsageError
 
 AnyPath: TypeAlias = "str | os.PathLike[str]"

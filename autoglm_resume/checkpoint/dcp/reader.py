@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from autoglm_resume.checkpoint import tree, verify
+from autoglm_resume.checkpoint.chunks import verify
+from autoglm_resume.checkpoint.chunks.reader import Reader as ChunkReader
 from autoglm_resume.checkpoint.dcp.boxes import Load, Wanted, loads_of, pieces_of, wanted_of
 from autoglm_resume.checkpoint.dcp.metadata import Key, from_json, key_of
 from autoglm_resume.checkpoint.dcp.paths import (
@@ -28,8 +29,8 @@ from autoglm_resume.checkpoint.dcp.paths import (
     given,
     is_numbered,
 )
-from autoglm_resume.checkpoint.reader import Reader as ChunkReader
-from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.checkpoint.state import tree
+from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import CorruptCheckpoint, UsageError
 
 

@@ -24,8 +24,8 @@ from torch.futures import Future
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from autoglm_resume import files
-from autoglm_resume.checkpoint import tree, verify
-from autoglm_resume.checkpoint.capture import torch_versions
+from autoglm_resume.checkpoint.chunks import verify
+from autoglm_resume.checkpoint.chunks.compression import Pace
 from autoglm_resume.checkpoint.dcp.boxes import STATE
 from autoglm_resume.checkpoint.dcp.metadata import key_of, to_json
 from autoglm_resume.checkpoint.dcp.paths import (
@@ -35,21 +35,23 @@ from autoglm_resume.checkpoint.dcp.paths import (
     given,
     is_numbered,
 )
-from autoglm_resume.checkpoint.document import Json
-from autoglm_resume.checkpoint.manifest import MANIFEST
-from autoglm_resume.checkpoint.options import Compress
-from autoglm_resume.checkpoint.pace import Pace
-from autoglm_resume.checkpoint.packing import THREADS, Item, Packer, chunks_of
-from autoglm_resume.checkpoint.part import (
-    Pack,
-    pack_file,
-    parse_id,
-    part_file,
+from autoglm_resume.checkpoint.format.document import Json
+from autoglm_resume.checkpoint.format.manifest import MANIFEST
+from autoglm_resume.checkpoint.format.options import Compress
+from autoglm_resume.checkpoint.format.part import Pack, pack_file, parse_id, part_file
+from autoglm_resume.checkpoint.format.snapshot import Snapshot, TensorBytes
+from autoglm_resume.checkpoint.state import tree
+from autoglm_resume.checkpoint.state.capture import torch_versions
+from autoglm_resume.checkpoint.store.store import Store
+from autoglm_resume.checkpoint.write.pack_writer import THREADS, Item, Packer, chunks_of
+from autoglm_resume.checkpoint.write.part_writer import (
+    SaveFailed,
+    discard,
+    make_directory,
+    part_of,
+    retried,
 )
-from autoglm_resume.checkpoint.previous import Sharing, Table
-from autoglm_resume.checkpoint.saver import SaveFailed, discard, make_directory, part_of, retried
-from autoglm_resume.checkpoint.snapshot import Snapshot, TensorBytes
-from autoglm_resume.checkpoint.store import Store
+from autoglm_resume.checkpoint.write.reuse import Sharing, Table
 from autoglm_resume.errors import CorruptCheckpoint, UsageError
 
 _PACES: dict[Path, Pace] = {}

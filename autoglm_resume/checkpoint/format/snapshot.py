@@ -1,0 +1,91 @@
+"""A rank's state at one step, as bytes: all that persisting it needs.
+
+In a slot of shared memory a snapshot is the bytes of its tensors, each at an aligned offset, and
+after them a JSON description of everything else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+
+from autoglm_resume.checkpoint.format.document import Json, compact
+from autoglm_resume.checkpoint.format.part import DTYPE_BYTES
+from autoglm_resume.checkpoint.format.structure import Structure
+
+ALIGNMENT = 64
+"""Bytes: a cache line, more than any type needs."""
+
+
+@dataclass(frozen=True)
+class TensorBytes:
+    """`data` is the C-ordered content, as a flat view of bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+    @property
+    def nbytes(self) -> int:
+        """Of the content, also where it is only described."""
+        return DTYPE_BYTES[self.dtype] * math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """`trees` maps each object to its JSON tree; its tensors are named `<object>/<path>`."""
+
+    id: str
+    step: int
+    rank: int
+    world_size: int
+    lineage: tuple[str, ...]
+    """Ids of the checkpoints this state descends from, newest first."""
+    created: float
+    versions: Mapping[str, str]
+    model: Structure | None
+    trees: Mapping[str, Json]
+    tensors: Sequence[TensorBytes] = field(repr=False)
+    rng: bool
+    data: bool
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(len(tensor.data) for tensor in self.tensors)
+
+
+def layout(sizes: Iterable[int]) -> tuple[list[int], int]:
+    """Where tensors of these sizes begin in a slot, and where the description does."""
+    offsets, end = [], 0
+    for size in sizes:
+        offsets.append(end)
+        end += -(-size // ALIGNMENT) * ALIGNMENT
+    return offsets, end
+
+
+def describe(snapshot: Snapshot) -> bytes:
+    """Everything but the bytes of the tensors, which lie in a slot by `layout`."""
+    members = {f.name: getattr(snapshot, f.name) for f in fields(snapshot)}
+    members["model"] = snapshot.model.to_json() if snapshot.model else None
+    members["tensors"] = [[t.name, t.dtype, t.shape] for t in snapshot.tensors]
+    return compact(members)
+
+
+def from_slot(description: bytes, slot: memoryview) -> Snapshot:
+    """The snapshot in `slot`; its tensors are views of the slot. Trusts what `describe` wrote."""
+    members = json.loads(description)
+    sizes = [DTYPE_BYTES[dtype] * math.prod(shape) for _, dtype, shape in members["tensors"]]
+    offsets, _ = layout(sizes)
+    tensors = [
+        TensorBytes(name, dtype, tuple(shape), slot[offset : offset + size])
+        for (name, dtype, shape), offset, size in zip(
+            members["tensors"], offsets, sizes, strict=True
+        )
+    ]
+    model = Structure.from_json(members["model"]) if members["model"] else None
+    lineage = tuple(members["lineage"])
+    return Snapshot(**{**members, "tensors": tensors, "model": model, "lineage": lineage})

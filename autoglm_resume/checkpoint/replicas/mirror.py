@@ -1,0 +1,73 @@
+"""Bringing a replica up to date with a store: what `replica` plans, done."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
+from pathlib import Path
+
+from autoglm_resume.checkpoint.format.manifest import MANIFEST, pack_file
+from autoglm_resume.checkpoint.replicas.plan import Copy, in_order, uploads
+from autoglm_resume.checkpoint.storage.storage import Storage
+from autoglm_resume.checkpoint.store.store import Store
+from autoglm_resume.errors import CheckpointError, CorruptCheckpoint
+
+
+def committed(store: Store, known: Mapping[str, Copy]) -> dict[str, Copy]:
+    """Every committed checkpoint here with a readable manifest; what is `known` is not read again.
+
+    Raises OSError.
+    """
+    found = {}
+    for path in store.committed():
+        with suppress(CheckpointError, FileNotFoundError):  # deleted just now
+            found[path.name] = known.get(path.name) or _copy(store, path)
+    return found
+
+
+def _copy(store: Store, path: Path) -> Copy:
+    manifest = store.load_manifest(path)
+    names = [MANIFEST]
+    for part in manifest.parts:
+        names += [part.file, pack_file(part.rank)]
+    return Copy({name: (path / name).stat().st_size for name in names}, manifest.needs)
+
+
+def replicate(
+    store: Store,
+    id: str,
+    here: Mapping[str, Copy],
+    there: MutableMapping[str, dict[str, int]],
+    storage: Storage,
+) -> int:
+    """Complete `id`, and first what it needs, in `storage`; returns the bytes that were sent.
+
+    `there` is what the storage holds, and is kept up to date; a manifest is sent when all other
+    files of its checkpoint are listed with their sizes.
+    Raises OSError, after which the next call goes on (FileNotFoundError where the checkpoint was
+    deleted in the meantime); CorruptCheckpoint if a copy would be bad.
+    """
+    todo = uploads(id, here, there)
+    for each in dict.fromkeys(each for each, _ in todo):
+        path = store.directory(each)
+        facts = store.examine(path)
+        if not facts.integrity.ok:
+            if not path.exists():  # retired while it was looked at, which is no damage
+                raise FileNotFoundError(errno.ENOENT, "deleted in the meantime", str(path))
+            raise CorruptCheckpoint(f"{each}: not replicated: {facts.integrity.problem}")
+    sent = 0
+    for each, file in todo:
+        if file == MANIFEST:
+            _require_all(each, here[each], storage)
+        sent += storage.put(f"{each}/{file}", store.directory(each) / file)
+        there.setdefault(each, {})[file] = here[each].files[file]
+    return sent
+
+
+def _require_all(id: str, copy: Copy, storage: Storage) -> None:
+    found = storage.names(id)
+    for file in in_order(copy.files)[:-1]:
+        expected, size = copy.files[file], found.get(f"{id}/{file}")
+        if size != expected:
+            raise OSError(f"{id}/{file}: expected {expected} bytes in the replica, found {size}")

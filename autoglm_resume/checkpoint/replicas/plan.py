@@ -1,0 +1,145 @@
+"""Copies of checkpoints elsewhere: what a replica lacks, what may go there, and what counts. Pure.
+
+A `Listing` holds, for each checkpoint id, the files that are there and their bytes. Files are never
+modified once written, so a file of the same name and size is the same file; whoever reads one back
+checks its digests.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from autoglm_resume.checkpoint.format.manifest import MANIFEST, age, parse_id
+
+Files: TypeAlias = Mapping[str, int]
+Listing: TypeAlias = Mapping[str, Files]
+Policy: TypeAlias = Literal["local", "quorum", "all"]
+
+BUCKET = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/+(?P<prefix>.*?))?/*\Z")
+A_BUCKET = "s3://bucket/prefix with a bucket of 3 to 63 small letters, digits, dots and hyphens"
+"""What `BUCKET` matches, in words."""
+SLOW = 3
+"""Checkpoints that may wait for a replica before it counts as behind."""
+FIRST_RETRY, LAST_RETRY = 1.0, 60.0
+"""Seconds."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A committed checkpoint: its files, and the older checkpoints whose packs it refers to."""
+
+    files: Files
+    needs: tuple[str, ...] = ()
+
+
+def by_checkpoint(names: Files) -> dict[str, dict[str, int]]:
+    """The listing in names like `<id>/<file>`; others are not ours."""
+    found: dict[str, dict[str, int]] = {}
+    for name, size in names.items():
+        id, _, file = name.partition("/")
+        if file and parse_id(id):
+            found.setdefault(id, {})[file] = size
+    return found
+
+
+def by_run(names: Files) -> dict[str, dict[str, dict[str, int]]]:
+    """A listing per run in names like `<run>/<id>/<file>`; others are not ours."""
+    runs: dict[str, dict[str, int]] = {}
+    for name, size in names.items():
+        run, _, rest = name.partition("/")
+        runs.setdefault(run, {})[rest] = size
+    return {run: found for run, rest in runs.items() if (found := by_checkpoint(rest))}
+
+
+def newest_first(ids: Collection[str]) -> list[str]:
+    """By age."""
+    return sorted(ids, key=age, reverse=True)
+
+
+def closure(id: str, here: Mapping[str, Copy]) -> list[str]:
+    """`id` and what it needs as far as it is here, and what that needs in turn; oldest first."""
+    found: set[str] = set()
+    queue = [id]
+    while queue:
+        each = queue.pop()
+        if each in here and each not in found:
+            found.add(each)
+            queue += here[each].needs
+    return newest_first(found)[::-1]
+
+
+def is_complete(id: str, here: Mapping[str, Copy], there: Listing) -> bool:
+    """Whether the replica could restore `id`, which is here."""
+    return all(
+        here[each].files.items() <= there.get(each, {}).items() for each in closure(id, here)
+    )
+
+
+def missing(here: Mapping[str, Copy], there: Listing) -> list[str]:
+    """Ids that the replica lacks, wholly or in part; the newest, which matter most, first."""
+    return [id for id in newest_first(here) if not is_complete(id, here, there)]
+
+
+def in_order(files: Collection[str]) -> list[str]:
+    """Packs, then documents, and the manifest last, which makes them a checkpoint."""
+    return sorted(files, key=lambda file: (file == MANIFEST, file.endswith(".json"), file))
+
+
+def uploads(id: str, here: Mapping[str, Copy], there: Listing) -> list[tuple[str, str]]:
+    """(id, file) of what the replica lacks of `id` and of what it needs, in the order to send."""
+    return [
+        (each, file)
+        for each in closure(id, here)
+        for file in in_order(here[each].files)
+        if there.get(each, {}).get(file) != here[each].files[file]
+    ]
+
+
+def deletions(present: Collection[str], here: Mapping[str, Copy], there: Listing) -> list[str]:
+    """Ids that were deleted here and may go there; what needs another goes before it.
+
+    `present` are all ids here, damaged ones too. Only what is older than a checkpoint that is
+    complete on both sides may go. Nothing goes while the replica has a newer one than that which
+    is no longer here: this side may have lost it, and nobody here knows what it needs.
+    """
+    complete = [id for id in here if is_complete(id, here, there)]
+    if not complete:
+        return []
+    newest = age(max(complete, key=age))
+    gone = [id for id in there if id not in present]
+    if any(age(id) > newest and MANIFEST in there[id] for id in gone):
+        return []
+    needed = {id for copy in here.values() for id in copy.needs}
+    return [id for id in newest_first(gone) if age(id) < newest and id not in needed]
+
+
+def counts(id: str, policy: Policy, complete: Mapping[str, Collection[str]]) -> bool:
+    """Whether `id`, which is committed locally, counts as committed.
+
+    `complete` has, for every replica, the ids that are complete there. The local copy is one of
+    those that a quorum, more than half of all copies, is made of.
+    """
+    if policy == "local":
+        return True
+    copies = sum(id in ids for ids in complete.values())
+    if policy == "all":
+        return copies == len(complete)
+    return 2 * (1 + copies) > 1 + len(complete)
+
+
+def newest_counting(
+    ids: Sequence[str], policy: Policy, complete: Mapping[str, Collection[str]]
+) -> str | None:
+    """The newest of `ids` that counts as committed: retention must not delete it."""
+    return next((id for id in newest_first(ids) if counts(id, policy, complete)), None)
+
+
+def retry_in(failures: int, random: float) -> float:
+    """Seconds until the next try, after so many in a row that brought nothing.
+
+    `random` in [0, 1) keeps many runs apart.
+    """
+    return min(LAST_RETRY, FIRST_RETRY * 2.0 ** min(failures - 1, 30)) * (0.5 + random / 2)

@@ -1,0 +1,211 @@
+"""The gate: which checkpoint may be loaded, and why not the others. Pure.
+
+    facts about candidates + what this run expects  ->  a verdict per candidate, and a choice
+
+Checks, in this order: integrity, branch, world size, model hash. What cannot be known because the
+manifest is unreadable is not checked: integrity has already failed then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Literal, TypeAlias
+
+from autoglm_resume.checkpoint.format import renaming
+from autoglm_resume.checkpoint.format.document import Json
+from autoglm_resume.checkpoint.format.manifest import Manifest, Part, age, parse_id
+from autoglm_resume.checkpoint.format.structure import Structure, differences
+
+CheckName: TypeAlias = Literal["integrity", "world size", "model hash", "branch"]
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a checkpoint must fit. `model_hash` is None before any worker has reported one.
+
+    `elastic` takes any world size, as does not checking it, but says what it means.
+    `refused` maps ids to reasons: what ranks found bad while loading, after the gate let it pass.
+    """
+
+    world_size: int
+    model_hash: str | None = None
+    model: Structure | None = None
+    check_world_size: bool = True
+    elastic: bool = False
+    check_model: bool = True
+    refused: Mapping[str, str] = field(default_factory=dict)
+    branches: tuple[tuple[int, int], ...] = ()
+    """(step, attempt) from where the run went on from an older checkpoint, as it was asked to."""
+    rename: Mapping[str, str] = field(default_factory=dict)
+    """New names of parameters, by old ones; see renaming.py."""
+
+
+@dataclass(frozen=True)
+class Integrity:
+    """`how` the bytes are known to be good; `problem` is empty when they are.
+
+    `unreadable` says that it is unusable here and now (a newer format, no permission, a failing
+    disk), but not proven to be bad.
+    """
+
+    ok: bool
+    how: Literal["fingerprint", "content", "memory"]
+    problem: str = ""
+    unreadable: bool = False
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was found out about one candidate; `raw` and `stored` are bytes of all ranks."""
+
+    id: str
+    step: int
+    path: str
+    created: float
+    world_size: int | None
+    model_hash: str | None
+    model: Structure | None
+    integrity: Integrity
+    raw: int
+    stored: int
+    manifest: Manifest | None = None
+    parts: tuple[Part, ...] = field(default=(), repr=False)
+    """As far as they could be read."""
+
+
+@dataclass(frozen=True)
+class Check:
+    name: CheckName
+    ok: bool
+    expected: str
+    found: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.name}: expected {self.expected}, found {self.found}"
+        return f"{text} ({self.detail})" if self.detail else text
+
+
+@dataclass(frozen=True)
+class Verdict:
+    id: str
+    step: int
+    path: str
+    accepted: bool
+    checks: tuple[Check, ...]
+    corrupt: bool = False
+    """Its bytes are bad, so that it belongs into quarantine, rather than only not fitting."""
+
+    @property
+    def reason(self) -> str:
+        """One sentence: what failed, or what it was accepted on."""
+        if self.accepted:
+            return "accepted: " + ", ".join(f"{c.name} {c.found}" for c in self.checks)
+        return "rejected: " + "; ".join(str(check) for check in self.checks if not check.ok)
+
+    def to_json(self) -> Json:
+        return {**asdict(self), "checks": list(map(asdict, self.checks)), "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Verdicts in the order of the candidates; `accepted` is the first that passed."""
+
+    verdicts: tuple[Verdict, ...]
+    accepted: Facts | None
+
+
+def judge(facts: Facts, expectation: Expectation) -> Verdict:
+    """All checks that can be made on one candidate."""
+    checks = [_integrity(facts, expectation), *_branch(facts, expectation)]
+    if facts.world_size is not None:
+        checks.append(_world_size(facts.world_size, expectation))
+        checks.append(_model(facts, expectation))
+    return Verdict(
+        id=facts.id,
+        step=facts.step,
+        path=facts.path,
+        accepted=all(check.ok for check in checks),
+        checks=tuple(checks),
+        corrupt=not checks[0].ok and not facts.integrity.unreadable,
+    )
+
+
+def choose(candidates: Iterable[Facts], expectation: Expectation, *, every: bool = False) -> Choice:
+    """The first acceptable candidate (they come newest first).
+
+    Stops asking for candidates there, since proving one can cost a read of all its bytes; with
+    `every`, judges them all.
+    """
+    verdicts: list[Verdict] = []
+    accepted: Facts | None = None
+    for facts in candidates:
+        verdict = judge(facts, expectation)
+        verdicts.append(verdict)
+        if verdict.accepted and accepted is None:
+            accepted = facts
+            if not every:
+                break
+    return Choice(tuple(verdicts), accepted)
+
+
+def _integrity(facts: Facts, expectation: Expectation) -> Check:
+    expected = "every byte as written"
+    if facts.id in expectation.refused:
+        detail = f"found while loading: {expectation.refused[facts.id]}"
+        return Check("integrity", False, expected, "refused by a rank", detail)
+    if not facts.integrity.ok:
+        found = "unreadable" if facts.integrity.unreadable else "damage"
+        return Check("integrity", False, expected, found, facts.integrity.problem)
+    found = (
+        "sealed in memory"
+        if facts.integrity.how == "memory"
+        else f"verified by {facts.integrity.how}"
+    )
+    return Check("integrity", True, expected, found)
+
+
+def superseded(id: str, branches: Iterable[tuple[int, int]]) -> int | None:
+    """The step from which the branch was given up that checkpoint `id` is of."""
+    if parse_id(id) is None:  # somebody's copy under a name of its own
+        return None
+    step, attempt, _ = age(id)
+    return next((s for s, first in branches if step > s and attempt < first), None)
+
+
+def _branch(facts: Facts, expectation: Expectation) -> list[Check]:
+    step = superseded(facts.id, expectation.branches)
+    if step is None:
+        return []
+    found = f"a branch that was given up for another one from step {step}"
+    return [Check("branch", False, "the run's present one", found)]
+
+
+def _world_size(found: int, expectation: Expectation) -> Check:
+    expected = expectation.world_size
+    if not expectation.check_world_size:
+        return Check("world size", True, "any", str(found), "not checked, as the job asks")
+    if expectation.elastic and found != expected:
+        ranks = "1 rank" if found == 1 else f"{found} ranks"
+        text = f"{ranks} in the checkpoint, {expected} now: resharded"
+        return Check("world size", True, "any", text)
+    return Check("world size", found == expected, str(expected), str(found))
+
+
+def _model(facts: Facts, expectation: Expectation) -> Check:
+    found = facts.model_hash or "none"
+    if not expectation.check_model:
+        return Check("model hash", True, "any", found, "not checked, as the job asks")
+    if expectation.model_hash is None:
+        return Check("model hash", True, "any", found, "no worker has reported its model yet")
+    if facts.model_hash == expectation.model_hash:
+        return Check("model hash", True, expectation.model_hash, found)
+    detail = ""
+    if facts.model and expectation.model:
+        theirs = renaming.applied(facts.model, expectation.rename)
+        if facts.model.hash == facts.model_hash and theirs.hash == expectation.model_hash:
+            return Check("model hash", True, theirs.hash, found, "the same after renaming")
+        lines = differences(theirs, expectation.model)
+        detail = "; ".join(lines) or "rank 0 agrees, another rank's model differs"
+    return Check("model hash", False, expectation.model_hash, found, detail)

@@ -1,0 +1,83 @@
+"""A checkpoint that is only in memory yet: every rank's snapshot, and a digest that seals each.
+
+A saver digests all chunks before it writes any. When ranks die while their checkpoint is being
+written, the next ones need not wait for that: what they copy out of memory is what will be on
+storage, if it has the same digests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from autoglm_resume.checkpoint.format.document import digest
+from autoglm_resume.checkpoint.format.part import Fingerprint, Pack, Part, parse_id
+from autoglm_resume.checkpoint.format.snapshot import Snapshot, describe
+from autoglm_resume.checkpoint.format.structure import combined
+from autoglm_resume.checkpoint.write.pack_writer import items_of
+from autoglm_resume.checkpoint.write.part_writer import part_of
+from autoglm_resume.checkpoint.write.reuse import Table
+
+_NOWHERE = Fingerprint(0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """What the gate needs to know; `seals` are those of all ranks, in order."""
+
+    id: str
+    created: float
+    model_hash: str | None
+    raw: int
+    seals: tuple[str, ...]
+
+    @property
+    def step(self) -> int:
+        parsed = parse_id(self.id)
+        assert parsed is not None
+        return parsed[0]
+
+    @classmethod
+    def of(cls, claims: Sequence[Mapping[str, Any] | None]) -> Sealed | None:
+        """What all ranks have, by the `claim` of each; None if they do not have the same."""
+        found = [claim for claim in claims if claim is not None]
+        kinds = {(claim["id"], claim["world_size"]) for claim in found}
+        if len(found) < len(claims) or len(kinds) != 1 or found[0]["world_size"] != len(claims):
+            return None
+        hashes = [claim["model_hash"] for claim in found if claim["model_hash"]]
+        return cls(
+            id=found[0]["id"],
+            created=max(claim["created"] for claim in found),
+            model_hash=combined(hashes) if hashes else None,
+            raw=sum(claim["raw"] for claim in found),
+            seals=tuple(claim["seal"] for claim in found),
+        )
+
+
+def claim(snapshot: Snapshot, names: Sequence[str]) -> dict[str, Any]:
+    """That one rank has `snapshot`, whose chunks have the digests `names`; for a message."""
+    return {
+        "id": snapshot.id,
+        "created": snapshot.created,
+        "world_size": snapshot.world_size,
+        "model_hash": snapshot.model.hash if snapshot.model else None,
+        "raw": snapshot.nbytes,
+        "seal": seal(snapshot, names),
+    }
+
+
+def seal(snapshot: Snapshot, names: Sequence[str]) -> str:
+    """One digest of a snapshot whose chunks, in order, have the digests `names`."""
+    return digest(describe(snapshot) + "".join(names).encode())
+
+
+def part_in_memory(snapshot: Snapshot, names: Sequence[str]) -> Part:
+    """As it would be on storage, with its chunks nowhere."""
+    table = Table(snapshot.id, None)
+    rows: dict[tuple[str, int], int] = {}
+    for item, name in zip(items_of(snapshot), names, strict=True):
+        known = table.find(name)
+        row = table.peers(name, len(item.raw)) if known is None else known
+        rows[item.tensor, item.place] = row
+    return part_of(snapshot, table, Pack(snapshot.id, _NOWHERE), rows)

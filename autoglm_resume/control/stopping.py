@@ -1,0 +1,31 @@
+"""Asking a supervisor to save and stop, and waiting until it has."""
+
+from __future__ import annotations
+
+import signal
+
+from autoglm_resume.control.asking import Waiting, send, supervisor
+from autoglm_resume.observe.pure.goodput import summarize
+from autoglm_resume.supervise.base.run_directory import Holder, RunDirectory
+
+
+def stop(run: RunDirectory, holder: Holder) -> None:
+    """Send SIGTERM to the supervisor `holder`, and return when it has ended.
+
+    Raises UsageError if it is on another host, AutoglmError if it is not ours to signal.
+    """
+    with supervisor(run, holder, "stop") as process:
+        if process is not None:
+            send(process, signal.SIGTERM)
+            with Waiting("saving and stopping") as waiting:
+                waiting.until(process)
+
+
+def outcome(run: RunDirectory) -> str:
+    """How it ended, and what is saved."""
+    summary = summarize(run.events())
+    if summary.state == "finished":
+        return f"{run.path}: finished at step {summary.step}"
+    if summary.checkpoint_step is None:
+        return f"{run.path}: stopped before its first checkpoint, nothing was saved"
+    return f"{run.path}: stopped, saved at step {summary.checkpoint_step}"

@@ -1,0 +1,286 @@
+"""A run in figures, from its journal alone. Pure; all durations are seconds.
+
+Goodput is the time spent on steps that were kept, divided by the time that passed. A step is kept
+if no later attempt began before it; the time for which saves block the ranks does not count.
+
+Times are of the monotonic clock, so a wall clock that jumps changes nothing. Only between two
+supervisors with a reboot in between is there nothing but the wall clock.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from autoglm_resume.journal import Event
+from autoglm_resume.observe.pure.recovery import Recovery, recoveries
+from autoglm_resume.observe.pure.say import entries, sentence
+from autoglm_resume.observe.pure.segments import (
+    Life,
+    Segment,
+    attempts,
+    lives,
+    mono,
+    number,
+    step_of,
+)
+
+State = Literal[
+    "starting", "training", "recovering", "paused", "finished", "interrupted", "failed", "dead"
+]
+
+_ENDS: dict[str, State] = {
+    "run_completed": "finished",
+    "run_interrupted": "interrupted",
+    "run_failed": "failed",
+}
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One launch of the worker group."""
+
+    number: int
+    began: float | None
+    """Unix seconds."""
+    start_step: int
+    """Step of the checkpoint it began with, 0 without one."""
+    checkpoint: str | None
+    last_step: int | None
+    """Steps completed by the furthest rank, None if that is not known."""
+    outcome: str | None
+    """None while it runs, or if the supervisor died before it could say."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Everything that is shown of a run."""
+
+    name: str
+    run_id: str
+    state: State
+    world_size: int | None
+    began: float | None
+    """Unix seconds."""
+    attempts: tuple[Attempt, ...]
+    recoveries: tuple[Recovery, ...]
+    step: int | None
+    """Steps completed, as far as the journal knows."""
+    checkpoint: str | None
+    """The newest one that was committed."""
+    checkpoint_step: int | None
+    save_failures: int
+    saves_skipped: int
+    """Left out because the one before was still under way."""
+    interval: str
+    """How often it saves and why, where that is left to autoglm."""
+    elapsed: float
+    """From the first start to the end (or to now), pauses between supervisors included."""
+    down: float
+    """The part of it in which no supervisor lived."""
+    kept: float | None
+    """Time spent on kept steps, without saves; None if the script does not report steps."""
+    saving: float
+    """Time for which saves blocked them."""
+    objects: dict[str, str]
+    """Digests of the newest checkpoint's objects: of the final state, once finished."""
+    code: int | None
+    """Exit code of the last supervisor, None if it did not say."""
+    reason: str
+    """Why the run ended, if it did not finish."""
+    waiting: str = ""
+    """What was decided last, while no attempt has followed it."""
+
+    @property
+    def goodput(self) -> float | None:
+        """From 0 to 1."""
+        if self.kept is None or self.elapsed <= 0:
+            return None
+        return min(1.0, max(0.0, self.kept / self.elapsed))
+
+
+def summarize(events: Iterable[Event], *, alive: bool = False, now: float | None = None) -> Summary:
+    """The run of which `events` is the journal, oldest first.
+
+    `alive`: whether a supervisor has the run; `now`: then the monotonic time on its machine.
+    """
+    supervisors = lives(events)
+    everything = [event for life in supervisors for event in life.events]
+    segments = attempts(everything)
+    last_life = supervisors[-1].events if supervisors else []
+    state = _state(last_life, segments, alive)
+    now = now if alive else None
+    elapsed, down = _elapsed(supervisors, now)
+    kept, saving = _kept(segments, state, now)
+    started = next((e for e in everything if e["event"] == "run_started"), {})
+    end = next((e for e in reversed(last_life) if e["event"] in _ENDS), {})
+    newest = _newest_checkpoint(everything)
+    interval: Event = next((e for e in reversed(everything) if e["event"] == "interval"), {})
+    steps = (
+        [s for s in (segments[-1].last_step, segments[-1].start_step) if s is not None]
+        if (segments)
+        else []
+    )
+    final = step_of(end)
+    code = number(end, "code")
+    return Summary(
+        name=str(started.get("name", "")),
+        run_id=str(started.get("run_id", "")),
+        state=state,
+        world_size=started.get("world_size"),
+        began=number(started, "time") if started else None,
+        attempts=tuple(map(_attempt, segments)),
+        recoveries=tuple(recoveries(segments)),
+        step=final if final is not None else max(steps, default=None),
+        checkpoint=newest.get("id"),
+        checkpoint_step=step_of(newest),
+        save_failures=sum(e["event"] == "save_failed" for e in everything),
+        saves_skipped=sum(e["event"] == "save_skipped" for e in everything),
+        interval=str(interval.get("reason", "")),
+        elapsed=elapsed,
+        down=down,
+        kept=kept,
+        saving=saving,
+        objects=_objects(end.get("objects") or newest.get("objects")),
+        code=0 if state == "finished" else None if code is None else int(code),
+        reason=str(end.get("reason", "")) if state in ("interrupted", "failed") else "",
+        waiting=_waiting(last_life, segments) if state in ("recovering", "paused") else "",
+    )
+
+
+def _state(life: Sequence[Event], segments: Sequence[Segment], alive: bool) -> State:
+    for event in reversed(life):
+        if event["event"] in _ENDS:
+            return _ENDS[event["event"]]
+    if not alive:
+        return "dead"
+    latest = segments[-1] if segments else None
+    going = latest is not None and latest.started in life and not latest.all("failure")
+    # A script without a session never says that it steps; that its ranks run has to do.
+    speaks = any(segment.all("model", "first_step") for segment in segments)
+    sign = "first_step" if speaks else "rank_started"
+    if latest is not None and going and latest.all(sign):
+        return "training"
+    if (_undone(life, segments) or {}).get("action") == "pause":
+        return "paused"
+    return "recovering" if segments and (len(segments) > 1 or not going) else "starting"
+
+
+def _undone(life: Sequence[Event], segments: Sequence[Segment]) -> Event | None:
+    """The present supervisor's decision that no attempt has followed yet."""
+    decision = segments[-1].last("decision") if segments else None
+    return decision if decision in life else None
+
+
+def _waiting(life: Sequence[Event], segments: Sequence[Segment]) -> str:
+    decision = _undone(life, segments)
+    return (sentence(decision) or "") if decision else ""
+
+
+def _elapsed(supervisors: Sequence[Life], now: float | None) -> tuple[float, float]:
+    """(all the time that passed, the part of it without a supervisor)."""
+    lived = sum(life.end - life.begin for life in supervisors)
+    if supervisors and now is not None:
+        lived += max(0.0, now - supervisors[-1].end)
+    down = sum(_between(before, after) for before, after in itertools.pairwise(supervisors))
+    return lived + down, down
+
+
+def _between(before: Life, after: Life) -> float:
+    if before.boot and before.boot == after.boot:
+        return max(0.0, after.begin - before.end)
+    last = max(_wall(before), default=0.0)
+    return max(0.0, min(_wall(after), default=last) - last)
+
+
+def _wall(life: Life) -> list[float]:
+    """Unix seconds of its events; what `autoglm prune` adds has no monotonic time and is none."""
+    own = (event for event in life.events if number(event, "mono") is not None)
+    return [at for event in own if (at := number(event, "time")) is not None]
+
+
+def _kept(
+    segments: Sequence[Segment], state: State, now: float | None
+) -> tuple[float | None, float]:
+    """(time on kept steps without saves, time of the saves among them)."""
+    if state in ("finished", "training") and not any(s.all("first_step") for s in segments):
+        return None, 0.0
+    kept = saving = 0.0
+    limit: int | None = None
+    if state not in ("finished", "training", "recovering"):
+        # Nobody goes on: what no checkpoint holds would have to be run again.
+        limit = _checkpointed(segments)
+    for segment in reversed(segments):
+        begin = segment.stepping_since
+        end = _kept_until(segment, limit, now if segment is segments[-1] else None)
+        if segment.all("failure") and segment is segments[-1]:
+            end = _kept_until(segment, _checkpointed([segment]), None)
+        if begin is not None and end is not None and end > begin:
+            blocked = min(_blocked(segment, begin, end), end - begin)
+            kept += end - begin - blocked
+            saving += blocked
+        start = segment.start_step
+        limit = start if limit is None else min(limit, start)
+    return kept, saving
+
+
+def _kept_until(segment: Segment, limit: int | None, now: float | None) -> float | None:
+    last = segment.last_step
+    if limit is None or (last is not None and limit > last):
+        return now if now is not None else segment.reached(last) if last is not None else None
+    return segment.reached(limit) if limit > segment.start_step else None
+
+
+def _checkpointed(segments: Sequence[Segment]) -> int:
+    committed = (step_of(e) for s in segments for e in s.all("committed"))
+    starts = (segment.start_step for segment in segments)
+    return max(max((s for s in committed if s is not None), default=0), max(starts, default=0))
+
+
+def _blocked(segment: Segment, begin: float, end: float) -> float:
+    """Time between `begin` and `end` in which saves blocked; the slowest rank holds up the rest."""
+    longest: dict[str, float] = {}
+    for event in segment.all("saved"):
+        at, seconds = number(event, "began"), number(event, "blocked")
+        if at is None or seconds is None:
+            continue
+        inside = min(end, at + seconds) - max(begin, at)
+        key = str(event.get("id"))
+        longest[key] = max(longest.get(key, 0.0), inside)
+    return sum(longest.values())
+
+
+def _newest_checkpoint(events: Sequence[Event]) -> Event:
+    """The last one committed that no gate has rejected since; or the one a gate fell back to."""
+    committed: dict[str, Event] = {}
+    for event in events:
+        match event["event"]:
+            case "committed":
+                committed[str(event.get("id"))] = event
+            case "gate":
+                for verdict in entries(event.get("verdicts")):
+                    if not verdict.get("accepted"):
+                        committed.pop(str(verdict.get("id")), None)
+    return max(committed.values(), key=lambda e: (step_of(e) or 0, mono(e)), default={})
+
+
+def _attempt(segment: Segment) -> Attempt:
+    ended = segment.last("attempt_ended") or {}
+    return Attempt(
+        number=segment.attempt,
+        began=number(segment.started, "time"),
+        start_step=segment.start_step,
+        checkpoint=segment.started.get("resume"),
+        last_step=segment.last_step,
+        outcome=ended.get("outcome"),
+    )
+
+
+def _objects(found: object) -> dict[str, str]:
+    """`model` first, then the others by name."""
+    if not isinstance(found, dict):
+        return {}
+    names = sorted(map(str, found), key=lambda name: (name != "model", name))
+    return {name: str(found[name]) for name in names}

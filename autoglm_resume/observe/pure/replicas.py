@@ -1,0 +1,73 @@
+"""How far the copies of a run's checkpoints are, from its journal alone. Pure.
+
+What a replica has is what was copied there; that somebody deleted it there is noticed when the
+replicator looks again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from autoglm_resume.checkpoint.format.manifest import age, parse_id
+from autoglm_resume.checkpoint.store.gate import superseded
+from autoglm_resume.journal import Event
+from autoglm_resume.observe.pure.say import plural, short
+from autoglm_resume.observe.pure.segments import number
+from autoglm_resume.observe.tables import Table
+from autoglm_resume.supervise.core import history
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One place where copies go."""
+
+    target: str
+    newest: str | None
+    """Id of the newest checkpoint of the run's present branch that was copied there."""
+    behind: int
+    """Checkpoints here that are newer."""
+    error: str
+    """Why nothing can be copied, or not fast enough; empty once it has caught up."""
+    since: float | None
+    """Unix seconds from when that is so."""
+
+
+def of(events: Sequence[Event], targets: Iterable[str]) -> tuple[Replica, ...]:
+    """The replicas at `targets`; `events` come oldest first."""
+    past = history.recall(events)
+    here: dict[str, None] = {}
+    behind: dict[str, Event] = {}
+    for event in events:
+        id, target = str(event.get("id")), str(event.get("replica"))
+        match event["event"]:
+            case "committed" | "brought_back" if parse_id(id):
+                here[id] = None
+            case "pruned" | "quarantined":
+                here.pop(id, None)
+            case "replica_behind":
+                behind[target] = event
+            case "replica_caught_up":
+                behind.pop(target, None)
+    present = [id for id in here if superseded(id, past.branches) is None]
+    found = []
+    for target in targets:
+        copied = [
+            id for id in past.replicated.get(target, ()) if superseded(id, past.branches) is None
+        ]
+        newest = max(copied, key=age, default=None)
+        newer = [id for id in present if newest is None or age(id) > age(newest)]
+        last = behind.get(target, {})
+        reason = short(str(last.get("reason", "")))
+        found.append(Replica(target, newest, len(newer), reason, number(last, "time")))
+    return tuple(found)
+
+
+def table(replicas: Iterable[Replica]) -> Table:
+    """One line each."""
+    found = Table(("replica", "newest there", "behind", "trouble"))
+    for each in replicas:
+        behind = plural(each.behind, "checkpoint") if each.behind else "no"
+        style = "red" if each.error else ""
+        found.add(each.target, each.newest, behind, each.error, style=style)
+    return found

@@ -1,0 +1,189 @@
+"""What a rank is told by its supervisor: torchrun's environment, and one JSON file.
+
+The environment is exactly torchrun's, so scripts written for torchrun run unchanged. What only
+autoglm's own session needs is in the file that AUTOGLM_ASSIGNMENT names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from autoglm_resume.checkpoint.format.options import Options
+from autoglm_resume.checkpoint.store.retention import Keep
+from autoglm_resume.protocol.loss_guard import Bounds
+
+ASSIGNMENT = "AUTOGLM_ASSIGNMENT"
+RANK = str(Path(__file__).parents[1] / "worker" / "rank.py")
+"""The file whose frames are below those of a script."""
+STACKS = signal.SIGRTMAX - 3
+"""Asks a rank to write the stacks of its threads; a signal that nobody else is known to use."""
+RUN = "AUTOGLM_RUN"
+"""Names the run directory to every process of a run, so that none can be left behind unknown."""
+SUPERVISOR = "AUTOGLM_SUPERVISOR"
+"""Process id of the supervisor, in the environment of all that a run starts: so its own orphans can
+be told from others'."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What to run."""
+
+    script: str | None
+    module: str | None
+    args: tuple[str, ...]
+    workdir: str
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Source:
+        """What `dataclasses.asdict` made of it."""
+        return cls(**{**data, "args": tuple(data["args"])})
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """The checkpoint that the gate accepted for this attempt."""
+
+    id: str
+    step: int
+    digest: str
+    """Of its manifest; empty if it has none yet."""
+    seals: tuple[str, ...] = ()
+    """Of every rank's snapshot, where it is to be taken from memory; see sealed.py."""
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """How to save and what to keep; see the job file's `checkpoint`."""
+
+    dir: str
+    every_steps: int | None = None
+    keep: Keep = field(default_factory=Keep)
+    memory: int = 2
+    on_busy: Literal["skip", "wait"] = "skip"
+    on_error: Literal["continue", "stop"] = "continue"
+    options: Options = field(default_factory=Options)
+    rename: dict[str, str] = field(default_factory=dict)
+    strict: bool = True
+    branches: tuple[tuple[int, int], ...] = ()
+    """(step, attempt) where the run left newer checkpoints behind on purpose."""
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Checkpointing:
+        """What `dataclasses.asdict` made of it."""
+        keep, options = Keep.from_json(data["keep"]), Options(**data["options"])
+        branches = tuple((step, attempt) for step, attempt in data["branches"])
+        return cls(**{**data, "keep": keep, "options": options, "branches": branches})
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One attempt, as its ranks need to know it. All paths are absolute."""
+
+    run_id: str
+    attempt: int
+    world_size: int
+    master_addr: str
+    master_port: int
+    agent_store: bool
+    """Whether a store listens there already, as torchrun's agent provides one."""
+    max_restarts: int
+    supervisor: int
+    """Process id; ranks die with it."""
+    directory: str
+    """Of this attempt: logs, events and errors of every rank."""
+    board: str
+    source: Source
+    checkpoint: Checkpointing
+    resume: ResumePoint | None
+    check_model: bool
+    bounds: Bounds = field(default_factory=Bounds)
+    """Of the loss."""
+    savers: tuple[str, ...] = ()
+    """Name of each rank's saver."""
+    config_files: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    """The job's `env`."""
+
+    def log(self, rank: int) -> Path:
+        """Standard output and error of `rank`."""
+        return Path(self.directory) / f"rank-{rank}.log"
+
+    def events(self, rank: int) -> Path:
+        """Events of `rank`, one JSON object a line."""
+        return Path(self.directory) / f"rank-{rank}.events.jsonl"
+
+    def error(self, rank: int) -> Path:
+        """The exception that ended `rank`, written before the process ends."""
+        return Path(self.directory) / f"rank-{rank}.error.json"
+
+    def stacks(self, rank: int) -> Path:
+        """Stacks of the threads of `rank`, if it hung."""
+        return Path(self.directory) / f"rank-{rank}.stacks.txt"
+
+    @property
+    def path(self) -> Path:
+        """The assignment's own file."""
+        return Path(self.directory) / "assignment.json"
+
+    def to_json(self) -> bytes:
+        """File content."""
+        return json.dumps(asdict(self), indent=1).encode()
+
+    @classmethod
+    def load(cls, path: Path) -> Assignment:
+        """Read what `to_json` wrote."""
+        data = json.loads(path.read_bytes())
+        source = data.pop("source")
+        resume = data.pop("resume")
+        return cls(
+            source=Source.from_json(source),
+            resume=ResumePoint(**{**resume, "seals": tuple(resume["seals"])}) if resume else None,
+            checkpoint=Checkpointing.from_json(data.pop("checkpoint")),
+            bounds=Bounds(**data.pop("bounds")),
+            config_files=tuple(data.pop("config_files")),
+            savers=tuple(data.pop("savers")),
+            **data,
+        )
+
+    @classmethod
+    def from_environment(cls) -> Assignment | None:
+        """The assignment of this process, None without a supervisor."""
+        path = os.environ.get(ASSIGNMENT)
+        return cls.load(Path(path)) if path else None
+
+    def rank_environment(self, rank: int) -> dict[str, str]:
+        """What `rank` finds in its environment beyond the supervisor's own."""
+        world = str(self.world_size)
+        return {
+            **self.environment,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": world,
+            "LOCAL_WORLD_SIZE": world,
+            "GROUP_RANK": "0",
+            "GROUP_WORLD_SIZE": "1",
+            "ROLE_NAME": "default",
+            "ROLE_RANK": str(rank),
+            "ROLE_WORLD_SIZE": world,
+            "MASTER_ADDR": self.master_addr,
+            "MASTER_PORT": str(self.master_port),
+            "TORCHELASTIC_RESTART_COUNT": str(self.attempt),
+            "TORCHELASTIC_MAX_RESTARTS": str(self.max_restarts),
+            "TORCHELASTIC_RUN_ID": self.run_id,
+            "TORCHELASTIC_USE_AGENT_STORE": str(self.agent_store),
+            "TORCHELASTIC_ERROR_FILE": str(Path(self.directory) / f"rank-{rank}.torchelastic.json"),
+            ASSIGNMENT: str(self.path),
+        }
+
+
+def shared_environment(world_size: int) -> dict[str, str]:
+    """Defaults that torchrun sets for every rank and that libraries read while being imported."""
+    defaults = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
+    if world_size > 1:
+        defaults["OMP_NUM_THREADS"] = "1"
+    return {name: value for name, value in defaults.items() if name not in os.environ}

@@ -1,0 +1,94 @@
+"""What follows a save: saying so, giving back the room of failed ones, and retiring old ones."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Set
+from contextlib import suppress
+from typing import TypeAlias
+
+from autoglm_resume.checkpoint.format.manifest import MANIFEST
+from autoglm_resume.checkpoint.format.part import age
+from autoglm_resume.checkpoint.format.snapshot import Snapshot
+from autoglm_resume.checkpoint.store import retention
+from autoglm_resume.checkpoint.store.gate import superseded
+from autoglm_resume.checkpoint.store.retention import Candidate
+from autoglm_resume.checkpoint.store.store import Store
+from autoglm_resume.checkpoint.write.part_writer import Saved
+from autoglm_resume.errors import CheckpointError
+from autoglm_resume.protocol.assignment import Checkpointing
+
+Tell: TypeAlias = "Callable[..., object]"
+"""Called with the name of an event and its fields."""
+
+
+def announce(tell: Tell, saved: Saved, *, began: float, blocked: float) -> None:
+    """`began` is when training was first held up for it, `blocked` for how many seconds."""
+    part, manifest = saved.part, saved.manifest
+    tell(
+        "saved",
+        id=part.id,
+        step=part.step,
+        seconds=time.monotonic() - began,
+        began=began,
+        blocked=blocked,
+        raw=part.raw,
+        stored=part.stored,
+        shared=part.shared,
+    )
+    if manifest is not None:
+        tell(
+            "committed",
+            id=manifest.id,
+            step=manifest.step,
+            digest=manifest.digest,
+            began=began,
+            objects=manifest.objects,
+        )
+
+
+def tidy(store: Store, how: Checkpointing, snapshot: Snapshot, stay: Set[str], tell: Tell) -> None:
+    """After `snapshot` was saved. `stay` are ids of checkpoints that must not be deleted.
+
+    Raises OSError, CheckpointError.
+    """
+    # The newest may only be late in another rank; by now all are through with those before it.
+    for id in reversed(snapshot.lineage[1:]):
+        with suppress(OSError):  # whole, but it cannot be committed now: a full disk
+            if not _whole(store, id):
+                store.forsake(id, snapshot.rank)
+    if snapshot.rank == 0:
+        for id in _retire(store, how, snapshot, stay):
+            tell("pruned", id=id)
+
+
+def _whole(store: Store, id: str) -> bool:
+    """Whether nothing but a manifest was missing of checkpoint `id`, which has one now."""
+    with suppress(CheckpointError):
+        return not store.directory(id).is_dir() or store.commit(id) is not None
+    return False
+
+
+def _retire(store: Store, how: Checkpointing, snapshot: Snapshot, stay: Set[str]) -> list[str]:
+    """Delete what no rule keeps, now that `snapshot` is saved; returns the ids."""
+    saved = snapshot.id
+    found: list[Candidate] = []
+    # What the gate rejected and left in place may be newer than all that is this run's own.
+    line = (saved, *snapshot.lineage)
+    own = (id for id in line if (store.directory(id) / MANIFEST).exists())
+    protected = {*stay, *itertools.islice(own, 1)}
+    for path in store.committed():
+        with suppress(CheckpointError):
+            manifest = store.load_manifest(path)
+            if age(path.name) <= age(saved):
+                given_up = superseded(path.name, how.branches) is not None
+                found.append(Candidate.of(manifest, given_up=given_up))
+            else:
+                # Of another branch, rejected but not corrupt: it must not make this run's own
+                # checkpoints look old, nor lose what it needs.
+                protected.update(manifest.needs)
+    gone = retention.doomed(found, how.keep, frozenset(protected), time.time())
+    for id in gone:
+        store.delete(id)
+    return gone

@@ -1,0 +1,132 @@
+"""Carries out drills on a running group, and says so in the journal before it does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeAlias
+
+from autoglm_resume.checkpoint.store.store import Store
+from autoglm_resume.protocol.heartbeats import Board, Control
+from autoglm_resume.supervise.base.event_loop import Pump
+from autoglm_resume.supervise.core.drill import Drill, moments
+from autoglm_resume.supervise.ranks.group import Group
+
+LOOK = 0.005
+"""Seconds between looks at the board while a drill waits for a step; only drills are so curious."""
+
+Change: TypeAlias = "Callable[[Callable[[Control], Control]], None]"
+
+
+class Rehearsal:
+    """The drills of one run, each of which fires once."""
+
+    def __init__(
+        self, pump: Pump, drills: Sequence[Drill], store: Store, tell: Callable[..., object]
+    ) -> None:
+        self._pump = pump
+        self._store = store
+        self._tell = tell
+        self._at_steps = [drill for drill in drills if drill.kind != "random"]
+        self._random = [drill for drill in drills if drill.kind == "random"]
+        self._plan: list[tuple[float, int, Drill]] | None = None
+        self._group: Group | None = None
+        self._board: Board | None = None
+        self._change: Change | None = None
+
+    def begin(self, group: Group, board: Board, change: Change) -> None:
+        """Watch a new attempt; `change` changes the request on its board."""
+        self._group, self._board, self._change = group, board, change
+        if self._at_steps:
+            self._pump.every(LOOK, self._look)
+        if self._random:
+            if self._plan is None:
+                self._plan = _plan(self._random, board.world_size)
+            self._pump.every(LOOK, self._strike)
+
+    def end(self) -> None:
+        """The attempt is over."""
+        self._pump.cancel(self._look)
+        self._pump.cancel(self._strike)
+        self._group = self._board = None
+
+    def _strike(self) -> None:
+        group = self._group
+        if group is None or not self._plan or time.monotonic() < self._plan[0][0]:
+            return
+        _, rank, drill = self._plan[0]
+        if rank in group.alive and not group.stopping:
+            self._plan.pop(0)
+            self._tell("drill", spec=drill.spec, kind="kill", rank=rank)
+            group.signal(rank, signal.SIGKILL)
+
+    def _look(self) -> None:
+        for drill in list(self._at_steps):
+            if self._group is not None and self._board is not None and self._due(drill):
+                self._at_steps.remove(drill)
+                self._fire(drill, self._group)
+        if not self._at_steps:
+            self._pump.cancel(self._look)
+
+    def _due(self, drill: Drill) -> bool:
+        assert self._board is not None
+        assert self._group is not None
+        rank = drill.rank or 0
+        if rank not in self._group.alive or self._group.stopping:
+            return False
+        if drill.kind == "corrupt" and len(self._store.committed()) < 2:
+            return False  # without an older checkpoint there would be nothing to fall back to
+        # The rank itself looks at the end of each step, so an exit is asked for one step ahead.
+        ahead = 1 if drill.kind == "exit" else 0
+        return self._board.beat(rank).step >= (drill.step or 1) - ahead
+
+    def _fire(self, drill: Drill, group: Group) -> None:
+        rank = drill.rank or 0
+        target = self._store.latest() if drill.kind == "corrupt" else None
+        self._tell(
+            "drill",
+            spec=drill.spec,
+            kind=drill.kind,
+            rank=rank,
+            step=drill.step,
+            target=target.name if target else None,
+        )
+        if drill.kind == "stop":
+            group.signal(rank, signal.SIGSTOP)
+        elif drill.kind == "exit":
+            assert self._change is not None
+            self._change(
+                lambda control: replace(
+                    control, exit_rank=rank, exit_at=drill.step or 1, exit_code=drill.code
+                )
+            )
+        else:
+            if target is not None:
+                # Of its packs, which may be empty where nothing has changed, or its documents.
+                flip_a_bit(max(target.iterdir(), key=lambda file: file.stat().st_size))
+            group.signal(rank, signal.SIGKILL)
+
+
+def flip_a_bit(path: Path) -> None:
+    """Flip one bit in the middle of a file, and put its modification time back."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.seek(before.st_size // 2)
+        byte = file.read(1)
+        file.seek(before.st_size // 2)
+        file.write(bytes([byte[0] ^ 0x10]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def _plan(drills: Sequence[Drill], world_size: int) -> list[tuple[float, int, Drill]]:
+    plan = []
+    for drill in drills:
+        at = time.monotonic()
+        for wait, rank in moments(drill, world_size):
+            at += wait
+            plan.append((at, rank, drill))
+    return sorted(plan, key=lambda entry: entry[:2])

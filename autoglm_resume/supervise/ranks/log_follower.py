@@ -1,0 +1,105 @@
+"""Follows what the ranks of one attempt write: their logs, and their events."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from autoglm_resume.journal import Event, decode
+from autoglm_resume.linux import DirectoryWatch
+from autoglm_resume.supervise.base.event_loop import Pump
+
+AT_ONCE = 1 << 18
+"""Bytes of one log that are shown per round; a flood beyond it stays in the file only."""
+LONGEST_LINE = 1 << 14
+
+_LOG = re.compile(r"rank-(\d+)\.log\Z")
+_EVENTS = re.compile(r"rank-(\d+)\.events\.jsonl\Z")
+
+
+class Follower:
+    """Calls `on_line(rank, text)` and `on_event(rank, event)` as the files of `directory` grow.
+
+    Ranks write to files and not to pipes, so a supervisor that is slow or dead never blocks one.
+    """
+
+    def __init__(
+        self,
+        pump: Pump,
+        directory: Path,
+        on_line: Callable[[int, str], None],
+        on_event: Callable[[int, Event], None],
+    ) -> None:
+        self._pump = pump
+        self._directory = directory
+        self._on_line = on_line
+        self._on_event = on_event
+        self._offsets: dict[str, int] = {}
+        self._rest: dict[str, bytes] = {}
+        self._logs: set[str] = set()
+        self.quiet = False
+        """While true, log lines wait; events still come through."""
+        self._watch = DirectoryWatch()
+        self._watch.add(directory)
+        pump.watch(self._watch, self._readable)
+
+    def drain(self) -> None:
+        """Read everything there is now."""
+        for path in sorted(self._directory.iterdir()):
+            self._read(path.name)
+
+    def close(self) -> None:
+        """Read the rest and stop following."""
+        self._pump.forget(self._watch)
+        self.drain()
+        for name in self._logs:
+            rest = self._rest.pop(name, b"")
+            if rest and (match := _LOG.match(name)):
+                self._show(int(match[1]), rest)
+        self._watch.close()
+
+    def _readable(self) -> None:
+        for name in set(self._watch.changed()):
+            self._read(name)
+
+    def _read(self, name: str) -> None:
+        if match := _EVENTS.match(name):
+            rank = int(match[1])
+            for event in decode(self._lines(name, None)):
+                self._on_event(rank, event)
+        elif match := _LOG.match(name):
+            self._logs.add(name)
+            if not self.quiet:
+                lines = self._lines(name, AT_ONCE)
+                for line in lines.split(b"\n")[:-1]:
+                    self._show(int(match[1]), line)
+
+    def _lines(self, name: str, most: int | None) -> bytes:
+        """New whole lines of a file; with `most`, the middle of a flood is left out."""
+        try:
+            with (self._directory / name).open("rb") as file:
+                start = self._offsets.get(name, 0)
+                size = os.fstat(file.fileno()).st_size
+                note = b""
+                if most is not None and size - start > most:
+                    skipped = size - start - most
+                    note = self._rest.pop(name, b"") + (
+                        b"\n[%d bytes not shown, see %s]\n" % (skipped, os.fsencode(name))
+                    )
+                    start = size - most
+                file.seek(start)
+                data = file.read(size - start)
+        except OSError:
+            return b""
+        self._offsets[name] = start + len(data)
+        whole, newline, rest = (self._rest.pop(name, b"") + note + data).rpartition(b"\n")
+        if most is not None and len(rest) > LONGEST_LINE:
+            whole, newline, rest = whole + newline + rest, b"\n", b""
+        self._rest[name] = rest
+        return whole + newline
+
+    def _show(self, rank: int, line: bytes) -> None:
+        text = line[:LONGEST_LINE].decode(errors="backslashreplace")
+        self._on_line(rank, text.rstrip("\r"))

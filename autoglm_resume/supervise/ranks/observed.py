@@ -1,0 +1,72 @@
+"""What is seen of the ranks of one attempt while they run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from autoglm_resume.errors import Interrupted
+from autoglm_resume.journal import Event
+from autoglm_resume.protocol.heartbeats import Beat
+from autoglm_resume.supervise.core.evidence import Refusal
+
+WELL = (0, Interrupted.exit_code)
+"""Exit codes of a script that did not fail."""
+
+
+@dataclass
+class Seen:
+    """What has been seen of the ranks so far."""
+
+    codes: dict[int, int] = field(default_factory=dict)
+    """Exit codes of the ranks whose scripts have ended, though their processes may not have."""
+    ended_at: dict[int, float] = field(default_factory=dict)
+    ending: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """Processor seconds of those ranks' processes, and since when they have used none."""
+    stuck: set[int] = field(default_factory=set)
+    """Ranks that were killed because they did not end after their scripts had."""
+    refusals: dict[int, Refusal] = field(default_factory=dict)
+    hung: list[int] = field(default_factory=list)
+    states: dict[int, str] = field(default_factory=dict)
+    beats: tuple[Beat, ...] = ()
+    """As they were when ranks were found to hang."""
+    stacks: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    slow: dict[int, float] = field(default_factory=dict)
+    """Stragglers that ended the attempt, and how many times slower than their peers they are."""
+    broken_at: float | None = None
+    """Monotonic seconds of the first failure."""
+    total: int | None = None
+    """Steps the run is to have, if the script said so."""
+    checkpointed: int = 0
+    last_saved: float = 0.0
+    """Monotonic seconds of the last save, or of the start."""
+
+    def hear(self, rank: int, event: Event) -> bool:
+        """Remember what a rank or its saver said; whether it concerns others too."""
+        match event["event"]:
+            case "rank_ended":
+                self.codes[rank] = event["code"]
+                self.ended_at[rank] = event["mono"]
+                return False
+            case "steps":
+                self.total = event["total"]
+                return False
+            case "saved":
+                self.last_saved = max(self.last_saved, event["began"])
+            case "restored" if not event["sealed"]:
+                self.checkpointed = max(self.checkpointed, event["step"])
+            case "refused":
+                self.refusals[rank] = Refusal(
+                    f"{event['id']} in memory" if event["sealed"] else event["id"],
+                    event["step"],
+                    event["kind"],
+                    event["reason"],
+                )
+            case "committed":
+                self.checkpointed = max(self.checkpointed, event["step"])
+        return True
+
+    def failed_itself(self, rank: int) -> bool:
+        """Whether its script had failed when, or before, the first failure was noticed."""
+        if self.broken_at is None or self.codes.get(rank, 0) in WELL:
+            return False
+        return self.ended_at[rank] <= self.broken_at

@@ -1,0 +1,138 @@
+"""When a session saves and what becomes of it; with a saver, or, where there is none, without."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from autoglm_resume.checkpoint.format.part import age
+from autoglm_resume.checkpoint.format.snapshot import Snapshot
+from autoglm_resume.checkpoint.state.capture import Identity, State
+from autoglm_resume.checkpoint.store.store import Store
+from autoglm_resume.checkpoint.write.part_writer import SaveFailed, Saver
+from autoglm_resume.errors import CheckpointError
+from autoglm_resume.protocol.assignment import Assignment
+from autoglm_resume.protocol.heartbeats import Pulse
+from autoglm_resume.savers import housekeeping
+from autoglm_resume.worker.events import Events
+from autoglm_resume.worker.saving.stager import NoSaver, Outcome, Saving
+from autoglm_resume.worker.settings import Settings
+
+
+class Saves:
+    """The saves of one session."""
+
+    def __init__(
+        self, settings: Settings, assignment: Assignment | None, events: Events, pulse: Pulse
+    ) -> None:
+        self._settings = settings
+        self._events = events
+        self._pulse = pulse
+        self._together = assignment is not None
+        self._store = Store(Path(settings.checkpoint.dir))
+        self._direct: Saver | None = None
+        self._saving: Saving | None = None
+        self._failures: dict[str, SaveFailed] = {}
+        self._warned = False
+        if settings.checkpoint.memory:
+            name = assignment.savers[settings.rank] if assignment else None
+            self._saving = Saving(settings, name, pulse.alive)
+
+    def held(self, id: str | None) -> Snapshot | None:
+        """This rank's snapshot of checkpoint `id`, if it is still in memory."""
+        # Without a supervisor the saver is this process's own, and new: no use to wait for it.
+        return self._saving.held(id) if self._saving and self._together else None
+
+    def prepare(self, state: Callable[[], State], identity: Identity) -> None:
+        """Get ready for saves of states like this one."""
+        if self._saving is not None:
+            self._saving.prepare(state(), identity)
+
+    def look(self) -> None:
+        """Take in what became of the save under way. Raises SaveFailed if the job wants that."""
+        if self._saving is None:
+            return
+        for outcome in self._saving.outcomes():
+            self._conclude(outcome)
+        self._pulse.saving(self._saving.busy)
+        if self._settings.checkpoint.on_error == "stop" and self._failures:
+            raise next(iter(self._failures.values()))
+
+    def due(self, step: int) -> bool:
+        """Whether to save after `step`, as the job's policy has it; all ranks get the same answer.
+
+        A save that falls due while the last one is under way in any rank is left out.
+        """
+        self.look()
+        # Ranks without a supervisor share no board, and no journal tells of a save left out.
+        waits = not self._together or self._settings.checkpoint.on_busy == "wait"
+        if self._saving is None or waits:
+            return True
+        save = self._pulse.agree(step)
+        if not save and self._settings.rank == 0:
+            self._events.emit("save_skipped", step=step, reason="the last one is under way")
+        return save
+
+    def begin(self, state: State, identity: Identity, safe: frozenset[int], began: float) -> None:
+        """Save `state`; see `Saving.begin`. `failure` tells whether that went wrong."""
+        self._failures.clear()
+        if self._saving is not None:
+            try:
+                self._saving.begin(state, identity, safe, began)
+            except NoSaver as error:
+                self._warn(str(error))
+            else:
+                self._warn(self._saving.short)
+                return
+        self._save_directly(state, identity, began)
+
+    def start_copy(self) -> None:
+        """A forward pass for training begins."""
+        if self._saving is not None:
+            self._saving.start_copy()
+
+    def failure(self, id: str, *, wait: bool = False) -> SaveFailed | None:
+        """Why checkpoint `id` failed, if it did; with `wait`, when that is certain."""
+        if self._saving is not None and wait:
+            self._saving.wait()
+        with contextlib.suppress(SaveFailed):
+            self.look()
+        return self._failures.get(id)
+
+    def _save_directly(self, state: State, identity: Identity, began: float) -> None:
+        if self._direct is None:
+            self._direct = Saver(self._store, self._settings.checkpoint.options, share=False)
+        snapshot = state.in_place(identity)
+        try:
+            saved = self._direct.persist(snapshot)
+        except SaveFailed as error:
+            self._conclude(Outcome(identity.id, False, str(error)))
+            return
+        blocked = time.monotonic() - began
+        housekeeping.announce(self._events.emit, saved, began=began, blocked=blocked)
+        self._direct.forget_memory()
+        # The part is safe; what follows can be done by anybody later, and must not end training.
+        with contextlib.suppress(OSError, CheckpointError):
+            stay = {self._settings.resume.id} if self._settings.resume else set()
+            how = self._settings.checkpoint
+            housekeeping.tidy(self._store, how, snapshot, stay, self._events.emit)
+
+    def _conclude(self, outcome: Outcome) -> None:
+        if outcome.ok:
+            return
+        failure = SaveFailed(outcome.reason)
+        self._failures[outcome.id] = failure
+        if not outcome.told:
+            self._events.emit(
+                "save_failed", id=outcome.id, step=age(outcome.id)[0], reason=outcome.reason
+            )
+        with contextlib.suppress(OSError):  # the log may be on the same full disk
+            print(f"autoglm: {outcome.reason}; training goes on", file=sys.stderr)
+
+    def _warn(self, reason: str) -> None:
+        if reason and not self._warned:
+            self._warned = True
+            self._events.emit("warning", text=f"snapshots in memory: {reason}")

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from autoglm_resume.checkpoint.format.structure import Structure
+from autoglm_resume.checkpoint.store.gate import Expectation, Facts, Integrity, choose, judge
+
+MODEL = Structure.of([("model.w", "float32", (128, 64))])
+OTHER = Structure.of([("model.w", "float32", (128, 32))])
+RENAMED = Structure.of([("model.v", "float32", (128, 64))])
+GOOD = Facts(
+    id="step-0000000030.a1",
+    step=30,
+    path="/c/step-0000000030.a1",
+    created=1.0,
+    world_size=2,
+    model_hash=MODEL.hash,
+    model=MODEL,
+    integrity=Integrity(True, "fingerprint"),
+    raw=10,
+    stored=8,
+)
+EXPECTED = Expectation(world_size=2, model_hash=MODEL.hash, model=MODEL)
+TORN = Integrity(False, "content", "rank-00000.pack: expected 8 bytes, found 7")
+NEWER = Integrity(False, "fingerprint", "format 2", unreadable=True)
+
+
+@pytest.mark.parametrize(
+    ("facts", "expectation", "accepted", "corrupt", "says"),
+    [
+        (GOOD, EXPECTED, True, False, "verified by fingerprint"),
+        (replace(GOOD, integrity=TORN), EXPECTED, False, True, "expected 8 bytes, found 7"),
+        (replace(GOOD, integrity=NEWER), EXPECTED, False, False, "format 2"),
+        (
+            replace(GOOD, integrity=TORN, world_size=None, model_hash=None),
+            EXPECTED,
+            False,
+            True,
+            "integrity",
+        ),
+        (GOOD, replace(EXPECTED, world_size=4), False, False, "world size: expected 4, found 2"),
+        (GOOD, replace(EXPECTED, world_size=4, check_world_size=False), True, False, "world size"),
+        (
+            GOOD,
+            replace(EXPECTED, world_size=4, elastic=True),
+            True,
+            False,
+            "world size 2 ranks in the checkpoint, 4 now: resharded",
+        ),
+        (GOOD, replace(EXPECTED, elastic=True), True, False, "world size 2, "),
+        (
+            GOOD,
+            replace(EXPECTED, model_hash=RENAMED.hash, model=RENAMED, rename={"w": "v"}),
+            True,
+            False,
+            "accepted",
+        ),
+        (
+            GOOD,
+            replace(EXPECTED, model_hash=OTHER.hash, model=OTHER, rename={"w": "v"}),
+            False,
+            False,
+            "only in the checkpoint: model.v [128, 64] float32",
+        ),
+        (
+            GOOD,
+            replace(EXPECTED, model_hash=OTHER.hash, model=OTHER),
+            False,
+            False,
+            "w: [128, 64] float32 in the checkpoint, [128, 32] float32 in this model",
+        ),
+        (GOOD, replace(EXPECTED, model_hash="x", check_model=False), True, False, "model hash"),
+        (GOOD, replace(EXPECTED, model_hash=None, model=None), True, False, "model hash"),
+        (replace(GOOD, model_hash=None), EXPECTED, False, False, "found none"),
+        (
+            replace(GOOD, model_hash="pipeline"),
+            EXPECTED,
+            False,
+            False,
+            "another rank's model differs",
+        ),
+        (
+            GOOD,
+            replace(EXPECTED, refused={GOOD.id: "rank 1: bad chunk"}),
+            False,
+            True,
+            "rank 1: bad chunk",
+        ),
+    ],
+)
+def test_a_verdict_says_what_was_expected_and_found(
+    facts: Facts, expectation: Expectation, accepted: bool, corrupt: bool, says: str
+) -> None:
+    verdict = judge(facts, expectation)
+    assert (verdict.accepted, verdict.corrupt) == (accepted, corrupt)
+    assert says in verdict.reason
+    assert json.loads(json.dumps(verdict.to_json()))["reason"] == verdict.reason
+
+
+def test_the_newest_acceptable_one_is_taken_and_older_ones_are_not_even_looked_at() -> None:
+    def candidates() -> Iterator[Facts]:
+        yield replace(GOOD, id="broken", integrity=TORN)
+        yield replace(GOOD, id="other", world_size=3)
+        yield GOOD
+        raise AssertionError("looked at an older one")
+
+    choice = choose(candidates(), EXPECTED)
+    assert choice.accepted == GOOD
+    assert [verdict.id for verdict in choice.verdicts] == ["broken", "other", GOOD.id]
+
+
+def test_every_candidate_is_judged_when_asked_and_the_newest_still_wins() -> None:
+    choice = choose([GOOD, replace(GOOD, id="older")], EXPECTED, every=True)
+    assert choice.accepted == GOOD
+    assert len(choice.verdicts) == 2
+
+
+def test_nothing_is_chosen_when_none_is_acceptable() -> None:
+    assert choose([replace(GOOD, integrity=TORN)], EXPECTED).accepted is None
+    assert choose([], EXPECTED).verdicts == ()

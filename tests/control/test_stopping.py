@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+
+from autoglm_resume.control import stopping
+from autoglm_resume.errors import AutoglmError, UsageError
+from autoglm_resume.supervise.base.run_directory import Holder, RunDirectory
+from tests.observe.runs import Script, directory, killed_once
+
+_CONTEXT = multiprocessing.get_context("fork")
+
+
+def _hold(path: Path, ready: Callable[[], object]) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
+    with RunDirectory(path).locked() as lock:
+        lock.describe("")
+        ready()
+        signal.pause()
+
+
+def held(path: Path) -> BaseProcess:
+    """A process that holds the run until it gets SIGTERM."""
+    ready = _CONTEXT.Event()
+    process = _CONTEXT.Process(target=_hold, args=(path, ready.set))
+    process.start()
+    assert ready.wait(10)
+    return process
+
+
+def test_the_supervisor_gets_sigterm_and_is_waited_for(tmp_path: Path) -> None:
+    run = RunDirectory(directory(tmp_path / "demo", Script().life().events))
+    supervisor = held(run.path)
+    holder = run.holder()
+    assert holder
+    stopping.stop(run, holder)
+    supervisor.join(10)
+    assert supervisor.exitcode == 75
+    assert run.holder() is None
+
+
+def test_a_run_of_another_host_cannot_be_stopped_here(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="elsewhere"):
+        stopping.stop(RunDirectory(tmp_path), Holder(os.getpid(), "elsewhere", 0.0))
+
+
+def test_a_number_that_another_process_has_now_is_never_signalled(tmp_path: Path) -> None:
+    run = RunDirectory(directory(tmp_path / "demo", Script().life().events))
+    supervisor = held(run.path)
+    holder = run.holder()
+    assert holder
+    # This very process: were it signalled, the tests would end here.
+    stale = Holder(os.getpid(), holder.host, 0.0)
+    with pytest.raises(AutoglmError, match="just starting"):
+        stopping.stop(run, stale)
+    supervisor.terminate()
+    supervisor.join(10)
+    stopping.stop(run, stale)
+
+
+def test_a_supervisor_that_is_gone_already_is_no_error(tmp_path: Path) -> None:
+    process = _CONTEXT.Process(target=lambda: None)
+    process.start()
+    process.join(10)
+    assert process.pid
+    stopping.stop(RunDirectory(tmp_path), Holder(process.pid, os.uname().nodename, 0.0))
+
+
+def test_the_outcome_says_what_is_saved(tmp_path: Path) -> None:
+    def said(name: str, script: Script) -> str:
+        return stopping.outcome(RunDirectory(directory(tmp_path / name, script.events)))
+
+    saved = Script().life().attempt(0).save(0, 57).say("run_interrupted", code=75, step=57)
+    assert said("a", saved).endswith("stopped, saved at step 57")
+    assert said("b", killed_once()).endswith("finished at step 10")
+    assert said("c", Script().life()).endswith("nothing was saved")
