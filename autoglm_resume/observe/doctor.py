@@ -22,7 +22,7 @@ from autoglm_resume.supervise.base.run_directory import RunDirectory
 from autoglm_resume.supervise.core.checks import Check, Facts, Needs, judge, judge_system
 from autoglm_resume.supervise.core.history import recall
 from autoglm_resume.supervise.preflight import collective_round, leftovers, nvml, preflight, system
-from autoglm_resume.supervise.preflight.storage_probe import Reach
+from autoglm_resume.supervise.preflight.storage_probe import StorageProbe
 
 Verdict = Literal["ok", "warning", "wrong", "unknown"]
 
@@ -42,7 +42,7 @@ def examine(job: Job | None) -> list[Finding]:
     guards = job.guards if job else Guards()
     home = Path(job.checkpoint.dir) if job else Path.cwd()
     replicas = job.checkpoint.replicas if job else ()
-    places = Reach([str(home)], replicas, _environment(job)).answers()
+    places = StorageProbe([str(home)], replicas, _environment(job)).answers()
     answers = not places[0].hung
     run = RunDirectory(Path(job.run_dir)) if job and answers else None
     if job is not None and run is not None:

@@ -18,18 +18,18 @@ from autoglm_resume.journal import Event
 from autoglm_resume.protocol.assignment import Assignment
 from autoglm_resume.protocol.heartbeats import Beat, Board, Control, Phase
 from autoglm_resume.supervise.base import machine
-from autoglm_resume.supervise.base.event_loop import Pump
+from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.core import liveness
 from autoglm_resume.supervise.core.diagnosis import Failure, Previous, conclude
 from autoglm_resume.supervise.core.history import Silences
 from autoglm_resume.supervise.evidence import stacks
 from autoglm_resume.supervise.evidence.collect import Witness, agent_said, described, gather
-from autoglm_resume.supervise.ranks.fault_injector import Rehearsal
+from autoglm_resume.supervise.ranks.fault_injector import FaultInjector
 from autoglm_resume.supervise.ranks.group import Exit, Group, children, end_orphans, reap
-from autoglm_resume.supervise.ranks.hang_detector import CPU_NOISE, Vigil
+from autoglm_resume.supervise.ranks.hang_detector import CPU_NOISE, HangDetector
 from autoglm_resume.supervise.ranks.launcher import AGENT, Launcher
-from autoglm_resume.supervise.ranks.log_follower import Follower
-from autoglm_resume.supervise.ranks.observed import WELL, Seen
+from autoglm_resume.supervise.ranks.log_follower import LogFollower
+from autoglm_resume.supervise.ranks.observed import WELL, Observed
 
 if TYPE_CHECKING:  # a presenter is handed in; this layer does not depend on it
     from autoglm_resume.observe.live import Screen
@@ -67,12 +67,12 @@ class Attempt:
 
     def __init__(
         self,
-        pump: Pump,
+        loop: EventLoop,
         job: Job,
         world_size: int,
         tell: Callable[..., object],
         screen: Screen,
-        rehearsal: Rehearsal,
+        rehearsal: FaultInjector,
         stops: Sequence[signal.Signals],
         helpers: Callable[[], frozenset[int]],
         between_saves: Callable[[], float | None],
@@ -81,7 +81,7 @@ class Attempt:
         broken: Callable[[], None],
     ) -> None:
         """`broken` is called once when a failure is noticed, before the others are stopped."""
-        self._pump = pump
+        self._loop = loop
         self._helpers = helpers
         self._between_saves = between_saves
         self._broken = broken
@@ -94,14 +94,14 @@ class Attempt:
         self._board, self._board_fd = Board.create(world_size)
         self.board_path = f"/proc/{os.getpid()}/fd/{self._board_fd}"
         self._control = Control()
-        self._seen = Seen()
-        self._group = Group(pump, self._exited)
+        self._seen = Observed()
+        self._group = Group(loop, self._exited)
         self._unknown: frozenset[int] = frozenset()
         """Children that were neither ranks nor helpers at the last look."""
         self._stop_deadline: float | None = None
         self._pace = liveness.Pace()
         limits = liveness.Limits(job.heartbeat.timeout, job.heartbeat.startup)
-        self._vigil = Vigil(self._board, limits, past)
+        self._vigil = HangDetector(self._board, limits, past)
         self.silences: Silences = {}
         """How long its ranks were silent between beats; known when it has ended."""
         self._witness: Witness | None = None
@@ -111,7 +111,9 @@ class Attempt:
         """Run it to its end. `hear` gets every event of a rank and returns what to keep of it."""
         self._task, self._hear, self._launcher = task, hear, launcher
         files.write(task.path, task.to_json(), durable=False)
-        self._follower = Follower(self._pump, task.path.parent, self._screen.worker_line, self.hear)
+        self._follower = LogFollower(
+            self._loop, task.path.parent, self._screen.worker_line, self.hear
+        )
         self._seen.last_saved = time.monotonic()
         try:
             launcher.start(task, self._group, cancelled=lambda: bool(self._stops))
@@ -127,8 +129,8 @@ class Attempt:
             written = [Path(task.directory), Path(task.checkpoint.dir)]
             self._witness = Witness(self._group.pids.values(), written)
             self._rehearsal.begin(self._group, self._board, self._change)
-            self._pump.every(TICK, self._tick)
-            self._pump.every(REAP, self._reap)
+            self._loop.every(TICK, self._tick)
+            self._loop.every(REAP, self._reap)
             self._watch()
             return self._conclude(launcher)
         finally:
@@ -136,8 +138,8 @@ class Attempt:
             if self._witness is not None:
                 self._witness.close()
             self._rehearsal.end()
-            self._pump.cancel(self._tick)
-            self._pump.cancel(self._reap)
+            self._loop.cancel(self._tick)
+            self._loop.cancel(self._reap)
             self._follower.close()
             self._board.close()
             os.close(self._board_fd)
@@ -146,7 +148,7 @@ class Attempt:
 
     def _watch(self) -> None:
         while self._group.alive and self._seen.broken_at is None:
-            self._pump.run(self._stop_deadline)
+            self._loop.run(self._stop_deadline)
             if not self._stops:
                 continue
             if self._stop_deadline is None:
@@ -297,7 +299,7 @@ class Attempt:
     def _conclude(self, launcher: Launcher) -> Outcome:
         if self._seen.hung:
             alive = [rank for rank in self._group.alive if rank != AGENT]
-            self._seen.stacks = stacks.collect(self._pump, self._group, alive, self._task.stacks)
+            self._seen.stacks = stacks.collect(self._loop, self._group, alive, self._task.stacks)
         began = time.monotonic()
         grace = 0.0 if hurried(self._stops) else self._job.restart.grace
         try:

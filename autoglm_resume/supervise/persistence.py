@@ -12,7 +12,7 @@ from autoglm_resume.job.spec import Job
 from autoglm_resume.journal import Event
 from autoglm_resume.supervise.attempt import hurried
 from autoglm_resume.supervise.base.assign import environment
-from autoglm_resume.supervise.base.event_loop import Pump
+from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.core.history import History
 from autoglm_resume.supervise.gate import Gatekeeper
 from autoglm_resume.supervise.services.replicator import FLUSH_SECONDS, Replicas
@@ -22,12 +22,12 @@ COMMIT_SECONDS = 60.0
 """To wait, at the end, for replicas that the last checkpoint must be in to count."""
 
 
-class Keepers:
+class Persistence:
     """Savers, which outlive the ranks of an attempt, and the replicator. `close` ends them."""
 
     def __init__(
         self,
-        pump: Pump,
+        loop: EventLoop,
         job: Job,
         directory: Path,
         run_id: str,
@@ -46,9 +46,9 @@ class Keepers:
         self._savers: Savers | None = None
         if job.checkpoint.memory:
             log = directory / "savers.log"
-            self._savers = Savers(pump, environment(job), run_id, world_size, log, tell, hear)
+            self._savers = Savers(loop, environment(job), run_id, world_size, log, tell, hear)
         self._replicas = Replicas(
-            pump,
+            loop,
             environment(job),
             gate.store.root,
             run_id,

@@ -17,11 +17,11 @@ from autoglm_resume.errors import AutoglmError, CheckpointError
 from autoglm_resume.job.spec import Job
 from autoglm_resume.job.units import format_duration
 from autoglm_resume.supervise.attempt import Outcome
-from autoglm_resume.supervise.base.event_loop import Pump
+from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.base.gpu_exclusion import can_shrink
 from autoglm_resume.supervise.core import policy
 from autoglm_resume.supervise.core.history import History
-from autoglm_resume.supervise.storage_wait import Watch
+from autoglm_resume.supervise.storage_wait import StorageWait
 
 
 class Answering:
@@ -31,19 +31,19 @@ class Answering:
         self,
         job: Job,
         past: History,
-        pump: Pump,
+        loop: EventLoop,
         stops: Sequence[object],
         tell: Callable[..., object],
     ) -> None:
         self._job = job
-        self._pump = pump
+        self._loop = loop
         self._stops = stops
         self._tell = tell
         self._ended = list(past.ended)
         self._pending = past.pending
         self._rules = rules(job)
         self._store = Store(Path(job.checkpoint.dir))
-        self._watch = Watch(pump, [self._store.root, Path(job.run_dir)], lambda: bool(stops))
+        self._watch = StorageWait(loop, [self._store.root, Path(job.run_dir)], lambda: bool(stops))
         self.failures = past.failures
         """Of all attempts ever."""
         self.in_trouble = False
@@ -79,7 +79,7 @@ class Answering:
         if isinstance(decision, policy.GiveUp):
             return decision
         if not isinstance(decision, policy.Pause):
-            self._pump.wait(lambda: bool(self._stops), time.monotonic() + decision.delay)
+            self._loop.wait(lambda: bool(self._stops), time.monotonic() + decision.delay)
             return None
         return self._pause(decision.until, decision.longest)
 
@@ -104,7 +104,7 @@ class Answering:
         left = policy.remaining(pending.delay, pending.since, time.time())
         if left:
             self._tell("waiting", seconds=left, reason=pending.reason)
-            self._pump.wait(lambda: bool(self._stops), time.monotonic() + left)
+            self._loop.wait(lambda: bool(self._stops), time.monotonic() + left)
         return None
 
     def _pause(self, until: str, longest: float) -> policy.GiveUp | None:

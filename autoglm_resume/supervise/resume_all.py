@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoglm_resume.errors import AutoglmError, died_by_signal
-from autoglm_resume.supervise.base.event_loop import Pump, Signals
+from autoglm_resume.supervise.base.event_loop import EventLoop, Signals
 from autoglm_resume.supervise.base.run_directory import RunDirectory
 from autoglm_resume.supervise.core import resumable
 from autoglm_resume.supervise.supervisor import STOPS
@@ -44,20 +44,20 @@ def resume(runs: Sequence[RunDirectory], tell: Callable[[Fate], None]) -> int:
 class _Together:
     def __init__(self, tell: Callable[[Fate], None]) -> None:
         self._tell = tell
-        self._pump = Pump()
+        self._loop = EventLoop()
         self._running: dict[Path, subprocess.Popen[bytes]] = {}
         self._codes: list[int] = []
         self._stopping = False
 
     def resume(self, runs: Sequence[RunDirectory]) -> int:
-        signals = Signals(self._pump, STOPS, self._pass_on)
+        signals = Signals(self._loop, STOPS, self._pass_on)
         try:
             for run in runs:
                 self._look_at(run)
-            self._pump.wait(lambda: not self._running)
+            self._loop.wait(lambda: not self._running)
         finally:
             signals.close()
-            self._pump.close()
+            self._loop.close()
         return resumable.worst(self._codes)
 
     def _look_at(self, run: RunDirectory) -> None:
@@ -90,7 +90,7 @@ class _Together:
         pidfd, before = os.pidfd_open(process.pid), _commits(run)
 
         def ended() -> None:
-            self._pump.forget(pidfd)
+            self._loop.forget(pidfd)
             os.close(pidfd)
             code = self._running.pop(run.path).wait()
             if code < 0 and not self._stopping and _commits(run) > before:
@@ -98,7 +98,7 @@ class _Together:
             else:
                 self._end(run, died_by_signal(-code) if code < 0 else code)
 
-        self._pump.watch(pidfd, ended)
+        self._loop.watch(pidfd, ended)
 
     def _end(self, run: RunDirectory, code: int) -> None:
         self._codes.append(code)

@@ -15,7 +15,7 @@ NOTABLE = 1.2
 """Factor by which the interval between saves must change to be changed."""
 
 
-class Pacing:
+class SaveTimer:
     """The interval of one life of a supervisor; `failures` counts those of the whole run."""
 
     def __init__(

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from autoglm_resume.supervise.base.event_loop import Pump
+from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.base.spawn import HOME
 
 EVERY = 2.0
@@ -21,12 +21,12 @@ PATIENCE = 30.0
 ENDED_EARLY = "a stop was asked for before storage had answered"
 
 
-class Watch:
+class StorageWait:
     """Looks at directories, from a process of its own each time, that a pause waits for."""
 
-    def __init__(self, pump: Pump, directories: Sequence[Path], cancelled: Callable[[], bool]):
+    def __init__(self, loop: EventLoop, directories: Sequence[Path], cancelled: Callable[[], bool]):
         """The first of `directories` is the one that needs room."""
-        self._pump = pump
+        self._loop = loop
         self._directories = directories
         self._cancelled = cancelled
         self._stuck: subprocess.Popen[str] | None = None
@@ -47,7 +47,7 @@ class Watch:
                 told = True
             if time.monotonic() >= until:
                 break
-            if self._pump.wait(self._cancelled, min(until, time.monotonic() + EVERY)):
+            if self._loop.wait(self._cancelled, min(until, time.monotonic() + EVERY)):
                 break
         return problem
 
@@ -68,14 +68,14 @@ class Watch:
             text=True,
         )
         fd = os.pidfd_open(process.pid)
-        self._pump.watch(fd, lambda: _reap(process))
+        self._loop.watch(fd, lambda: _reap(process))
         try:
-            self._pump.wait(
+            self._loop.wait(
                 lambda: process.returncode is not None or self._cancelled(),
                 time.monotonic() + PATIENCE,
             )
         finally:
-            self._pump.forget(fd)
+            self._loop.forget(fd)
             os.close(fd)
         assert process.stderr is not None
         with process.stderr as said:

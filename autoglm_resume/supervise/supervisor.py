@@ -29,20 +29,20 @@ from autoglm_resume.journal import Event, Journal, stamped
 from autoglm_resume.protocol.assignment import ResumePoint
 from autoglm_resume.supervise.attempt import Attempt, Outcome, hurried
 from autoglm_resume.supervise.base.assign import assignment, environment, source, world_size
-from autoglm_resume.supervise.base.event_loop import Pump, Signals
+from autoglm_resume.supervise.base.event_loop import EventLoop, Signals
 from autoglm_resume.supervise.base.gpu_exclusion import excluding
 from autoglm_resume.supervise.base.run_directory import Lock, RunDirectory
 from autoglm_resume.supervise.core import history, policy
 from autoglm_resume.supervise.core.diagnosis import Failure, Previous
 from autoglm_resume.supervise.core.drill import Drill
 from autoglm_resume.supervise.gate import Gatekeeper
-from autoglm_resume.supervise.persistence import Keepers
-from autoglm_resume.supervise.preflight.preflight import Readiness
-from autoglm_resume.supervise.ranks.fault_injector import Rehearsal
+from autoglm_resume.supervise.persistence import Persistence
+from autoglm_resume.supervise.preflight.preflight import Preflight
+from autoglm_resume.supervise.ranks.fault_injector import FaultInjector
 from autoglm_resume.supervise.ranks.group import end_orphans
-from autoglm_resume.supervise.ranks.launcher import Launcher, Seen, made_for
+from autoglm_resume.supervise.ranks.launcher import Launcher, StartUp, made_for
 from autoglm_resume.supervise.recovery import Answering
-from autoglm_resume.supervise.save_timer import Pacing
+from autoglm_resume.supervise.save_timer import SaveTimer
 from autoglm_resume.supervise.services.notifier import Notifier
 from autoglm_resume.supervise.services.replicator import restore
 from autoglm_resume.supervise.time_limit import TimeLimit
@@ -87,14 +87,14 @@ class Supervisor:
         self._stops: list[signal.Signals] = []
         self._limit: TimeLimit | None = None
         self._launcher: Launcher | None = None
-        self._keepers: Keepers | None = None
+        self._keepers: Persistence | None = None
         self._resume: ResumePoint | None = None
         """What the present attempt began with."""
         self._now: Attempt | None = None
         self._journal = Journal(run.journal)
-        self._pump = Pump()
-        self._ready = Readiness(run, job, self._tell)
-        self._notifier = Notifier(self._pump, job, environment(job), run.path, self._tell)
+        self._loop = EventLoop()
+        self._ready = Preflight(run, job, self._tell)
+        self._notifier = Notifier(self._loop, job, environment(job), run.path, self._tell)
         self._world_size = world_size(job)
         self._gate = Gatekeeper(
             job,
@@ -108,9 +108,11 @@ class Supervisor:
         self._number = max(self._past.attempts, self._gate.store.next_attempt(), run.next_attempt())
         self._branch_from = branch_from
         self._gate.branches = self._past.branches
-        self._answers = Answering(job, self._past, self._pump, self._stops, self._tell)
-        self._pacing = Pacing(job, self._past.trained, lambda: self._answers.failures, self._tell)
-        self._rehearsal = Rehearsal(self._pump, drills, self._gate.store, self._tell)
+        self._answers = Answering(job, self._past, self._loop, self._stops, self._tell)
+        self._pacing = SaveTimer(
+            job, self._past.trained, lambda: self._answers.failures, self._tell
+        )
+        self._rehearsal = FaultInjector(self._loop, drills, self._gate.store, self._tell)
         self._drills = drills
 
     def run(self) -> int | None:
@@ -120,7 +122,7 @@ class Supervisor:
         Raises NoAcceptableCheckpoint, and UsageError for what the start of an attempt needs.
         """
         linux.adopt_orphans()
-        signals = Signals(self._pump, (*STOPS, SAVE), self._signalled)
+        signals = Signals(self._loop, (*STOPS, SAVE), self._signalled)
         began = time.monotonic()
         code: int | None = AutoglmError.exit_code
         try:
@@ -131,8 +133,8 @@ class Supervisor:
             self._ready.begin()
             self._limit = self._time_limit()
             self._pacing.choose()
-            self._keepers = keepers = Keepers(
-                self._pump,
+            self._keepers = keepers = Persistence(
+                self._loop,
                 self._job,
                 self._run.path,
                 self._run_id,
@@ -147,7 +149,7 @@ class Supervisor:
                 self._job,
                 source(self._job),
                 environment(self._job),
-                self._pump,
+                self._loop,
                 self._past.imports,
                 self._run.path / "zygote.log",
                 self._tell,
@@ -179,9 +181,9 @@ class Supervisor:
             else:
                 signals.close()
             self._journal.close()
-            self._pump.close()
+            self._loop.close()
 
-    def _bring_to_end(self, launcher: Launcher, keepers: Keepers, began: float) -> int | None:
+    def _bring_to_end(self, launcher: Launcher, keepers: Persistence, began: float) -> int | None:
         unfinished = self._answers.unfinished()
         if unfinished is not None and not self._carried_out(unfinished, keepers):
             return None
@@ -219,7 +221,7 @@ class Supervisor:
         self._tell("run_failed", code=given_up.code, reason=given_up.reason)
         return given_up.code
 
-    def _carried_out(self, decision: policy.Decision, keepers: Keepers) -> bool:
+    def _carried_out(self, decision: policy.Decision, keepers: Persistence) -> bool:
         """Whether this life can go on, once `decision` has been told."""
         if isinstance(decision, policy.Smaller):
             self._tell("excluded", **asdict(excluding(self._job, decision.rank)))
@@ -231,7 +233,9 @@ class Supervisor:
             keepers.protect()
         return True
 
-    def _attempt(self, launcher: Launcher, keepers: Keepers, resume: ResumePoint | None) -> Outcome:
+    def _attempt(
+        self, launcher: Launcher, keepers: Persistence, resume: ResumePoint | None
+    ) -> Outcome:
         self._resume = resume
         self._ready.before(self._gate.store, resume)
         number, self._number = self._number, self._number + 1
@@ -239,7 +243,7 @@ class Supervisor:
         fixed = self._job.env.get("MASTER_PORT")
         endpoint = launcher.rendezvous(int(fixed) if fixed else None, lambda: bool(self._stops))
         attempt = Attempt(
-            pump=self._pump,
+            loop=self._loop,
             job=self._job,
             world_size=self._world_size,
             tell=self._tell,
@@ -306,7 +310,7 @@ class Supervisor:
                 self._journal.sync()
             case "imports":
                 assert self._launcher is not None
-                self._launcher.learn(Seen(event["modules"], event["own"], event["staged"]))
+                self._launcher.learn(StartUp(event["modules"], event["own"], event["staged"]))
             case "saved":
                 self._pacing.saved(event["blocked"], event["seconds"])
             case "committed" if not self._gate.notice(event["id"], event["step"]):
@@ -373,7 +377,7 @@ class Supervisor:
         limit = self._limit.pids if self._limit else frozenset()
         return kept | limit | self._notifier.pids | self._ready.pids
 
-    def _interrupted(self, keepers: Keepers, requeued: str = "") -> int:
+    def _interrupted(self, keepers: Persistence, requeued: str = "") -> int:
         if self._answers.in_trouble:  # it may never answer: what is known has to do
             step = self._gate.checkpointed
         else:
@@ -413,7 +417,7 @@ class Supervisor:
 
     def _time_limit(self) -> TimeLimit:
         return TimeLimit(
-            self._pump,
+            self._loop,
             slurm.allocation(os.environ),
             slurm.lead(self._job.preemption.grace),
             lambda: self._stop_asked(signal.SIGUSR2, by="the end of the job's time"),

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from autoglm_resume.cluster import commands, slurm
-from autoglm_resume.supervise.base.event_loop import Pump
+from autoglm_resume.supervise.base.event_loop import EventLoop
 
 DAY = 86400.0
 """The longest wait in one: no selector takes a month."""
@@ -23,13 +23,13 @@ class TimeLimit:
 
     def __init__(
         self,
-        pump: Pump,
+        loop: EventLoop,
         job: slurm.Allocation | None,
         lead: float,
         reached: Callable[[], None],
         tell: Callable[..., object],
     ) -> None:
-        self._pump = pump
+        self._loop = loop
         self._job = job
         self._lead = lead
         self._reached = reached
@@ -57,8 +57,8 @@ class TimeLimit:
 
     def close(self) -> None:
         """Forget it."""
-        self._pump.cancel(self._due)
-        self._pump.cancel(self._out_of_time)
+        self._loop.cancel(self._due)
+        self._loop.cancel(self._out_of_time)
         if self._asking is not None:
             self._asking.kill()
             self._heard()
@@ -68,7 +68,7 @@ class TimeLimit:
         self._asking = commands.ask_end(self._job.id)
         if self._asking is None or self._asking.stdout is None:
             return False
-        self._pump.watch(self._asking.stdout, self._answered)
+        self._loop.watch(self._asking.stdout, self._answered)
         return True
 
     def _answered(self) -> None:
@@ -81,7 +81,7 @@ class TimeLimit:
     def _heard(self) -> str:
         assert self._asking is not None
         assert self._asking.stdout is not None
-        self._pump.forget(self._asking.stdout)
+        self._loop.forget(self._asking.stdout)
         text, _ = self._asking.communicate()
         self._asking = None
         return text
@@ -93,15 +93,15 @@ class TimeLimit:
             # A limit that was chosen too short still leaves half of it for training.
             self._lead = min(self._lead, left / 2)
             self._tell("time_limit", seconds=left, lead=self._lead)
-        self._pump.cancel(self._out_of_time)
+        self._loop.cancel(self._out_of_time)
         self._wait()
 
     def _wait(self) -> None:
         assert self._ends is not None
-        self._pump.cancel(self._due)
+        self._loop.cancel(self._due)
         left = self._ends - self._lead - time.monotonic()
         if left > 0:
-            self._pump.every(min(left, DAY), self._due)
+            self._loop.every(min(left, DAY), self._due)
         else:
             self._out_of_time()
 
@@ -110,12 +110,12 @@ class TimeLimit:
         if time.monotonic() < self._ends - self._lead:
             self._wait()
             return
-        self._pump.cancel(self._due)
+        self._loop.cancel(self._due)
         if self._ask():
-            self._pump.every(PATIENCE, self._out_of_time)
+            self._loop.every(PATIENCE, self._out_of_time)
         else:
             self._out_of_time()
 
     def _out_of_time(self) -> None:
-        self._pump.cancel(self._out_of_time)
+        self._loop.cancel(self._out_of_time)
         self._reached()

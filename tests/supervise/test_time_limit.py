@@ -10,25 +10,25 @@ import pytest
 
 from autoglm_resume.cluster.slurm import Allocation
 from autoglm_resume.supervise import time_limit
-from autoglm_resume.supervise.base.event_loop import Pump
+from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.time_limit import TimeLimit
 
 
 class Run:
-    """A pump, and what a time limit does to its run."""
+    """A loop, and what a time limit does to its run."""
 
     def __init__(self) -> None:
-        self.pump = Pump()
+        self.loop = EventLoop()
         self.reached = 0
         self.told: list[tuple[str, dict[str, Any]]] = []
         self.limit: TimeLimit | None = None
 
     def limited(self, job: Allocation | None, lead: float) -> TimeLimit:
-        self.limit = TimeLimit(self.pump, job, lead, self._reach, self._tell)
+        self.limit = TimeLimit(self.loop, job, lead, self._reach, self._tell)
         return self.limit
 
     def stopped(self, within: float = 20.0) -> bool:
-        return self.pump.wait(lambda: self.reached > 0, time.monotonic() + within)
+        return self.loop.wait(lambda: self.reached > 0, time.monotonic() + within)
 
     def _reach(self) -> None:
         self.reached += 1
@@ -43,7 +43,7 @@ def run() -> Iterator[Run]:
     yield made
     if made.limit is not None:
         made.limit.close()
-    made.pump.close()
+    made.loop.close()
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_slurm_is_asked_where_the_environment_says_nothing(run: Run, squeue: Pat
 def test_an_end_that_was_put_off_is_not_heeded(run: Run, squeue: Path) -> None:
     squeue.write_text(f"{time.time() + 1000:.0f}\n")
     limit = run.limited(until(0.2), 0.1)
-    assert run.pump.wait(lambda: not limit.near(), time.monotonic() + 20)
+    assert run.loop.wait(lambda: not limit.near(), time.monotonic() + 20)
     assert run.reached == 0
 
 

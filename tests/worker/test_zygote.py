@@ -30,20 +30,20 @@ from pathlib import Path
 from dataclasses import replace
 from autoglm_resume import linux
 from autoglm_resume.supervise.ranks.group import Group
-from autoglm_resume.supervise.base.event_loop import Pump
+from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.ranks.zygote import State, Zygote
 from autoglm_resume.protocol.assignment import Assignment
 import psutil
 
 linux.adopt_orphans()
-pump = Pump()
+loop = EventLoop()
 told = []
 lost = []
 stores = []
 spares = []
 assignment = replace(Assignment.load(Path(sys.argv[1])), supervisor=os.getpid())
 assignment.path.write_bytes(assignment.to_json())
-group = Group(pump, lambda *_: None)
+group = Group(loop, lambda *_: None)
 
 def soon():
     return time.monotonic() + 30
@@ -51,10 +51,10 @@ def soon():
 def zygote(*modules):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     log = Path(assignment.directory) / "zygote.log"
-    made = Zygote(pump, environment, modules, log, lambda event, **f: told.append((event, f)),
+    made = Zygote(loop, environment, modules, log, lambda event, **f: told.append((event, f)),
                   lambda: lost.append(1), stores.append,
                   lambda pid, link: spares.append((pid, link)))
-    pump.wait(lambda: made.state is not State.BUSY, soon())
+    loop.wait(lambda: made.state is not State.BUSY, soon())
     return made
 
 def fork(z, ranks=None):
@@ -64,7 +64,7 @@ def fork(z, ranks=None):
     return pids
 
 def until(condition):
-    assert pump.wait(condition, soon())
+    assert loop.wait(condition, soon())
 
 def log(rank):
     path = assignment.log(rank)
@@ -72,7 +72,7 @@ def log(rank):
 
 def until_says(rank, text):
     while text not in log(rank):
-        pump.run(time.monotonic() + 0.005)
+        loop.run(time.monotonic() + 0.005)
 
 def finish(**answer):
     print(json.dumps(answer), flush=True)
@@ -380,7 +380,7 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.pop(name, None)
 environment = {**os.environ, **shared_environment(1)}
 output = Path(assignment.directory) / "zygote.log"
-z = Zygote(pump, environment, ["numpy"], output,
+z = Zygote(loop, environment, ["numpy"], output,
            lambda *_, **__: None, lambda: None, stores.append, lambda *_: None)
 until(lambda: z.state is not State.BUSY)
 fork(z)

@@ -17,10 +17,10 @@ class HasFileno(Protocol):
     def fileno(self) -> int: ...
 
 
-class Pump:
+class EventLoop:
     """Calls a handler when its descriptor is readable, and timers when they fall due.
 
-    The caller's own flow stays sequential: `while not done: pump.run(...)`.
+    The caller's own flow stays sequential: `while not done: loop.run(...)`.
     """
 
     def __init__(self) -> None:
@@ -85,10 +85,10 @@ _left: list[_Heirloom] = []
 
 
 class Signals:
-    """Signals as readable events: handled in the pump, never in the middle of something."""
+    """Signals as readable events: handled in the loop, never in the middle of something."""
 
-    def __init__(self, pump: Pump, numbers: Iterable[signal.Signals], handler: Any) -> None:
-        self._pump = pump
+    def __init__(self, loop: EventLoop, numbers: Iterable[signal.Signals], handler: Any) -> None:
+        self._loop = loop
         self._handler = handler
         handlers: dict[signal.Signals, Any] = {}
         if _left:
@@ -102,7 +102,7 @@ class Signals:
         self._numbers = frozenset(n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN)
         before = {n: signal.signal(n, lambda *_: None) for n in self._numbers}
         self._before = {n: handlers.get(n, handler) for n, handler in before.items()}
-        pump.watch(self._read, self._readable)
+        loop.watch(self._read, self._readable)
 
     def _readable(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -115,7 +115,7 @@ class Signals:
 
         So are those that were handled, but that nobody has acted on.
         """
-        self._pump.forget(self._read)
+        self._loop.forget(self._read)
         with contextlib.suppress(BlockingIOError):  # full of others: one of them will do
             self._write.send(bytes(unheeded))
         _left.append(_Heirloom(self._read, self._write, self._wakeup, self._before))
@@ -129,6 +129,6 @@ class Signals:
         for number, before in self._before.items():
             signal.signal(number, before if number == signal.SIGINT else signal.SIG_IGN)
         signal.set_wakeup_fd(self._wakeup)
-        self._pump.forget(self._read)
+        self._loop.forget(self._read)
         self._read.close()
         self._write.close()

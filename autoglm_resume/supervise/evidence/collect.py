@@ -27,7 +27,7 @@ from autoglm_resume.supervise.evidence.gpus import Gpus
 from autoglm_resume.supervise.evidence.oom import counters, rise
 from autoglm_resume.supervise.ranks.group import Exit
 from autoglm_resume.supervise.ranks.launcher import AGENT, torchrun_exits, torchrun_log
-from autoglm_resume.supervise.ranks.observed import Seen
+from autoglm_resume.supervise.ranks.observed import Observed
 
 LOG_BYTES = 1 << 16
 """Of the end of a log, which may be a gigabyte: stacks that a dying process prints fit in."""
@@ -105,7 +105,7 @@ def gather(
     pids: Mapping[int, int],
     exits: Mapping[int, Exit],
     beats: Sequence[Beat],
-    seen: Seen,
+    seen: Observed,
 ) -> list[RankEvidence]:
     """What the ranks of a group that is down, `pids` and `exits` by rank, have left."""
     torchrun = torchrun_exits(task) if AGENT in pids else {}
@@ -144,7 +144,7 @@ def gather(
     return [_with_log(task, _ended_by_agent(rank, found, AGENT in pids)) for rank in found]
 
 
-def described(failure: Failure, ranks: Sequence[RankEvidence], seen: Seen) -> dict[str, Any]:
+def described(failure: Failure, ranks: Sequence[RankEvidence], seen: Observed) -> dict[str, Any]:
     """A failure and what it was concluded from, as fields for the journal."""
     return {
         "mono": seen.broken_at,

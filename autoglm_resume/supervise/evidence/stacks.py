@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from autoglm_resume.protocol.assignment import RANK, STACKS
-from autoglm_resume.supervise.base.event_loop import Pump
+from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.ranks.group import Group
 
 PATIENCE = 1.0
@@ -29,11 +29,11 @@ _CUT = "  ..."
 
 
 def collect(
-    pump: Pump, group: Group, ranks: Sequence[int], path: Callable[[int], Path]
+    loop: EventLoop, group: Group, ranks: Sequence[int], path: Callable[[int], Path]
 ) -> dict[int, tuple[str, ...]]:
     """Ask `ranks` for their stacks, to be found at `path(rank)`; returns those of main threads.
 
-    Frames read “file:line in function”, innermost first. The pump must be watching the directory
+    Frames read “file:line in function”, innermost first. The loop must be watching the directory
     of these files, or an answer is only seen when something else happens.
     """
     for rank in ranks:
@@ -47,7 +47,7 @@ def collect(
                 found[rank] = frames
         return all(rank in found or rank not in group.alive for rank in ranks)
 
-    pump.wait(all_there, time.monotonic() + PATIENCE)
+    loop.wait(all_there, time.monotonic() + PATIENCE)
     return found
 
 

@@ -27,14 +27,14 @@ from autoglm_resume.supervise.base.gpu_exclusion import VISIBLE
 from autoglm_resume.supervise.base.run_directory import RunDirectory
 from autoglm_resume.supervise.core.checks import Check, Facts, Gpu, Needs, judge
 from autoglm_resume.supervise.preflight import collective_round, leftovers, nvml
-from autoglm_resume.supervise.preflight.storage_probe import Reach
+from autoglm_resume.supervise.preflight.storage_probe import StorageProbe
 
 _TAIL = 65536
 DRIVER_SECONDS = 10.0
 """For the GPUs' driver to answer, from when the first attempt is ready to start."""
 
 
-class Readiness:
+class Preflight:
     """The checks of one life of a supervisor. `tell` gets a `warning` for what is not refused."""
 
     def __init__(self, run: RunDirectory, job: Job, tell: Callable[..., object]) -> None:
@@ -44,7 +44,7 @@ class Readiness:
         self._written = last_written(run.journal)
         self._warned: set[str] = set()
         self._started = False
-        self._reach: Reach | None = None
+        self._reach: StorageProbe | None = None
         # The driver's first answer takes up to seconds, and one that is stuck gives none.
         self._looking = threading.Thread(target=self._look, daemon=True)
         self._looked: tuple[Gpu, ...] | None = None
@@ -64,7 +64,7 @@ class Readiness:
         replicas = [each for each in self._job.checkpoint.replicas if not each.startswith("s3://")]
         # One that is strict was asked before anything else.
         storage = [str(self._job.checkpoint.dir)] if guards.storage == "lenient" else []
-        self._reach = Reach(storage, replicas)
+        self._reach = StorageProbe(storage, replicas)
         facts = Facts(leftovers=self._end_leftovers(), shm=shared_memory())
         if guards.gpus != "off" or guards.gpu_memory != "off":
             self._looking.start()
@@ -127,7 +127,7 @@ def require_storage(job: Job) -> None:
     Raises UsageError if it does not answer and `guards.storage` is strict.
     """
     if job.guards.storage == "strict":
-        places = Reach([str(job.checkpoint.dir)]).answers()
+        places = StorageProbe([str(job.checkpoint.dir)]).answers()
         if places[0].hung:  # what else may be wrong with it is said better by who uses it
             raise refusal(judge(Facts(places=places), Needs(1))[0])
 

@@ -33,7 +33,7 @@ open_storage(sys.argv[1], "autoglm-doctor").names()
 """
 
 
-class Reach:
+class StorageProbe:
     """Asks all targets at once; `answers` waits for them, for a bounded time."""
 
     def __init__(

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.protocol.heartbeats import Board, Control
-from autoglm_resume.supervise.base.event_loop import Pump
+from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.core.drill import Drill, moments
 from autoglm_resume.supervise.ranks.group import Group
 
@@ -22,13 +22,13 @@ LOOK = 0.005
 Change: TypeAlias = "Callable[[Callable[[Control], Control]], None]"
 
 
-class Rehearsal:
+class FaultInjector:
     """The drills of one run, each of which fires once."""
 
     def __init__(
-        self, pump: Pump, drills: Sequence[Drill], store: Store, tell: Callable[..., object]
+        self, loop: EventLoop, drills: Sequence[Drill], store: Store, tell: Callable[..., object]
     ) -> None:
-        self._pump = pump
+        self._loop = loop
         self._store = store
         self._tell = tell
         self._at_steps = [drill for drill in drills if drill.kind != "random"]
@@ -42,16 +42,16 @@ class Rehearsal:
         """Watch a new attempt; `change` changes the request on its board."""
         self._group, self._board, self._change = group, board, change
         if self._at_steps:
-            self._pump.every(LOOK, self._look)
+            self._loop.every(LOOK, self._look)
         if self._random:
             if self._plan is None:
                 self._plan = _plan(self._random, board.world_size)
-            self._pump.every(LOOK, self._strike)
+            self._loop.every(LOOK, self._strike)
 
     def end(self) -> None:
         """The attempt is over."""
-        self._pump.cancel(self._look)
-        self._pump.cancel(self._strike)
+        self._loop.cancel(self._look)
+        self._loop.cancel(self._strike)
         self._group = self._board = None
 
     def _strike(self) -> None:
@@ -70,7 +70,7 @@ class Rehearsal:
                 self._at_steps.remove(drill)
                 self._fire(drill, self._group)
         if not self._at_steps:
-            self._pump.cancel(self._look)
+            self._loop.cancel(self._look)
 
     def _due(self, drill: Drill) -> bool:
         assert self._board is not None

@@ -16,7 +16,7 @@ import psutil
 from autoglm_resume.errors import Unkillable
 from autoglm_resume.protocol.assignment import SUPERVISOR
 from autoglm_resume.supervise.base import machine
-from autoglm_resume.supervise.base.event_loop import Pump
+from autoglm_resume.supervise.base.event_loop import EventLoop
 
 STUCK = 5.0
 """Seconds to wait for the end of a killed orphan."""
@@ -44,8 +44,8 @@ class Group:
     code is then unknown here.
     """
 
-    def __init__(self, pump: Pump, on_exit: Callable[[int, Exit], None]) -> None:
-        self._pump = pump
+    def __init__(self, loop: EventLoop, on_exit: Callable[[int, Exit], None]) -> None:
+        self._loop = loop
         self._on_exit = on_exit
         self._pidfds: dict[int, int] = {}
         self.pids: dict[int, int] = {}
@@ -61,7 +61,7 @@ class Group:
             self._ended(rank, None, None)
             return
         self._pidfds[rank] = fd
-        self._pump.watch(fd, lambda: self._readable(rank))
+        self._loop.watch(fd, lambda: self._readable(rank))
 
     @property
     def alive(self) -> list[int]:
@@ -87,17 +87,17 @@ class Group:
                 self.signal(rank, signal.SIGTERM)
                 # A stopped process would see the SIGTERM only after it is continued.
                 self.signal(rank, signal.SIGCONT)
-            self._pump.wait(lambda: not self._but(linger), time.monotonic() + grace)
+            self._loop.wait(lambda: not self._but(linger), time.monotonic() + grace)
         for rank in self._but(linger):
             self.signal(rank, signal.SIGKILL)
         self._await_end(lambda: not self._but(linger))
-        self._pump.wait(lambda: not self._pidfds, time.monotonic() + max(grace, REPORT))
+        self._loop.wait(lambda: not self._pidfds, time.monotonic() + max(grace, REPORT))
         for rank in self.alive:
             self.signal(rank, signal.SIGKILL)
         self._await_end(lambda: not self._pidfds)
 
     def _await_end(self, ended: Callable[[], bool]) -> None:
-        if self._pump.wait(ended, time.monotonic() + UNKILLABLE):
+        if self._loop.wait(ended, time.monotonic() + UNKILLABLE):
             return
         left = ", ".join(
             f"rank {rank} (process {self.pids[rank]}, {machine.state(self.pids[rank])})"
@@ -113,7 +113,7 @@ class Group:
     def _abandon(self) -> None:
         """Ask for nobody's end a second time: the kernel has to let go of them first."""
         for fd in self._pidfds.values():
-            self._pump.forget(fd)
+            self._loop.forget(fd)
             os.close(fd)
         self._pidfds.clear()
 
@@ -137,7 +137,7 @@ class Group:
     def _ended(self, rank: int, code: int | None, number: int | None) -> None:
         fd = self._pidfds.pop(rank, None)
         if fd is not None:
-            self._pump.forget(fd)
+            self._loop.forget(fd)
             os.close(fd)
         self.exits[rank] = Exit(code, number, time.monotonic(), len(self.exits), self.stopping)
         self._on_exit(rank, self.exits[rank])

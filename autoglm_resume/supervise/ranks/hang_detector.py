@@ -44,7 +44,7 @@ class _Rank:
     idle: bool = False
 
 
-class Vigil:
+class HangDetector:
     """The detector of one attempt. `past` are the silences of earlier ones."""
 
     def __init__(self, board: Board, limits: Limits, past: Silences) -> None:

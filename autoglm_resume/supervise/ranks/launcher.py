@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 from autoglm_resume.job.spec import Job
 from autoglm_resume.protocol.assignment import ASSIGNMENT, Assignment, Source
-from autoglm_resume.supervise.base.event_loop import Pump
+from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.base.machine import free_port
 from autoglm_resume.supervise.base.spawn import HOME
 from autoglm_resume.supervise.ranks.group import Group, end_orphans
@@ -43,7 +43,7 @@ class Endpoint(NamedTuple):
     """Whether a store listens there already; otherwise rank 0 has to open one."""
 
 
-class Seen(NamedTuple):
+class StartUp(NamedTuple):
     """What a rank did to come to its first step."""
 
     modules: Sequence[str]
@@ -68,7 +68,7 @@ class Launcher(Protocol):
         """Start every rank into `group`, unless `cancelled` turns true first."""
         ...
 
-    def learn(self, seen: Seen) -> None:
+    def learn(self, seen: StartUp) -> None:
         """The script was seen to do this: have it ready for the next attempt."""
         ...
 
@@ -95,7 +95,7 @@ class Warm:
 
     def __init__(
         self,
-        pump: Pump,
+        loop: EventLoop,
         environment: Mapping[str, str],
         modules: Sequence[str],
         log: Path,
@@ -107,7 +107,7 @@ class Warm:
         """`others` are children of this process that are no ranks either; `source` is what spares,
         if any, prepare themselves for.
         """
-        self._pump = pump
+        self._loop = loop
         self._others = others
         self._environment = environment
         self._modules = list(modules)
@@ -120,8 +120,8 @@ class Warm:
         self._serving: list[StoreProcess] = []
         """Of the present attempt, and of earlier ones that are not reaped yet."""
         self._source = source
-        self._seen = Seen(())
-        self._spares = Spares(pump, spares, self._raise_spare, tell)
+        self._seen = StartUp(())
+        self._spares = Spares(loop, spares, self._raise_spare, tell)
         self._zygote: Zygote | None = self._spawn()
 
     def rendezvous(self, fixed: int | None, cancelled: Callable[[], bool]) -> Endpoint:
@@ -171,7 +171,7 @@ class Warm:
         if self._zygote is not None:
             self._zygote.note(group.pids.values())
 
-    def learn(self, seen: Seen) -> None:
+    def learn(self, seen: StartUp) -> None:
         self._seen = seen
         new = [name for name in seen.modules if name not in self._modules]
         self._modules += new
@@ -205,12 +205,12 @@ class Warm:
         def settled() -> bool:
             return cancelled() or self._zygote is None or self._zygote.state is State.READY
 
-        if not self._pump.wait(settled, time.monotonic() + self.PATIENCE) and self._zygote:
+        if not self._loop.wait(settled, time.monotonic() + self.PATIENCE) and self._zygote:
             self._zygote.give_up(f"it was silent for {self.PATIENCE:.0f} s")
 
     def _spawn(self) -> Zygote:
         return Zygote(
-            self._pump,
+            self._loop,
             self._environment,
             self._modules,
             self._log,
@@ -294,7 +294,7 @@ class Torchrun:
         self._processes.append(process)
         group.add(AGENT, process.pid)
 
-    def learn(self, seen: Seen) -> None:
+    def learn(self, seen: StartUp) -> None:
         """Nothing is kept between attempts."""
 
     def ended(self) -> None:
@@ -311,7 +311,7 @@ def made_for(
     job: Job,
     source: Source,
     environment: Mapping[str, str],
-    pump: Pump,
+    loop: EventLoop,
     imports: Sequence[str],
     log: Path,
     tell: Callable[..., object],
@@ -321,7 +321,7 @@ def made_for(
     if job.launcher == "torchrun":
         return Torchrun(environment)
     modules = [*job.preload, *imports]
-    return Warm(pump, environment, modules, log, tell, others, source, job.spares)
+    return Warm(loop, environment, modules, log, tell, others, source, job.spares)
 
 
 def torchrun_command(assignment: Assignment) -> list[str]:

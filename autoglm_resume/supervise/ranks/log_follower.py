@@ -9,7 +9,7 @@ from pathlib import Path
 
 from autoglm_resume.journal import Event, decode
 from autoglm_resume.linux import DirectoryWatch
-from autoglm_resume.supervise.base.event_loop import Pump
+from autoglm_resume.supervise.base.event_loop import EventLoop
 
 AT_ONCE = 1 << 18
 """Bytes of one log that are shown per round; a flood beyond it stays in the file only."""
@@ -19,7 +19,7 @@ _LOG = re.compile(r"rank-(\d+)\.log\Z")
 _EVENTS = re.compile(r"rank-(\d+)\.events\.jsonl\Z")
 
 
-class Follower:
+class LogFollower:
     """Calls `on_line(rank, text)` and `on_event(rank, event)` as the files of `directory` grow.
 
     Ranks write to files and not to pipes, so a supervisor that is slow or dead never blocks one.
@@ -27,12 +27,12 @@ class Follower:
 
     def __init__(
         self,
-        pump: Pump,
+        loop: EventLoop,
         directory: Path,
         on_line: Callable[[int, str], None],
         on_event: Callable[[int, Event], None],
     ) -> None:
-        self._pump = pump
+        self._loop = loop
         self._directory = directory
         self._on_line = on_line
         self._on_event = on_event
@@ -43,7 +43,7 @@ class Follower:
         """While true, log lines wait; events still come through."""
         self._watch = DirectoryWatch()
         self._watch.add(directory)
-        pump.watch(self._watch, self._readable)
+        loop.watch(self._watch, self._readable)
 
     def drain(self) -> None:
         """Read everything there is now."""
@@ -52,7 +52,7 @@ class Follower:
 
     def close(self) -> None:
         """Read the rest and stop following."""
-        self._pump.forget(self._watch)
+        self._loop.forget(self._watch)
         self.drain()
         for name in self._logs:
             rest = self._rest.pop(name, b"")

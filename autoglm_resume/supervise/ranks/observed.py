@@ -14,7 +14,7 @@ WELL = (0, Interrupted.exit_code)
 
 
 @dataclass
-class Seen:
+class Observed:
     """What has been seen of the ranks so far."""
 
     codes: dict[int, int] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autoglm_resume.supervise.base.event_loop import Pump
+from autoglm_resume.supervise.base.event_loop import EventLoop
 
 MESSAGE = 1 << 20
 FAILURES = 2
@@ -34,9 +34,13 @@ class Spares:
     """The spares of one run; `wanted` at a time. `raise_one` has the zygote fork one more."""
 
     def __init__(
-        self, pump: Pump, wanted: int, raise_one: Callable[[], None], tell: Callable[..., object]
+        self,
+        loop: EventLoop,
+        wanted: int,
+        raise_one: Callable[[], None],
+        tell: Callable[..., object],
     ) -> None:
-        self._pump = pump
+        self._loop = loop
         self._wanted = wanted
         self._raise_one = raise_one
         self._tell = tell
@@ -67,7 +71,7 @@ class Spares:
             return
         spare = _Spare(pid, pidfd, link)
         self._spares.append(spare)
-        self._pump.watch(link, lambda: self._readable(spare))
+        self._loop.watch(link, lambda: self._readable(spare))
 
     def forget_expected(self) -> None:
         """The zygote is gone, and will answer no more."""
@@ -132,7 +136,7 @@ class Spares:
 
     def _forget(self, spare: _Spare) -> None:
         self._spares.remove(spare)
-        self._pump.forget(spare.link)
+        self._loop.forget(spare.link)
         spare.link.close()
         os.close(spare.pidfd)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from autoglm_resume.protocol.assignment import Source
 from autoglm_resume.supervise.base import spawn
-from autoglm_resume.supervise.base.event_loop import Pump
+from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.core.evidence import signal_name
 
 MESSAGE = 1 << 20
@@ -51,7 +51,7 @@ class Zygote:
 
     def __init__(
         self,
-        pump: Pump,
+        loop: EventLoop,
         environment: Mapping[str, str],
         modules: Sequence[str],
         log: Path,
@@ -60,7 +60,7 @@ class Zygote:
         opened: Callable[[StoreProcess], None],
         spared: Callable[[int, socket.socket], None],
     ) -> None:
-        self._pump = pump
+        self._loop = loop
         self._tell = tell
         self._lost = lost
         self._opened = opened
@@ -75,7 +75,7 @@ class Zygote:
         self._process, self._socket = spawn.start(
             "autoglm_resume.worker.zygote", [str(os.getpid()), *modules], environment, log
         )
-        pump.watch(self._socket, self._readable)
+        loop.watch(self._socket, self._readable)
 
     @property
     def pid(self) -> int:
@@ -103,7 +103,7 @@ class Zygote:
     def settle(self) -> None:
         """Have it answer for every child that it was asked for."""
         children = {"spare", "store"}
-        self._pump.wait(lambda: self._asked not in children, time.monotonic() + PATIENCE)
+        self._loop.wait(lambda: self._asked not in children, time.monotonic() + PATIENCE)
 
     def fork(self, assignment: Path, ranks: Sequence[int]) -> dict[int, int] | None:
         """Pids of freshly forked ranks; None if the zygote is not or no longer able to."""
@@ -111,7 +111,7 @@ class Zygote:
             return None
         self._reply = None
         self._ask({"op": "fork", "assignment": str(assignment), "ranks": list(ranks)})
-        if not self._pump.wait(lambda: self.state is not State.BUSY, time.monotonic() + PATIENCE):
+        if not self._loop.wait(lambda: self.state is not State.BUSY, time.monotonic() + PATIENCE):
             self.give_up(f"it did not fork within {PATIENCE:.0f} s")
             return None
         if self._reply is None or self._reply["op"] != "forked":
@@ -173,7 +173,7 @@ class Zygote:
 
     def _end(self) -> None:
         self.state, self._asked = State.GONE, ""
-        self._pump.forget(self._socket)
+        self._loop.forget(self._socket)
         self._socket.close()
         self._process.kill()
         self._process.wait()

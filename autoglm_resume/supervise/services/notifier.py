@@ -15,7 +15,7 @@ from autoglm_resume.job.spec import Job
 from autoglm_resume.journal import Event
 from autoglm_resume.protocol.assignment import RUN
 from autoglm_resume.supervise.base import spawn
-from autoglm_resume.supervise.base.event_loop import Pump
+from autoglm_resume.supervise.base.event_loop import EventLoop
 
 FLUSH_SECONDS = 5.0
 """What the end of a run waits for messages that are still under way."""
@@ -46,13 +46,13 @@ class Notifier:
 
     def __init__(
         self,
-        pump: Pump,
+        loop: EventLoop,
         job: Job,
         environment: Mapping[str, str],
         run: Path,
         tell: Callable[..., object],
     ) -> None:
-        self._pump = pump
+        self._loop = loop
         self._targets = [notice.model_dump(mode="json") for notice in job.notify]
         self._about: dict[str, Any] = {"run": str(run), "name": job.name}
         self._cwd = job.workdir
@@ -90,7 +90,7 @@ class Notifier:
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_WR)
         until = time.monotonic() + FLUSH_SECONDS
-        self._pump.wait(lambda: self._socket is None or hurried(), until)
+        self._loop.wait(lambda: self._socket is None or hurried(), until)
         self._starts = 0
         self._end()
 
@@ -108,7 +108,7 @@ class Notifier:
             return
         ours.setblocking(False)
         self._socket = ours
-        self._pump.watch(ours, self._readable)
+        self._loop.watch(ours, self._readable)
         for target in self._targets:
             self._send({"target": target})
         self._send({"about": self._about})
@@ -139,7 +139,7 @@ class Notifier:
 
     def _end(self) -> None:
         if self._socket is not None:
-            self._pump.forget(self._socket)
+            self._loop.forget(self._socket)
             self._socket.close()
             self._socket = None
         process, self._process = self._process, None

@@ -18,7 +18,7 @@ from autoglm_resume.checkpoint.replicas.repair import Restored
 from autoglm_resume.checkpoint.storage.storage import check
 from autoglm_resume.errors import AutoglmError, NoAcceptableCheckpoint
 from autoglm_resume.supervise.base import spawn
-from autoglm_resume.supervise.base.event_loop import Pump
+from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.base.spawn import HOME
 from autoglm_resume.supervise.core.evidence import signal_name
 from autoglm_resume.supervise.ranks.group import STUCK
@@ -53,7 +53,7 @@ class Replicas:
 
     def __init__(
         self,
-        pump: Pump,
+        loop: EventLoop,
         environment: Mapping[str, str],
         root: Path,
         run: str,
@@ -66,7 +66,7 @@ class Replicas:
         """Raises UsageError for a target that can never work, or a missing package."""
         for target in targets:
             check(target)
-        self._pump = pump
+        self._loop = loop
         self._environment = dict(environment)
         self._root = root
         self._run = run
@@ -92,7 +92,7 @@ class Replicas:
 
     def start(self) -> None:
         """Begin to copy what is missing; without targets, nothing happens here or later."""
-        self._pump.cancel(self.start)
+        self._loop.cancel(self.start)
         if not self._targets or self._process is not None:
             return
         known = [str(os.getpid()), str(self._root), self._run, *self._targets]
@@ -104,7 +104,7 @@ class Replicas:
             self._lost(f"it could not be started: {error.strerror}")
             return
         self._socket = ours
-        self._pump.watch(ours, self._readable)
+        self._loop.watch(ours, self._readable)
         self._rounds.clear()
         self._send({"op": "replicate", "number": self._number})
 
@@ -115,12 +115,12 @@ class Replicas:
 
     def close(self) -> None:
         """End the process: whoever starts it again goes on where it stopped."""
-        self._pump.cancel(self.start)
+        self._loop.cancel(self.start)
         self._end()
 
     def _end(self) -> int | None:
         if self._socket is not None:
-            self._pump.forget(self._socket)
+            self._loop.forget(self._socket)
             self._socket.close()
             self._socket = None
         process, self._process = self._process, None
@@ -136,7 +136,7 @@ class Replicas:
             text = f"the replicator is gone ({reason}) and will be started again; see {self._log}"
             self._tell("warning", text=text)
         self._warned = True
-        self._pump.every(RESTART_SECONDS, self.start)
+        self._loop.every(RESTART_SECONDS, self.start)
 
     # What is asked of it
 
@@ -158,7 +158,7 @@ class Replicas:
             return not self._targets
         began = time.monotonic()
         self._ask("flush")
-        self._pump.wait(
+        self._loop.wait(
             lambda: self._process is None or not self._unasked(), time.monotonic() + seconds
         )
         short = [t for t in self._targets if t in self._unasked() or self._failed.get(t, True)]
@@ -186,7 +186,7 @@ class Replicas:
         self.start()
         self._repaired = None
         self._send({"op": "repair", "id": id, "digest": digest})
-        self._pump.wait(
+        self._loop.wait(
             lambda: self._answer(id) is not None or self._process is None or stopped(),
             time.monotonic() + seconds,
         )

@@ -17,7 +17,7 @@ from autoglm_resume.journal import Event
 from autoglm_resume.protocol import saver_messages
 from autoglm_resume.protocol.saver_messages import Closed, Message
 from autoglm_resume.supervise.base import spawn
-from autoglm_resume.supervise.base.event_loop import Pump
+from autoglm_resume.supervise.base.event_loop import EventLoop
 
 DEATHS = 100
 """After which savers are not replaced any more: something is wrong here, and ranks save without."""
@@ -30,7 +30,7 @@ class Savers:
 
     def __init__(
         self,
-        pump: Pump,
+        loop: EventLoop,
         environment: Mapping[str, str],
         name: str,
         count: int,
@@ -39,7 +39,7 @@ class Savers:
         hear: Callable[[int, Event], None],
     ) -> None:
         """`tell` gets what happens to them, `hear` what they say of the saves of a rank."""
-        self._pump = pump
+        self._loop = loop
         self._environment = environment
         self._log = log
         self._tell = tell
@@ -121,7 +121,7 @@ class Savers:
     def close(self) -> None:
         """End them."""
         for process, link in zip(self._processes, self._links, strict=True):
-            self._pump.forget(link)
+            self._loop.forget(link)
             link.close()
             process.kill()
         until = time.monotonic() + PATIENCE
@@ -149,7 +149,7 @@ class Savers:
             ]
             return not waiting or hurried()
 
-        self._pump.wait(answered, until)
+        self._loop.wait(answered, until)
         return self._replies
 
     def _send(self, message: Message, ranks: Collection[int] | None = None) -> set[int]:
@@ -174,7 +174,7 @@ class Savers:
                 elif message["question"] == self._questions:
                     self._replies[rank] = message
         except Closed:
-            self._pump.forget(link)
+            self._loop.forget(link)
             link.close()
             process = self._processes[rank]
             process.wait()
@@ -190,6 +190,6 @@ class Savers:
             self._environment,
             self._log,
         )
-        self._pump.watch(ours, lambda: self._readable(rank, ours))
+        self._loop.watch(ours, lambda: self._readable(rank, ours))
         self._tell_protected(ours)
         return process, ours

@@ -29,7 +29,7 @@ from autoglm_resume.supervise.evidence.collect import (
 from autoglm_resume.supervise.evidence.oom import counters, rise
 from autoglm_resume.supervise.ranks.group import Exit
 from autoglm_resume.supervise.ranks.launcher import AGENT, torchrun_log
-from autoglm_resume.supervise.ranks.observed import Seen
+from autoglm_resume.supervise.ranks.observed import Observed
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def ended(
 
 def collect(task: Assignment, exits: dict[int, Exit], **seen: Any) -> list[RankEvidence]:
     pids = {rank: 1000 + rank for rank in exits}
-    return gather(task, pids, exits, (NEVER, NEVER), Seen(**seen))
+    return gather(task, pids, exits, (NEVER, NEVER), Observed(**seen))
 
 
 def test_a_rank_whose_script_failed_first_is_the_one_though_we_killed_its_process(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from autoglm_resume.linux import DirectoryWatch
-from autoglm_resume.supervise.base.event_loop import Pump
+from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.evidence import stacks
 from autoglm_resume.supervise.ranks.group import Group
 
@@ -56,12 +56,12 @@ dream()
 
 
 @pytest.fixture
-def watched(tmp_path: Path) -> Iterator[tuple[Pump, Group]]:
-    pump, watch = Pump(), DirectoryWatch()
+def watched(tmp_path: Path) -> Iterator[tuple[EventLoop, Group]]:
+    loop, watch = EventLoop(), DirectoryWatch()
     watch.add(tmp_path)
-    pump.watch(watch, lambda: list(watch.changed()) and None)
-    group = Group(pump, lambda *_: None)
-    yield pump, group
+    loop.watch(watch, lambda: list(watch.changed()) and None)
+    group = Group(loop, lambda *_: None)
+    yield loop, group
     group.stop(0.0)
     watch.close()
 
@@ -69,9 +69,9 @@ def watched(tmp_path: Path) -> Iterator[tuple[Pump, Group]]:
 @pytest.mark.parametrize("how", ["time.sleep(1000)", "sum(range(10**13))"])
 @pytest.mark.parametrize("stopped", [False, True])
 def test_ranks_tell_where_they_sleep_hold_the_lock_or_are_stopped(
-    watched: tuple[Pump, Group], tmp_path: Path, how: str, stopped: bool
+    watched: tuple[EventLoop, Group], tmp_path: Path, how: str, stopped: bool
 ) -> None:
-    pump, group = watched
+    loop, group = watched
     (tmp_path / "dreams.py").write_text(SLEEPS.format(how))
     command = [sys.executable, "-m", "dreams", str(tmp_path / "0")]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE)
@@ -80,7 +80,7 @@ def test_ranks_tell_where_they_sleep_hold_the_lock_or_are_stopped(
     group.add(0, process.pid)
     if stopped:
         group.signal(0, 19)
-    found = stacks.collect(pump, group, [0], lambda rank: tmp_path / str(rank))
+    found = stacks.collect(loop, group, [0], lambda rank: tmp_path / str(rank))
     place, _, function = found[0][0].rpartition(":")
     assert place == str(tmp_path / "dreams.py")
     assert function in ("5 in dream", "6 in dream")  # it may be printing still
@@ -89,13 +89,13 @@ def test_ranks_tell_where_they_sleep_hold_the_lock_or_are_stopped(
 
 
 def test_one_that_does_not_answer_is_not_waited_for_long(
-    watched: tuple[Pump, Group], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    watched: tuple[EventLoop, Group], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pump, group = watched
+    loop, group = watched
     monkeypatch.setattr(stacks, "PATIENCE", 0.05)
     process = subprocess.Popen(["env", "--ignore-signal", "sleep", "1000"])
     group.add(0, process.pid)
-    assert stacks.collect(pump, group, [0], lambda rank: tmp_path / "none") == {}
+    assert stacks.collect(loop, group, [0], lambda rank: tmp_path / "none") == {}
 
 
 def test_only_files_in_which_nothing_stands_are_removed(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from autoglm_resume.supervise.base.gpu_exclusion import VISIBLE, excluding, with
 from autoglm_resume.supervise.base.run_directory import RunDirectory
 from autoglm_resume.supervise.core.checks import Gpu
 from autoglm_resume.supervise.preflight import collective_round, nvml, preflight
-from autoglm_resume.supervise.preflight.preflight import Readiness
+from autoglm_resume.supervise.preflight.preflight import Preflight
 from tests.observe.runs import checkpoint, directory, killed_once
 
 
@@ -35,7 +35,7 @@ class Asked:
             }
         )
         self.told: list[str] = []
-        self.ready = Readiness(self.run, self.job, self.tell)
+        self.ready = Preflight(self.run, self.job, self.tell)
 
     def tell(self, event: str, /, text: str) -> None:
         assert event == "warning"
@@ -88,7 +88,7 @@ def test_a_gpu_that_was_left_out_is_not_asked_again(
     whole = asked.job.model_copy(update={"nproc_per_node": 3})
     smaller = without(whole, [excluding(whole, 1)])
     for job in (whole, smaller):
-        ready = Readiness(asked.run, job, asked.tell)
+        ready = Preflight(asked.run, job, asked.tell)
         ready.begin()
         with contextlib.nullcontext() if job is smaller else pytest.raises(UsageError):
             ready.before(Store(asked.checkpoints), None)

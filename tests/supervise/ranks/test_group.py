@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from autoglm_resume.errors import Unkillable
-from autoglm_resume.supervise.base.event_loop import Pump
+from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.ranks.group import Exit, Group
 
 Start = Callable[[str], int]
@@ -48,8 +48,8 @@ def ends() -> list[tuple[int, Exit]]:
 
 
 @pytest.fixture
-def group(pump: Pump, ends: list[tuple[int, Exit]]) -> Group:
-    return Group(pump, lambda rank, how: ends.append((rank, how)))
+def group(loop: EventLoop, ends: list[tuple[int, Exit]]) -> Group:
+    return Group(loop, lambda rank, how: ends.append((rank, how)))
 
 
 def soon() -> float:
@@ -69,11 +69,11 @@ def soon() -> float:
     ],
 )
 def test_an_exit_is_the_true_one(
-    group: Group, pump: Pump, start: Start, code: str, expected: tuple[int | None, int | None]
+    group: Group, loop: EventLoop, start: Start, code: str, expected: tuple[int | None, int | None]
 ) -> None:
     began = time.monotonic()
     group.add(4, start(code))
-    assert pump.wait(lambda: not group.alive, soon())
+    assert loop.wait(lambda: not group.alive, soon())
     how = group.exits[4]
     assert (how.code, how.signal) == expected
     assert not how.by_us
@@ -81,14 +81,14 @@ def test_an_exit_is_the_true_one(
 
 
 def test_exits_keep_their_order_and_are_told_once(
-    group: Group, pump: Pump, start: Start, ends: list[tuple[int, Exit]]
+    group: Group, loop: EventLoop, start: Start, ends: list[tuple[int, Exit]]
 ) -> None:
     for rank in range(3):
         group.add(rank, start(QUIET))
     assert group.alive == [0, 1, 2]
     for rank in (2, 0, 1):
         group.signal(rank, signal.SIGKILL)
-        assert pump.wait(lambda rank=rank: rank not in group.alive, soon())  # type: ignore[misc]
+        assert loop.wait(lambda rank=rank: rank not in group.alive, soon())  # type: ignore[misc]
     assert [(rank, how.order) for rank, how in ends] == [(2, 0), (0, 1), (1, 2)]
     group.signal(0, signal.SIGKILL)
     assert group.alive == []
@@ -158,16 +158,16 @@ def test_who_lingers_too_long_is_killed(group: Group, start: Start) -> None:
     assert group.exits[-1].signal == signal.SIGKILL
 
 
-def test_an_exit_before_the_stop_is_not_ours(group: Group, pump: Pump, start: Start) -> None:
+def test_an_exit_before_the_stop_is_not_ours(group: Group, loop: EventLoop, start: Start) -> None:
     group.add(0, start("raise SystemExit(3)"))
-    assert pump.wait(lambda: not group.alive, soon())
+    assert loop.wait(lambda: not group.alive, soon())
     group.add(1, start(QUIET))
     group.stop(0.0)
     assert (group.exits[0].by_us, group.exits[1].by_us) == (False, True)
 
 
 def test_a_process_that_is_not_ours_is_watched_without_its_code(
-    group: Group, pump: Pump, start: Start, tmp_path: Path
+    group: Group, loop: EventLoop, start: Start, tmp_path: Path
 ) -> None:
     middle = subprocess.Popen(
         [
@@ -185,13 +185,13 @@ def test_a_process_that_is_not_ours_is_watched_without_its_code(
     group.add(0, int(middle.stdout.readline()))
     assert group.alive == [0]
     print(file=middle.stdin, flush=True)
-    assert pump.wait(lambda: not group.alive, soon())
+    assert loop.wait(lambda: not group.alive, soon())
     assert (group.exits[0].code, group.exits[0].signal) == (None, None)
     middle.communicate("\n")
 
 
 def test_a_process_that_is_gone_already_has_ended(
-    group: Group, ends: list[tuple[int, Exit]], pump: Pump
+    group: Group, ends: list[tuple[int, Exit]], loop: EventLoop
 ) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
@@ -204,13 +204,13 @@ def descriptors() -> set[str]:
     return {path.name for path in Path("/proc/self/fd").iterdir()}
 
 
-def test_no_descriptor_is_left_open(pump: Pump, start: Start) -> None:
+def test_no_descriptor_is_left_open(loop: EventLoop, start: Start) -> None:
     before = descriptors()
-    group = Group(pump, lambda *_: None)
+    group = Group(loop, lambda *_: None)
     pid = start("pass")
     opened = descriptors()
     group.add(0, pid)
-    assert pump.wait(lambda: not group.alive, soon())
+    assert loop.wait(lambda: not group.alive, soon())
     assert descriptors() == opened
     assert before <= opened
 

@@ -14,7 +14,7 @@ from autoglm_resume.protocol.heartbeats import Board, Phase, Pulse
 from autoglm_resume.supervise.core.history import added
 from autoglm_resume.supervise.core.liveness import Limits
 from autoglm_resume.supervise.ranks import hang_detector
-from autoglm_resume.supervise.ranks.hang_detector import Vigil
+from autoglm_resume.supervise.ranks.hang_detector import HangDetector
 
 SECOND = 10**9
 LIMITS = Limits(300.0, 900.0)
@@ -58,7 +58,7 @@ def busy() -> Iterator[int]:
     process.wait()
 
 
-def minutes(watch: Vigil, pids: dict[int, int], upto: float) -> list[int]:
+def minutes(watch: HangDetector, pids: dict[int, int], upto: float) -> list[int]:
     """Look as often as a supervisor would, `upto` seconds from now on; the first ranks that hang.
 
     Only the clock is not the real one.
@@ -75,20 +75,20 @@ def test_ranks_that_fall_silent_in_a_pass_are_seen_by_what_is_usual(
     board: Board, idle: int
 ) -> None:
     pids = {0: idle, 1: idle}
-    watch = Vigil(board, LIMITS, USUAL)
+    watch = HangDetector(board, LIMITS, USUAL)
     assert minutes(watch, pids, 60) == [0, 1]
     # Had they gone on by themselves, the next attempt must not end them again so soon.
     taught = added(USUAL, watch.silences())
-    assert minutes(Vigil(board, LIMITS, taught), pids, 200) == []
-    assert minutes(Vigil(board, LIMITS, {}), pids, 299) == []
-    assert minutes(Vigil(board, LIMITS, {}), pids, 310) == [0, 1]
+    assert minutes(HangDetector(board, LIMITS, taught), pids, 200) == []
+    assert minutes(HangDetector(board, LIMITS, {}), pids, 299) == []
+    assert minutes(HangDetector(board, LIMITS, {}), pids, 310) == [0, 1]
 
 
 def test_only_ranks_that_live_can_hang_or_be_waited_for(
     board: Board, pulses: list[Pulse], idle: int
 ) -> None:
     pulses[0].phase(Phase.BACKWARD)
-    assert minutes(Vigil(board, LIMITS, USUAL), {0: idle}, 60) == [0]
+    assert minutes(HangDetector(board, LIMITS, USUAL), {0: idle}, 60) == [0]
 
 
 def test_between_steps_a_busy_rank_is_left_alone_and_an_idle_one_is_not(
@@ -99,9 +99,9 @@ def test_between_steps_a_busy_rank_is_left_alone_and_an_idle_one_is_not(
     # The simulated minutes pass in an instant, in which nobody can use much of a processor.
     monkeypatch.setattr(hang_detector, "CPU_NOISE", -1.0)
     monkeypatch.setattr(hang_detector, "IDLE_SHARE", 0.0)
-    assert minutes(Vigil(board, LIMITS, USUAL), {0: busy, 1: busy}, 250) == []
+    assert minutes(HangDetector(board, LIMITS, USUAL), {0: busy, 1: busy}, 250) == []
     monkeypatch.setattr(hang_detector, "CPU_NOISE", 1e9)
-    assert minutes(Vigil(board, LIMITS, USUAL), {0: idle, 1: idle}, 60) == [0, 1]
+    assert minutes(HangDetector(board, LIMITS, USUAL), {0: idle, 1: idle}, 60) == [0, 1]
 
 
 def test_a_stopped_process_is_seen_wherever_it_is(
@@ -112,13 +112,13 @@ def test_a_stopped_process_is_seen_wherever_it_is(
     os.kill(idle, signal.SIGSTOP)
     while hang_detector.machine.state(idle) != "stopped":
         pass
-    assert 1 in minutes(Vigil(board, LIMITS, USUAL), {0: os.getpid(), 1: idle}, 3)
+    assert 1 in minutes(HangDetector(board, LIMITS, USUAL), {0: os.getpid(), 1: idle}, 3)
 
 
 def test_a_machine_that_stood_still_blames_nobody(
     board: Board, pulses: list[Pulse], idle: int
 ) -> None:
-    watch = Vigil(board, LIMITS, USUAL)
+    watch = HangDetector(board, LIMITS, USUAL)
     later = time.monotonic() + 3600
     assert watch.look(later, {0: idle, 1: idle}) == []
     assert watch.look(later + 0.5, {0: idle, 1: idle}) == []
@@ -128,7 +128,7 @@ def test_time_spent_waiting_for_another_rank_is_not_remembered_as_ones_own(
     board: Board, pulses: list[Pulse], busy: int
 ) -> None:
     pulses[0].phase(Phase.BACKWARD)  # rank 1 is still in its forward pass, or evaluates
-    watch = Vigil(board, LIMITS, {})
+    watch = HangDetector(board, LIMITS, {})
     assert minutes(watch, {0: busy, 1: busy}, 20) == []
     board.gaps[0].add(int(Phase.BACKWARD), 20 * SECOND)
     board.gaps[1].add(int(Phase.FORWARD), 20 * SECOND)
@@ -138,7 +138,7 @@ def test_time_spent_waiting_for_another_rank_is_not_remembered_as_ones_own(
 
 
 def test_a_slow_rank_is_told_once(board: Board, pulses: list[Pulse]) -> None:
-    watch = Vigil(board, LIMITS, {})
+    watch = HangDetector(board, LIMITS, {})
     assert watch.find_stragglers(0.0, 1) == {}
     for rank, own in ((0, 1), (1, 3)):
         board.gaps[rank].add(int(Phase.FORWARD), own * SECOND)

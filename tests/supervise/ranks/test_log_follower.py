@@ -10,18 +10,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autoglm_resume.journal import encode, stamped
-from autoglm_resume.supervise.base.event_loop import Pump
-from autoglm_resume.supervise.ranks.log_follower import AT_ONCE, LONGEST_LINE, Follower
+from autoglm_resume.supervise.base.event_loop import EventLoop
+from autoglm_resume.supervise.ranks.log_follower import AT_ONCE, LONGEST_LINE, LogFollower
 
 
 class Heard:
     """A follower of a directory and everything it has said."""
 
-    def __init__(self, pump: Pump, directory: Path) -> None:
+    def __init__(self, loop: EventLoop, directory: Path) -> None:
         self.lines: list[tuple[int, str]] = []
         self.events: list[tuple[int, str]] = []
-        self.follower = Follower(
-            pump,
+        self.follower = LogFollower(
+            loop,
             directory,
             lambda rank, text: self.lines.append((rank, text)),
             lambda rank, event: self.events.append((rank, event["event"])),
@@ -29,8 +29,8 @@ class Heard:
 
 
 @pytest.fixture
-def heard(pump: Pump, tmp_path: Path) -> Iterator[Heard]:
-    return Heard(pump, tmp_path)
+def heard(loop: EventLoop, tmp_path: Path) -> Iterator[Heard]:
+    return Heard(loop, tmp_path)
 
 
 def soon() -> float:
@@ -43,14 +43,14 @@ def append(path: Path, data: bytes) -> None:
 
 
 def test_lines_and_events_come_as_they_are_written(
-    heard: Heard, pump: Pump, tmp_path: Path
+    heard: Heard, loop: EventLoop, tmp_path: Path
 ) -> None:
     append(tmp_path / "rank-12.log", b"hello\n")
-    assert pump.wait(lambda: len(heard.lines) == 1, soon())
+    assert loop.wait(lambda: len(heard.lines) == 1, soon())
     append(tmp_path / "rank-0.events.jsonl", encode(stamped("saved", {})))
-    assert pump.wait(lambda: len(heard.events) == 1, soon())
+    assert loop.wait(lambda: len(heard.events) == 1, soon())
     append(tmp_path / "rank-12.log", b"again\r\n")
-    assert pump.wait(lambda: len(heard.lines) == 2, soon())
+    assert loop.wait(lambda: len(heard.lines) == 2, soon())
     heard.follower.close()
     assert heard.lines == [(12, "hello"), (12, "again")]
     assert heard.events == [(0, "saved")]
@@ -140,10 +140,10 @@ def test_a_line_without_end_is_cut_and_does_not_fill_the_memory(
     cuts=st.lists(st.integers(0, 400), max_size=8),
 )
 def test_however_writes_are_cut_every_line_comes_once_and_whole(
-    pump: Pump, tmp_path_factory: pytest.TempPathFactory, lines: list[str], cuts: list[int]
+    loop: EventLoop, tmp_path_factory: pytest.TempPathFactory, lines: list[str], cuts: list[int]
 ) -> None:
     directory = tmp_path_factory.mktemp("cut")
-    heard = Heard(pump, directory)
+    heard = Heard(loop, directory)
     data = "".join(line + "\n" for line in lines).encode()
     places = sorted({0, len(data), *(min(cut, len(data)) for cut in cuts)})
     for start, end in itertools.pairwise(places):

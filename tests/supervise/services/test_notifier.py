@@ -19,7 +19,7 @@ import pytest
 from autoglm_resume.job.spec import Job
 from autoglm_resume.messenger import process
 from autoglm_resume.observe.pure.notify import Message
-from autoglm_resume.supervise.base.event_loop import Pump
+from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.services.notifier import FLUSH_SECONDS, Notifier
 
 PATIENCE = 30.0
@@ -68,7 +68,9 @@ def server() -> Iterator[Server]:
 class Told:
     """A notifier, and what it told the journal."""
 
-    def __init__(self, directory: Path, pump: Pump, *targets: dict[str, Any], **env: str) -> None:
+    def __init__(
+        self, directory: Path, loop: EventLoop, *targets: dict[str, Any], **env: str
+    ) -> None:
         self.journal: list[dict[str, Any]] = []
         self.log = directory / "notify.log"
         job = Job.model_validate(
@@ -77,7 +79,7 @@ class Told:
                 **{"run_dir": directory, "checkpoint": {"dir": directory}, "notify": targets},
             }
         )
-        self.notifier = Notifier(pump, job, {**os.environ, **env}, directory, self.tell)
+        self.notifier = Notifier(loop, job, {**os.environ, **env}, directory, self.tell)
         self.notifier.start("r1")
 
     def tell(self, event: str, /, **fields: Any) -> None:
@@ -95,11 +97,11 @@ class Told:
 
 
 @pytest.fixture
-def told(tmp_path: Path, pump: Pump) -> Iterator[Any]:
+def told(tmp_path: Path, loop: EventLoop) -> Iterator[Any]:
     made: list[Told] = []
 
     def make(*targets: dict[str, Any], **env: str) -> Told:
-        made.append(Told(tmp_path, pump, *targets, **env))
+        made.append(Told(tmp_path, loop, *targets, **env))
         return made[-1]
 
     yield make
@@ -293,12 +295,12 @@ def test_a_supervisor_that_dies_is_told(told: Any, server: Server) -> None:
 
 
 def test_a_process_that_was_killed_is_started_again_for_the_next_message(
-    told: Any, server: Server, pump: Pump
+    told: Any, server: Server, loop: EventLoop
 ) -> None:
     run = told({"webhook": server.url})
     (pid,) = run.notifier.pids
     os.kill(pid, 9)
-    assert pump.wait(lambda: not run.notifier.pids, time.monotonic() + PATIENCE)
+    assert loop.wait(lambda: not run.notifier.pids, time.monotonic() + PATIENCE)
     run.fail()
     assert run.notifier.pids != {pid}
     assert server.got.get(timeout=PATIENCE)["event"] == "failed"

@@ -24,7 +24,7 @@ from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.part_writer import Saver
 from autoglm_resume.errors import NoAcceptableCheckpoint, UsageError
 from autoglm_resume.linux import DirectoryWatch
-from autoglm_resume.supervise.base.event_loop import Pump
+from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.ranks.fault_injector import flip_a_bit
 from autoglm_resume.supervise.services import replicator
 from autoglm_resume.supervise.services.replicator import Replicas, restore
@@ -36,10 +36,10 @@ PATIENCE = 60.0
 class Watched:
     """The checkpoints of a run, the handle on its replicator, and what it told the journal."""
 
-    def __init__(self, directory: Path, pump: Pump) -> None:
+    def __init__(self, directory: Path, loop: EventLoop) -> None:
         self.store = Store(directory / "checkpoints")
         self.log = directory / "replicator.log"
-        self.pump = pump
+        self.loop = loop
         self.told: list[tuple[str, dict[str, Any]]] = []
         self.replicas: Replicas
         self._saver = Saver(self.store, Options(compress="off"))
@@ -47,7 +47,7 @@ class Watched:
 
     def start(self, *targets: str, policy: Any = "local") -> None:
         self.replicas = Replicas(
-            self.pump,
+            self.loop,
             os.environ,
             self.store.root,
             RUN,
@@ -74,7 +74,7 @@ class Watched:
         def found() -> list[dict[str, Any]]:
             return [f for f in self.heard(event) if expected.items() <= f.items()]
 
-        came = self.pump.wait(lambda: len(found()) >= count, time.monotonic() + PATIENCE)
+        came = self.loop.wait(lambda: len(found()) >= count, time.monotonic() + PATIENCE)
         assert came, f"{event} {expected}: {self.told}\n{self.log.read_text()}"
         return found()[count - 1]
 
@@ -83,8 +83,8 @@ class Watched:
 
 
 @pytest.fixture
-def run(tmp_path: Path, pump: Pump) -> Iterator[Watched]:
-    watched = Watched(tmp_path, pump)
+def run(tmp_path: Path, loop: EventLoop) -> Iterator[Watched]:
+    watched = Watched(tmp_path, loop)
     yield watched
     watched.replicas.close()
     assert not watched.replicas.pids
@@ -170,12 +170,12 @@ def test_a_checkpoint_counts_when_as_many_copies_are_there_as_the_job_asks(
 
 
 def test_what_earlier_events_say_counts_before_a_replica_can_be_asked(
-    pump: Pump, tmp_path: Path
+    loop: EventLoop, tmp_path: Path
 ) -> None:
     id = checkpoint_id(10, "a0")
     target = str(tmp_path / "missing")
     handle = Replicas(
-        pump, {}, tmp_path, RUN, [target], "all", tmp_path / "log", print, {target: [id]}
+        loop, {}, tmp_path, RUN, [target], "all", tmp_path / "log", print, {target: [id]}
     )
     assert handle.counts(id)
 
@@ -197,9 +197,9 @@ class TestTroubles:
         s3.start("--bwlimit", "40M")
         changes = DirectoryWatch()
         changes.add(directory)
-        run.pump.watch(changes, lambda: list(changes.changed()) and None)
+        run.loop.watch(changes, lambda: list(changes.changed()) and None)
         run.start(s3.url)
-        assert run.pump.wait(lambda: bool(sent()), time.monotonic() + PATIENCE)
+        assert run.loop.wait(lambda: bool(sent()), time.monotonic() + PATIENCE)
         s3.stop()
         before = sent()
         assert 0 < len(before) < 3
@@ -291,11 +291,11 @@ class TestTroubles:
     def test_it_dies_with_its_supervisor(self, tmp_path: Path, directory: Path) -> None:
         code = f"""
 import os, pathlib
-from autoglm_resume.supervise.base.event_loop import Pump
+from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.services.replicator import Replicas
 root = pathlib.Path({str(tmp_path)!r})
 handle = Replicas(
-    Pump(), os.environ, root / "checkpoints", "run", [{str(directory)!r}], "local",
+    EventLoop(), os.environ, root / "checkpoints", "run", [{str(directory)!r}], "local",
     root / "log", lambda event, **fields: None,
 )
 handle.start()
@@ -311,10 +311,10 @@ os.kill(os.getpid(), 9)
             os.close(fd)
 
     def test_a_target_that_can_never_work_is_refused_before_anything_starts(
-        self, pump: Pump, tmp_path: Path
+        self, loop: EventLoop, tmp_path: Path
     ) -> None:
         with pytest.raises(UsageError, match="expected an absolute path"):
-            Replicas(pump, {}, tmp_path, RUN, ["relative"], "local", tmp_path / "log", print)
+            Replicas(loop, {}, tmp_path, RUN, ["relative"], "local", tmp_path / "log", print)
 
 
 class TestRepair:

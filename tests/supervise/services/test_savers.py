@@ -21,7 +21,7 @@ from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write import chunk_ownership
 from autoglm_resume.checkpoint.write.part_writer import Saver
 from autoglm_resume.protocol.assignment import Checkpointing
-from autoglm_resume.supervise.base.event_loop import Pump
+from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.services import savers as module
 from autoglm_resume.supervise.services.savers import Savers
 from autoglm_resume.worker.saving.saver_client import NoSaver, SaverClient
@@ -33,14 +33,14 @@ RANKS = 2
 class Run:
     """The savers of a run, and what they told."""
 
-    def __init__(self, directory: Path, pump: Pump) -> None:
-        self.directory, self.pump = directory, pump
+    def __init__(self, directory: Path, loop: EventLoop) -> None:
+        self.directory, self.loop = directory, loop
         self.store = Store(directory / "ckpt")
         self.log = directory / "savers.log"
         self.told: list[tuple[str, dict[str, Any]]] = []
         self.heard: list[journal.Event] = []
         self.savers = Savers(
-            pump,
+            loop,
             dict(os.environ),
             f"test-{directory.name}",
             RANKS,
@@ -64,7 +64,7 @@ class Run:
         self.savers.settle(self.store, timeout, hurried)
 
     def wait_for(self, event: str) -> dict[str, Any]:
-        assert self.pump.wait(lambda: event in dict(self.told), time.monotonic() + 60)
+        assert self.loop.wait(lambda: event in dict(self.told), time.monotonic() + 60)
         return dict(self.told)[event]
 
     def events(self, rank: int, kind: str) -> list[journal.Event]:
@@ -75,8 +75,8 @@ class Run:
 
 
 @pytest.fixture
-def run(tmp_path: Path, pump: Pump) -> Iterator[Run]:
-    made = Run(tmp_path, pump)
+def run(tmp_path: Path, loop: EventLoop) -> Iterator[Run]:
+    made = Run(tmp_path, loop)
     yield made
     made.savers.close()
     assert made.log.read_text() == ""
@@ -236,8 +236,8 @@ def test_a_saver_that_does_not_answer_is_not_waited_for_for_ever(
     run.settle()
 
 
-def test_none_is_left_when_they_are_closed(tmp_path: Path, pump: Pump) -> None:
-    run = Run(tmp_path, pump)
+def test_none_is_left_when_they_are_closed(tmp_path: Path, loop: EventLoop) -> None:
+    run = Run(tmp_path, loop)
     run.rank(0)
     processes = run.processes()
     before = set(Path("/dev/shm").iterdir())
