@@ -21,7 +21,13 @@ from autoglm_resume.supervise.base.gpu_exclusion import VISIBLE, without
 from autoglm_resume.supervise.base.run_directory import RunDirectory
 from autoglm_resume.supervise.core.checks import Check, Facts, Needs, judge, judge_system
 from autoglm_resume.supervise.core.history import recall
-from autoglm_resume.supervise.preflight import collective_round, leftovers, nvml, preflight, system
+from autoglm_resume.supervise.preflight import (
+    collective_round,
+    gpu_probe,
+    leftovers,
+    preflight,
+    system,
+)
 from autoglm_resume.supervise.preflight.storage_probe import StorageProbe
 
 Verdict = Literal["ok", "warning", "wrong", "unknown"]
@@ -49,7 +55,7 @@ def examine(job: Job | None) -> list[Finding]:
         job = without(job, recall(run.events()).excluded)
     env = _environment(job)
     checks = list(judge_system(system.look(env)))
-    looked, driver = nvml.look(
+    looked, driver = gpu_probe.look(
         lambda pid: run is not None and run.exists and leftovers.belongs(pid, run.path),
         env.get(VISIBLE),
     )

@@ -11,7 +11,7 @@ import os
 import signal
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from autoglm_resume.checkpoint.format.options import Options
 from autoglm_resume.checkpoint.store.retention import Keep
@@ -42,6 +42,14 @@ class Source:
     def from_json(cls, data: dict[str, Any]) -> Source:
         """What `dataclasses.asdict` made of it."""
         return cls(**{**data, "args": tuple(data["args"])})
+
+
+class Endpoint(NamedTuple):
+    """Where the ranks of an attempt meet."""
+
+    port: int
+    served: bool
+    """Whether a store listens there already; otherwise rank 0 has to open one."""
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 from autoglm_resume.checkpoint.write.in_memory import Sealed
-from autoglm_resume.job.spec import Job
 from autoglm_resume.journal import Event
-from autoglm_resume.supervise.attempt import hurried
-from autoglm_resume.supervise.base.assign import environment
-from autoglm_resume.supervise.base.event_loop import EventLoop
+from autoglm_resume.supervise.base.context import RunContext
 from autoglm_resume.supervise.core.history import History
 from autoglm_resume.supervise.gate import Gatekeeper
 from autoglm_resume.supervise.services.replicator import FLUSH_SECONDS, Replicas
@@ -27,29 +22,26 @@ class Persistence:
 
     def __init__(
         self,
-        loop: EventLoop,
-        job: Job,
-        directory: Path,
+        context: RunContext,
         run_id: str,
-        world_size: int,
         gate: Gatekeeper,
         past: History,
-        stops: Sequence[signal.Signals],
-        tell: Callable[..., object],
         hear: Callable[[int, Event], None],
     ) -> None:
-        """`tell` gets what happens to them, `hear` what a saver says of the saves of a rank."""
-        self._job = job
+        """`hear` gets what a saver says of the saves of a rank."""
+        loop, environment, tell = context.loop, context.environment, context.tell
+        directory = context.run.path
+        self._job = job = context.job
         self._gate = gate
-        self._stops = stops
+        self._stops = context.stops
         self._tell = tell
         self._savers: Savers | None = None
         if job.checkpoint.memory:
             log = directory / "savers.log"
-            self._savers = Savers(loop, environment(job), run_id, world_size, log, tell, hear)
+            self._savers = Savers(loop, environment, run_id, context.world_size, log, tell, hear)
         self._replicas = Replicas(
             loop,
-            environment(job),
+            environment,
             gate.store.root,
             run_id,
             job.checkpoint.replicas,
@@ -79,9 +71,7 @@ class Persistence:
         if self._savers is None:
             return None
         timeout = self._job.checkpoint.timeout
-        return self._savers.settle(
-            self._gate.store, timeout, lambda: hurried(self._stops), from_memory
-        )
+        return self._savers.settle(self._gate.store, timeout, self._stops.hurried, from_memory)
 
     def work_on(self) -> None:
         """The ranks train: nothing is in the savers' way any more."""
@@ -96,7 +86,7 @@ class Persistence:
         """At the end: copy what is left, and say so if the last checkpoint does not count."""
         policy = self._job.checkpoint.commit
         patience = FLUSH_SECONDS if policy == "local" else COMMIT_SECONDS
-        self._replicas.flush(0.0 if hurried(self._stops) else patience)
+        self._replicas.flush(0.0 if self._stops.hurried() else patience)
         newest = self._gate.store.latest()
         if newest is not None and not self._replicas.counts(newest.name):
             text = (
@@ -124,4 +114,4 @@ class Persistence:
             self._savers.protect(self._replicas.protected(self._gate.present()))
 
     def _repair(self, id: str, digest: str | None) -> list[str]:
-        return self._replicas.repair(id, digest, lambda: bool(self._stops))
+        return self._replicas.repair(id, digest, self._stops.asked)

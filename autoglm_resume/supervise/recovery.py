@@ -7,7 +7,6 @@ import os
 import random
 import socket
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from autoglm_resume.errors import AutoglmError, CheckpointError
 from autoglm_resume.job.spec import Job
 from autoglm_resume.job.units import format_duration
 from autoglm_resume.supervise.attempt import Outcome
-from autoglm_resume.supervise.base.event_loop import EventLoop
+from autoglm_resume.supervise.base.context import RunContext
 from autoglm_resume.supervise.base.gpu_exclusion import can_shrink
 from autoglm_resume.supervise.core import policy
 from autoglm_resume.supervise.core.history import History
@@ -27,23 +26,16 @@ from autoglm_resume.supervise.storage_wait import StorageWait
 class Answering:
     """The failures of a run, those of earlier lives included, and the answers to them."""
 
-    def __init__(
-        self,
-        job: Job,
-        past: History,
-        loop: EventLoop,
-        stops: Sequence[object],
-        tell: Callable[..., object],
-    ) -> None:
-        self._job = job
-        self._loop = loop
-        self._stops = stops
-        self._tell = tell
+    def __init__(self, context: RunContext, past: History) -> None:
+        self._job = job = context.job
+        self._loop = loop = context.loop
+        self._stops = context.stops
+        self._tell = context.tell
         self._ended = list(past.ended)
         self._pending = past.pending
         self._rules = rules(job)
         self._store = Store(Path(job.checkpoint.dir))
-        self._watch = StorageWait(loop, [self._store.root, Path(job.run_dir)], lambda: bool(stops))
+        self._watch = StorageWait(loop, [self._store.root, Path(job.run_dir)], self._stops.asked)
         self.failures = past.failures
         """Of all attempts ever."""
         self.in_trouble = False
@@ -79,7 +71,7 @@ class Answering:
         if isinstance(decision, policy.GiveUp):
             return decision
         if not isinstance(decision, policy.Pause):
-            self._loop.wait(lambda: bool(self._stops), time.monotonic() + decision.delay)
+            self._loop.wait(self._stops.asked, time.monotonic() + decision.delay)
             return None
         return self._pause(decision.until, decision.longest)
 
@@ -104,7 +96,7 @@ class Answering:
         left = policy.remaining(pending.delay, pending.since, time.time())
         if left:
             self._tell("waiting", seconds=left, reason=pending.reason)
-            self._loop.wait(lambda: bool(self._stops), time.monotonic() + left)
+            self._loop.wait(self._stops.asked, time.monotonic() + left)
         return None
 
     def _pause(self, until: str, longest: float) -> policy.GiveUp | None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 import shlex
 import shutil
-import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from autoglm_resume.checkpoint.format.manifest import age
 from autoglm_resume.checkpoint.storage import storage
@@ -19,19 +18,17 @@ from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import AutoglmError, NoAcceptableCheckpoint, UsageError
 from autoglm_resume.job.load import from_snapshot
 from autoglm_resume.job.spec import Job, dump, shown
-from autoglm_resume.protocol.assignment import ASSIGNMENT, shared_environment
+from autoglm_resume.protocol.assignment import Endpoint, shared_environment
 from autoglm_resume.supervise.base.assign import assignment, world_size
+from autoglm_resume.supervise.base.context import Presenter
 from autoglm_resume.supervise.base.gpu_exclusion import without
 from autoglm_resume.supervise.base.machine import check_directory
 from autoglm_resume.supervise.base.run_directory import RunDirectory, locked_checkpoints
 from autoglm_resume.supervise.core import drill, history
 from autoglm_resume.supervise.gate import Gatekeeper
 from autoglm_resume.supervise.preflight.preflight import require_storage
-from autoglm_resume.supervise.ranks.launcher import Endpoint, torchrun_command
+from autoglm_resume.supervise.ranks.launchers import LAUNCHERS
 from autoglm_resume.supervise.supervisor import Supervisor
-
-if TYPE_CHECKING:  # a presenter is handed in; this layer does not depend on it
-    from autoglm_resume.observe.live import Screen
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class Plan:
 
 def start(
     job: Job,
-    screen: Screen,
+    screen: Presenter,
     fresh: bool = False,
     drills: Sequence[str] = (),
     branch_from: int | None = None,
@@ -99,7 +96,7 @@ def start(
             past, ordered, branch_from = history.recall(run.events()), (), None
 
 
-def resume(directory: Path, screen: Screen, branch_from: int | None = None) -> int:
+def resume(directory: Path, screen: Presenter, branch_from: int | None = None) -> int:
     """Continue a run from its directory alone, or say that it is finished. Idempotent.
 
     `branch_from`: see `start`.
@@ -139,13 +136,10 @@ def plan(job: Job, *, fresh: bool = False, drills: Sequence[str] = ()) -> Plan:
             code, outlook = error.exit_code, f"exit {error.exit_code}: {error.message}"
     endpoint = Endpoint(int(job.env.get("MASTER_PORT", 0)), served=True)
     task = assignment(job, run, past.run_id or "new", past.attempts, endpoint, None, "")
-    torchrun = job.launcher == "torchrun"
-    ranks = {**job.env, ASSIGNMENT: str(task.path)} if torchrun else task.rank_environment(0)
-    if not torchrun and not endpoint.port:
-        ranks["MASTER_PORT"] = "(a free port, chosen at every start)"
+    command, ranks = LAUNCHERS[job.launcher].preview(job, task)
     return Plan(
         shown(job),
-        torchrun_command(task) if torchrun else _command(job),
+        command,
         {**shared_environment(world_size(job)), **ranks},
         choice.verdicts,
         accepted.id if accepted else None,
@@ -157,11 +151,6 @@ def plan(job: Job, *, fresh: bool = False, drills: Sequence[str] = ()) -> Plan:
 
 def _ignore(event: str, /, **fields: Any) -> None:
     """A plan leaves no trace in the journal."""
-
-
-def _command(job: Job) -> list[str]:
-    what = ["-m", str(job.module)] if job.module else [str(job.script)]
-    return [sys.executable, *what, *job.args]
 
 
 def _require_step(store: Store, step: int, branches: Iterable[tuple[int, int]]) -> None:

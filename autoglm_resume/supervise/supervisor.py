@@ -10,45 +10,43 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import autoglm_resume
 from autoglm_resume import linux
-from autoglm_resume.checkpoint.format.part import age
-from autoglm_resume.checkpoint.format.structure import Structure
 from autoglm_resume.cluster import slurm
 from autoglm_resume.errors import (
     AutoglmError,
-    CorruptCheckpoint,
     Interrupted,
     NoAcceptableCheckpoint,
     died_by_signal,
 )
 from autoglm_resume.job.spec import Job, shown
-from autoglm_resume.journal import Event, Journal, stamped
+from autoglm_resume.journal import Journal, stamped
 from autoglm_resume.protocol.assignment import ResumePoint
-from autoglm_resume.supervise.attempt import Attempt, Outcome, hurried
-from autoglm_resume.supervise.base.assign import assignment, environment, source, world_size
+from autoglm_resume.supervise.attempt import Attempt, Outcome
+from autoglm_resume.supervise.base.assign import environment, world_size
+from autoglm_resume.supervise.base.context import Presenter, RunContext
 from autoglm_resume.supervise.base.event_loop import EventLoop, Signals
 from autoglm_resume.supervise.base.gpu_exclusion import excluding
 from autoglm_resume.supervise.base.run_directory import Lock, RunDirectory
+from autoglm_resume.supervise.base.stops import Stops
 from autoglm_resume.supervise.core import history, policy
 from autoglm_resume.supervise.core.diagnosis import Failure, Previous
 from autoglm_resume.supervise.core.drill import Drill
 from autoglm_resume.supervise.gate import Gatekeeper
+from autoglm_resume.supervise.inbox import Inbox
+from autoglm_resume.supervise.local_node import LocalNode
+from autoglm_resume.supervise.node import Member, Node, Order
 from autoglm_resume.supervise.persistence import Persistence
 from autoglm_resume.supervise.preflight.preflight import Preflight
 from autoglm_resume.supervise.ranks.fault_injector import FaultInjector
 from autoglm_resume.supervise.ranks.group import end_orphans
-from autoglm_resume.supervise.ranks.launcher import Launcher, StartUp, made_for
 from autoglm_resume.supervise.recovery import Answering
 from autoglm_resume.supervise.save_timer import SaveTimer
 from autoglm_resume.supervise.services.notifier import Notifier
 from autoglm_resume.supervise.services.replicator import restore
 from autoglm_resume.supervise.time_limit import TimeLimit
-
-if TYPE_CHECKING:  # a presenter is handed in; this layer does not depend on it
-    from autoglm_resume.observe.live import Screen
 
 SAVE = signal.SIGRTMIN
 """Asks for a checkpoint, and to go on."""
@@ -64,7 +62,7 @@ class Supervisor:
         lock: Lock,
         job: Job,
         drills: Sequence[Drill],
-        screen: Screen,
+        screen: Presenter,
         branch_from: int | None = None,
         *,
         fresh: bool = False,
@@ -77,25 +75,31 @@ class Supervisor:
         self._lock = lock
         self._job = job
         self._screen = screen
+        self._drills = drills
+        self._branch_from = branch_from
         self._past = history.recall(run.events())
         self._run_id = self._past.run_id or uuid.uuid4().hex[:12]
         self._previous: Failure | Previous | None = self._past.previous
-        self._reported = dict(self._past.models)
-        self._silences = self._past.silences
-        self._objects = self._past.objects or {}
-        self._objects_step = self._past.checkpointed
-        self._stops: list[signal.Signals] = []
+        self._stops = Stops()
         self._limit: TimeLimit | None = None
-        self._launcher: Launcher | None = None
-        self._keepers: Persistence | None = None
-        self._resume: ResumePoint | None = None
-        """What the present attempt began with."""
-        self._now: Attempt | None = None
+        self._node: Node | None = None
+        self._persistence: Persistence | None = None
+        self._attempt: Attempt | None = None
         self._journal = Journal(run.journal)
         self._loop = EventLoop()
-        self._ready = Preflight(run, job, self._tell)
-        self._notifier = Notifier(self._loop, job, environment(job), run.path, self._tell)
         self._world_size = world_size(job)
+        self._context = context = RunContext(
+            self._loop,
+            run,
+            job,
+            self._world_size,
+            environment(job),
+            self._tell,
+            self._stops,
+            screen,
+        )
+        self._preflight = Preflight(run, job, self._tell)
+        self._notifier = Notifier(self._loop, job, context.environment, run.path, self._tell)
         self._gate = Gatekeeper(
             job,
             self._world_size,
@@ -106,14 +110,20 @@ class Supervisor:
         # A power cut may have lost the journal's last lines, but two attempts must never share a
         # number: it tells their checkpoints of the same step apart.
         self._number = max(self._past.attempts, self._gate.store.next_attempt(), run.next_attempt())
-        self._branch_from = branch_from
         self._gate.branches = self._past.branches
-        self._answers = Answering(job, self._past, self._loop, self._stops, self._tell)
-        self._pacing = SaveTimer(
+        self._answers = Answering(context, self._past)
+        self._save_timer = SaveTimer(
             job, self._past.trained, lambda: self._answers.failures, self._tell
         )
-        self._rehearsal = FaultInjector(self._loop, drills, self._gate.store, self._tell)
-        self._drills = drills
+        self._inbox = Inbox(
+            self._past,
+            self._world_size,
+            self._gate,
+            self._save_timer,
+            self._tell,
+            self._journal.sync,
+        )
+        self._faults = FaultInjector(self._loop, drills, self._gate.store, self._tell)
 
     def run(self) -> int | None:
         """Bring the run to its end and return the exit code; None if it is to go on in another
@@ -130,32 +140,17 @@ class Supervisor:
             self._gate.read_ahead()
             self._notifier.start(self._run_id)
             self._introduce()
-            self._ready.begin()
+            self._preflight.begin()
             self._limit = self._time_limit()
-            self._pacing.choose()
-            self._keepers = keepers = Persistence(
-                self._loop,
-                self._job,
-                self._run.path,
-                self._run_id,
-                self._world_size,
-                self._gate,
-                self._past,
-                self._stops,
-                self._tell,
-                self._saver_said,
+            self._save_timer.choose()
+            self._persistence = persistence = Persistence(
+                self._context, self._run_id, self._gate, self._past, self._inbox.from_saver
             )
-            self._launcher = launcher = made_for(
-                self._job,
-                source(self._job),
-                environment(self._job),
-                self._loop,
-                self._past.imports,
-                self._run.path / "zygote.log",
-                self._tell,
-                self._helpers,
+            self._node = node = LocalNode(
+                self._context, self._lock, self._run_id, self._past, persistence, self._helpers
             )
-            code = self._bring_to_end(launcher, keepers, began)
+            self._inbox.connect(node, persistence)
+            code = self._bring_to_end(node, persistence, began)
             return code
         except AutoglmError as error:
             ended = "run_interrupted" if isinstance(error, Interrupted) else "run_failed"
@@ -170,11 +165,11 @@ class Supervisor:
         finally:
             if self._limit is not None:
                 self._limit.close()
-            if self._launcher is not None:
-                self._launcher.close()
-            if self._keepers is not None:
-                self._keepers.close(settled=self._answers.in_trouble)
-            self._notifier.close(lambda: hurried(self._stops))
+            if self._node is not None:
+                self._node.close()
+            if self._persistence is not None:
+                self._persistence.close(settled=self._answers.in_trouble)
+            self._notifier.close(self._stops.hurried)
             end_orphans(frozenset())
             if code is None:
                 signals.hand_over(self._stops)
@@ -183,150 +178,81 @@ class Supervisor:
             self._journal.close()
             self._loop.close()
 
-    def _bring_to_end(self, launcher: Launcher, keepers: Persistence, began: float) -> int | None:
+    def _bring_to_end(self, node: Node, persistence: Persistence, began: float) -> int | None:
         unfinished = self._answers.unfinished()
-        if unfinished is not None and not self._carried_out(unfinished, keepers):
+        if unfinished is not None and not self._carried_out(unfinished, persistence):
             return None
         given_up = self._answers.wait_on()
         while given_up is None:
             if self._stops:
-                return self._interrupted(keepers)
+                return self._interrupted(persistence)
             # No rank is alive here, so this is the moment to judge and to clean up.
-            resume = self._gate.pass_gate(keepers.settle(self._gate.may_take_from_memory))
+            resume = self._gate.pass_gate(node.settle(self._gate.may_take_from_memory))
             if self._stops:
-                return self._interrupted(keepers)
-            outcome = self._attempt(launcher, keepers, resume)
+                return self._interrupted(persistence)
+            outcome = self._try(node, resume)
             self._gate.checkpointed = max(self._gate.checkpointed, outcome.checkpointed)
             if outcome.completed:
-                keepers.settle()
-                keepers.flush()
+                persistence.settle()
+                persistence.flush()
                 self._tell(
                     "run_completed",
                     step=outcome.step,
-                    objects=self._objects,
+                    objects=self._inbox.objects,
                     seconds=time.monotonic() - began,
                 )
                 return 0
             if self._stops or outcome.failure is None:
-                return self._interrupted(keepers)
+                return self._interrupted(persistence)
             self._previous = outcome.failure
             step = resume.step if resume else 0
             decision = self._answers.answer(step, outcome, self._gate.checkpointed)
             if isinstance(decision, policy.Requeue):
-                return self._interrupted(keepers, decision.reason)
-            if not self._carried_out(decision, keepers):
+                return self._interrupted(persistence, decision.reason)
+            if not self._carried_out(decision, persistence):
                 return None
             given_up = self._answers.wait(decision)
-        keepers.settle()
+        persistence.settle()
         self._tell("run_failed", code=given_up.code, reason=given_up.reason)
         return given_up.code
 
-    def _carried_out(self, decision: policy.Decision, keepers: Persistence) -> bool:
+    def _carried_out(self, decision: policy.Decision, persistence: Persistence) -> bool:
         """Whether this life can go on, once `decision` has been told."""
         if isinstance(decision, policy.Smaller):
             self._tell("excluded", **asdict(excluding(self._job, decision.rank)))
             return False
         if isinstance(decision, policy.RollBack):
-            keepers.settle()
+            persistence.settle()
             self._gate.go_back(decision.before, self._number)
-            self._objects_step = min(self._objects_step, self._gate.checkpointed)
-            keepers.protect()
+            self._inbox.back_to(self._gate.checkpointed)
+            persistence.protect()
         return True
 
-    def _attempt(
-        self, launcher: Launcher, keepers: Persistence, resume: ResumePoint | None
-    ) -> Outcome:
-        self._resume = resume
-        self._ready.before(self._gate.store, resume)
+    def _try(self, node: Node, resume: ResumePoint | None) -> Outcome:
+        self._preflight.before(self._gate.store, resume)
         number, self._number = self._number, self._number + 1
-        self._run.attempt(number).mkdir(parents=True, exist_ok=True)
-        fixed = self._job.env.get("MASTER_PORT")
-        endpoint = launcher.rendezvous(int(fixed) if fixed else None, lambda: bool(self._stops))
-        attempt = Attempt(
-            loop=self._loop,
-            job=self._job,
-            world_size=self._world_size,
-            tell=self._tell,
-            screen=self._screen,
-            rehearsal=self._rehearsal,
-            stops=self._stops,
-            helpers=self._helpers,
-            between_saves=lambda: self._pacing.seconds,
-            past=self._silences,
-            previous=self._previous,
-            broken=self._broken,
+        members = (Member(node.name, self._world_size),)
+        attempt = self._attempt = Attempt(
+            self._context,
+            node,
+            Order(number, 0, resume, members, self._gate.branches),
+            self._faults,
+            lambda: self._save_timer.seconds,
+            self._previous,
+            self._broken,
+            self._inbox.hear,
         )
-        self._lock.describe(attempt.board_path)
-        self._now = attempt
-        task = assignment(
-            self._job,
-            self._run,
-            self._run_id,
-            number,
-            endpoint,
-            resume,
-            attempt.board_path,
-            keepers.names,
-            self._gate.branches,
-        )
+        self._inbox.begin(attempt, resume)
         try:
-            return attempt.run(task, launcher, self._heard)
+            return attempt.run()
         finally:
-            self._now = None
-            self._silences = history.added(self._silences, attempt.silences)
+            self._inbox.end()
+            self._attempt = None
 
     def _broken(self) -> None:
         """The ranks are about to be stopped; what savers hold need not be read."""
         if not self._job.checkpoint.memory:
             self._gate.read_ahead()
-
-    def _saver_said(self, rank: int, event: Event) -> None:
-        """Of a save, which may end after the attempt that it is of."""
-        if event["event"] != "pruned":
-            event = {**event, "attempt": age(event["id"])[1]}
-        if self._now is not None:
-            self._now.hear(rank, event)
-        elif (kept := self._heard(event)) is not None:
-            self._tell(kept.pop("event"), **kept)
-
-    def _heard(self, event: Event) -> Event | None:
-        """Keep what a rank said that outlives its attempt; returns what the journal should keep."""
-        keepers = self._keepers
-        assert keepers is not None  # there are ranks
-        match event["event"]:
-            case "model":
-                rank, known = event["rank"], self._reported.get(event["rank"])
-                self._reported[rank] = history.Model(
-                    event["hash"], Structure.from_json(event["model"])
-                )
-                self._gate.model = history.model_of(self._reported, self._world_size)
-                if known is not None and known.hash == event["hash"]:
-                    return None
-                if rank != 0:  # a large model's structure is written down once
-                    return {**event, "model": None}
-            case "first_step":
-                keepers.work_on()
-                self._gate.clean()
-                self._journal.sync()
-            case "imports":
-                assert self._launcher is not None
-                self._launcher.learn(StartUp(event["modules"], event["own"], event["staged"]))
-            case "saved":
-                self._pacing.saved(event["blocked"], event["seconds"])
-            case "committed" if not self._gate.notice(event["id"], event["step"]):
-                return None
-            case "committed":
-                # Ranks' files are read in any order, and an older one may come last.
-                if event["step"] >= self._objects_step:
-                    self._objects, self._objects_step = event["objects"], event["step"]
-                keepers.notice()
-            case "pruned":
-                keepers.notice()
-            case "refused" if event["kind"] == CorruptCheckpoint.__name__ and self._resume:
-                # Only damage is the checkpoint's own fault. A model that differs is judged by the
-                # gate itself, for every checkpoint.
-                self._gate.refuse(self._resume, event["reason"])
-        return event
 
     def _introduce(self) -> None:
         if self._past.run_id is None:
@@ -353,7 +279,8 @@ class Supervisor:
             self._answers.forget()
             self._previous = None
             self._gate.branch(self._branch_from, self._number)
-            self._objects_step, self._branch_from = self._branch_from, None
+            self._inbox.back_to(self._branch_from)
+            self._branch_from = None
 
     def _bring_back(self) -> None:
         """Where no checkpoint is left, the newest that a replica has."""
@@ -361,7 +288,7 @@ class Supervisor:
         if not replicas or self._fresh or store.committed():
             return
         try:
-            restored = restore(environment(self._job), store.root, replicas, self._past.run_id)
+            restored = restore(self._context.environment, store.root, replicas, self._past.run_id)
         except NoAcceptableCheckpoint as error:
             if self._past.checkpointed:
                 raise
@@ -373,22 +300,22 @@ class Supervisor:
 
     def _helpers(self) -> frozenset[int]:
         """Children of this process that are no ranks."""
-        kept = self._keepers.pids if self._keepers else frozenset()
+        kept = self._persistence.pids if self._persistence else frozenset()
         limit = self._limit.pids if self._limit else frozenset()
-        return kept | limit | self._notifier.pids | self._ready.pids
+        return kept | limit | self._notifier.pids | self._preflight.pids
 
-    def _interrupted(self, keepers: Persistence, requeued: str = "") -> int:
+    def _interrupted(self, persistence: Persistence, requeued: str = "") -> int:
         if self._answers.in_trouble:  # it may never answer: what is known has to do
             step = self._gate.checkpointed
         else:
-            keepers.settle()
+            persistence.settle()
             newest = self._gate.newest()
-            keepers.flush()
+            persistence.flush()
             step = newest.step if newest else 0
-        number = self._stops[0] if self._stops else signal.SIGTERM
+        number = self._stops.first or signal.SIGTERM
         if requeued:
             code, reason = Interrupted.exit_code, f"to be started again elsewhere: {requeued}"
-        elif hurried(self._stops):
+        elif self._stops.hurried():
             code, reason = died_by_signal(signal.SIGINT), "stopped at once, as asked twice"
         elif step:
             code, reason = Interrupted.exit_code, f"stopped; continues from step {step}"
@@ -405,14 +332,13 @@ class Supervisor:
     def _signalled(self, number: signal.Signals) -> None:
         if number != SAVE:
             self._stop_asked(number)
-        elif self._now is None or (step := self._now.save_now()) is None:
+        elif self._attempt is None or (step := self._attempt.save_now()) is None:
             self._tell("save_requested", step=None, reason="the ranks are not training yet")
         else:
             self._tell("save_requested", step=step)
 
     def _stop_asked(self, number: signal.Signals, by: str = "") -> None:
-        self._stops.append(number)
-        if len(self._stops) == 1:
+        if self._stops.add(number):
             self._tell("stop_requested", by=by or number.name)
 
     def _time_limit(self) -> TimeLimit:
@@ -426,8 +352,8 @@ class Supervisor:
 
     def _tell_next(self, event: str, /, **fields: Any) -> None:
         """What the gate says is about the attempt to come."""
-        if event == "committed" and fields["step"] >= self._objects_step:
-            self._objects, self._objects_step = fields["objects"], fields["step"]
+        if event == "committed":
+            self._inbox.committed(fields["step"], fields["objects"])
         self._tell(event, attempt=self._number, **fields)
 
     def _tell(self, event: str, /, **fields: Any) -> None:

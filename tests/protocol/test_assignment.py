@@ -24,7 +24,7 @@ from autoglm_resume.protocol.assignment import (
     Source,
     shared_environment,
 )
-from autoglm_resume.supervise.ranks.launcher import torchrun_exits, torchrun_log
+from autoglm_resume.supervise.ranks.torchrun import torchrun_exits, torchrun_log
 
 texts = st.text(max_size=10)
 assignments = st.builds(

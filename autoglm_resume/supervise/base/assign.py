@@ -12,6 +12,7 @@ from autoglm_resume.protocol.assignment import (
     SUPERVISOR,
     Assignment,
     Checkpointing,
+    Endpoint,
     ResumePoint,
     Source,
     shared_environment,
@@ -19,7 +20,6 @@ from autoglm_resume.protocol.assignment import (
 from autoglm_resume.protocol.loss_guard import Bounds
 from autoglm_resume.supervise.base.machine import visible_gpus
 from autoglm_resume.supervise.base.run_directory import RunDirectory
-from autoglm_resume.supervise.ranks.launcher import Endpoint
 
 HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
 """For large tensors (torch: c10/core/impl/alloc_cpu.cpp): ranks are filled and torn down sooner."""

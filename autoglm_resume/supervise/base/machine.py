@@ -18,6 +18,7 @@ from typing import TypeVar
 import psutil
 
 from autoglm_resume.errors import UsageError
+from autoglm_resume.supervise.base import nvml
 
 DRIVER_PATIENCE = 30.0
 """Seconds for the GPU driver to answer: it may have to be loaded first."""
@@ -44,18 +45,7 @@ def _gpus() -> int:
     """How many the driver has, asked once: when one has failed, the driver may be silent or fail,
     and all parts of a run must go on with the same number.
     """
-    import pynvml  # type: ignore[import-untyped]
-
-    def ask() -> int:
-        with contextlib.suppress(pynvml.NVMLError):
-            pynvml.nvmlInit()
-            try:
-                return int(pynvml.nvmlDeviceGetCount())
-            finally:
-                pynvml.nvmlShutdown()
-        return 0
-
-    return within(DRIVER_PATIENCE, ask) or 0
+    return within(DRIVER_PATIENCE, nvml.count) or 0
 
 
 def within(seconds: float, ask: Callable[[], T]) -> T | None:

@@ -99,6 +99,16 @@ class Machine:
     spaces: tuple[Space, ...] = ()
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """All of it."""
+
+    ranks: tuple[RankEvidence, ...]
+    agent: str = ""
+    """What torchrun said about its own end."""
+    machine: Machine | None = None
+
+
 def tail(log: str) -> str:
     """The last lines of a log, as many as a person reads."""
     lines = log.rstrip().splitlines()[-TAIL_LINES:]

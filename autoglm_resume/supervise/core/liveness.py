@@ -1,4 +1,4 @@
-"""Which rank has stopped making progress, and which is slow. Pure: looks and `now` go in.
+"""Which rank has stopped making progress. Pure: looks and `now` go in.
 
 A phi-accrual detector (Hayashibara et al., “The φ accrual failure detector”, SRDS 2004) over the
 run's own silences between beats, phase by phase, as a log-normal distribution. It only judges ranks
@@ -9,7 +9,6 @@ of it, and has the limits of the job.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -29,12 +28,8 @@ NARROWEST = 0.3
 """Standard deviation of the logarithm of a silence at least: a bucket is that coarse."""
 IDLE = 30.0
 """Seconds of silence after which a rank that uses no processor may be suspected: storage stalls."""
-SLOW = 1.5
-"""A rank is a straggler when its own work takes so many times what its peers' takes."""
 
 _STARTS = (Phase.NONE, Phase.START, Phase.RESTORE)
-_OWN = (Phase.DATA, Phase.FORWARD, Phase.OPTIMIZER, Phase.STEPPED)
-"""Phases in which a rank does not wait for others."""
 _ORDER = {Phase.FORWARD: 1, Phase.BACKWARD: 2, Phase.OPTIMIZER: 3, Phase.STEPPED: 4}
 """Within a step; all else is before."""
 
@@ -131,25 +126,6 @@ def health(look: Look, now: float, limits: Limits, load: float = 1.0) -> float:
     if silent <= FLOOR or look.beat.phase in (Phase.NONE, Phase.DONE):
         return 1.0
     return max(0.0, 1.0 - silent / patience(look, limits))
-
-
-def stragglers(spent: Sequence[Mapping[int, float]], steps: int) -> dict[int, float]:
-    """Ranks whose own work takes SLOW times the median of their peers', and how many times.
-
-    `spent` are the seconds of each rank by phase during the last `steps` steps. In its backward
-    pass a rank waits for slower ones, so that phase tells nothing. What is less than a tenth of a
-    step does not slow anybody down.
-    """
-    if len(spent) < 2 or steps <= 0:
-        return {}
-    own = [sum(rank.get(int(phase), 0.0) for phase in _OWN) / steps for rank in spent]
-    step = statistics.median(sum(rank.values()) / steps for rank in spent)
-    found = {}
-    for rank, mine in enumerate(own):
-        peers = statistics.median(own[:rank] + own[rank + 1 :])
-        if mine > SLOW * peers and mine - peers > 0.1 * step:
-            found[rank] = mine / peers if peers > 0 else math.inf
-    return found
 
 
 def agreed_step(beats: Sequence[Beat], step_seconds: float, ahead: float = 0.25) -> int:

@@ -25,9 +25,10 @@ from autoglm_resume.supervise.core.evidence import ErrorRecord, Machine, RankEvi
 from autoglm_resume.supervise.core.patterns import notable
 from autoglm_resume.supervise.evidence.gpus import Gpus
 from autoglm_resume.supervise.evidence.oom import counters, rise
-from autoglm_resume.supervise.ranks.group import Exit
-from autoglm_resume.supervise.ranks.launcher import AGENT, torchrun_exits, torchrun_log
+from autoglm_resume.supervise.ranks.group import AGENT, Exit
 from autoglm_resume.supervise.ranks.observed import Observed
+from autoglm_resume.supervise.ranks.script_ends import ScriptEnds
+from autoglm_resume.supervise.ranks.torchrun import torchrun_exits, torchrun_log
 
 LOG_BYTES = 1 << 16
 """Of the end of a log, which may be a gigabyte: stacks that a dying process prints fit in."""
@@ -106,6 +107,7 @@ def gather(
     exits: Mapping[int, Exit],
     beats: Sequence[Beat],
     seen: Observed,
+    ends: ScriptEnds,
 ) -> list[RankEvidence]:
     """What the ranks of a group that is down, `pids` and `exits` by rank, have left."""
     torchrun = torchrun_exits(task) if AGENT in pids else {}
@@ -114,18 +116,18 @@ def gather(
     for rank, beat in enumerate(beats):
         how = exits.get(rank)
         code, number = (how.code, how.signal) if how else (None, None)
-        if rank in seen.stuck:
-            code, number = seen.codes[rank], None
+        if rank in ends.stuck:
+            code, number = ends.codes[rank], None
         if how is not None and code is None and number is None:
-            code = seen.codes.get(rank, torchrun.get(pids[rank]))
+            code = ends.codes.get(rank, torchrun.get(pids[rank]))
             if code is not None and code < 0:
                 number, code = -code, None
         error = _error(task, rank)
         by_us = how.by_us if how else False
         raised = error is not None and error.mono <= max(broken, seen.broken_at or broken)
-        if by_us and (raised or seen.failed_itself(rank)):
+        if by_us and (raised or ends.failed_before(rank, seen.broken_at)):
             # It failed before any other, but its process was slow to end.
-            by_us, code, number = False, seen.codes.get(rank, 1), None
+            by_us, code, number = False, ends.codes.get(rank, 1), None
         evidence = RankEvidence(
             rank,
             code,

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from autoglm_resume.supervise.base import nvml
 from autoglm_resume.supervise.core.evidence import Gpu
 
 DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
@@ -22,6 +23,8 @@ class Gpus:
 
     def __init__(self) -> None:
         self._before: list[Gpu] | None = None
+        self._open = contextlib.ExitStack()
+        self._library: Any = None
         self._asking: threading.Thread | None = None
         if any(path.exists() for path in DEVICES):
             self._asking = threading.Thread(target=self._begin, daemon=True)
@@ -32,7 +35,7 @@ class Gpus:
         if self._asking is None:
             return None
         self._asking.join()
-        if self._before is None or (now := _read()) is None:
+        if self._before is None or (now := _read(self._library)) is None:
             return None
         left = {gpu.bus: gpu for gpu in now}
         return tuple(compared(gpu, left.get(gpu.bus)) for gpu in self._before)
@@ -43,18 +46,13 @@ class Gpus:
             threading.Thread(target=self._end, args=(self._asking,), daemon=True).start()
 
     def _begin(self) -> None:
-        import pynvml  # type: ignore[import-untyped]
-
-        with contextlib.suppress(pynvml.NVMLError):
-            pynvml.nvmlInit()
-            self._before = _read()
+        with contextlib.suppress(nvml.error()):
+            self._library = self._open.enter_context(nvml.opened())
+            self._before = _read(self._library)
 
     def _end(self, asking: threading.Thread) -> None:
-        import pynvml
-
         asking.join()
-        with contextlib.suppress(pynvml.NVMLError):
-            pynvml.nvmlShutdown()
+        self._open.close()
 
 
 def compared(before: Gpu, now: Gpu | None) -> Gpu:
@@ -66,31 +64,24 @@ def compared(before: Gpu, now: Gpu | None) -> Gpu:
     return Gpu(before.index, before.bus, uncorrected=max(0, now.uncorrected - before.uncorrected))
 
 
-def _read() -> list[Gpu] | None:
-    """Every GPU, with all its ECC errors since the driver was loaded; None without a driver."""
-    import pynvml
-
+def _read(library: Any) -> list[Gpu] | None:
+    """Every GPU, with all its ECC errors since the driver was loaded; None if it does not say."""
     try:
-        found = (_gpu(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount()))
+        found = (_gpu(library, index) for index in range(library.nvmlDeviceGetCount()))
         return [gpu for gpu in found if gpu is not None]
-    except pynvml.NVMLError:
+    except library.NVMLError:
         return None
 
 
-def _gpu(nvml: Any, index: int) -> Gpu | None:
+def _gpu(library: Any, index: int) -> Gpu | None:
     """One GPU, None if it is not there any more."""
     try:
-        handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        bus = nvml.nvmlDeviceGetPciInfo(handle).busId
-    except nvml.NVMLError:
+        handle = library.nvmlDeviceGetHandleByIndex(index)
+        bus = library.nvmlDeviceGetPciInfo(handle).busId
+    except library.NVMLError:
         return None
     bus = bus.decode() if isinstance(bus, bytes) else bus
     try:
-        errors = nvml.nvmlDeviceGetTotalEccErrors(
-            handle, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
-        )
-    except nvml.NVMLError_GpuIsLost:
+        return Gpu(index, bus, uncorrected=nvml.uncorrected(library, handle))
+    except library.NVMLError_GpuIsLost:
         return Gpu(index, bus, lost=True)
-    except nvml.NVMLError:
-        return Gpu(index, bus)  # most have no ECC
-    return Gpu(index, bus, uncorrected=int(errors))

@@ -26,7 +26,7 @@ from autoglm_resume.supervise.base.assign import environment, world_size
 from autoglm_resume.supervise.base.gpu_exclusion import VISIBLE
 from autoglm_resume.supervise.base.run_directory import RunDirectory
 from autoglm_resume.supervise.core.checks import Check, Facts, Gpu, Needs, judge
-from autoglm_resume.supervise.preflight import collective_round, leftovers, nvml
+from autoglm_resume.supervise.preflight import collective_round, gpu_probe, leftovers
 from autoglm_resume.supervise.preflight.storage_probe import StorageProbe
 
 _TAIL = 65536
@@ -86,7 +86,7 @@ class Preflight:
         self._act(judge(facts, needs(self._job, store, resume, self._written)), refuse=first)
 
     def _look(self) -> None:
-        self._looked, self._driver = nvml.look(
+        self._looked, self._driver = gpu_probe.look(
             lambda pid: leftovers.belongs(pid, self._run.path), environment(self._job).get(VISIBLE)
         )
 

@@ -8,18 +8,28 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from autoglm_resume.checkpoint.store.store import Store
-from autoglm_resume.protocol.heartbeats import Board, Control
+from autoglm_resume.protocol.heartbeats import Beat, Control
 from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.core.drill import Drill, moments
-from autoglm_resume.supervise.ranks.group import Group
 
 LOOK = 0.005
 """Seconds between looks at the board while a drill waits for a step; only drills are so curious."""
 
 Change: TypeAlias = "Callable[[Callable[[Control], Control]], None]"
+
+
+class Ranks(Protocol):
+    """Those of an attempt, as drills see and strike them."""
+
+    @property
+    def alive(self) -> Sequence[int]: ...
+
+    def beats(self) -> tuple[Beat, ...]: ...
+
+    def signal(self, rank: int, number: int) -> None: ...
 
 
 class FaultInjector:
@@ -34,57 +44,54 @@ class FaultInjector:
         self._at_steps = [drill for drill in drills if drill.kind != "random"]
         self._random = [drill for drill in drills if drill.kind == "random"]
         self._plan: list[tuple[float, int, Drill]] | None = None
-        self._group: Group | None = None
-        self._board: Board | None = None
+        self._ranks: Ranks | None = None
         self._change: Change | None = None
 
-    def begin(self, group: Group, board: Board, change: Change) -> None:
-        """Watch a new attempt; `change` changes the request on its board."""
-        self._group, self._board, self._change = group, board, change
+    def begin(self, ranks: Ranks, change: Change) -> None:
+        """Watch a new attempt; `change` changes what is asked of its ranks."""
+        self._ranks, self._change = ranks, change
         if self._at_steps:
             self._loop.every(LOOK, self._look)
         if self._random:
             if self._plan is None:
-                self._plan = _plan(self._random, board.world_size)
+                self._plan = _plan(self._random, len(ranks.beats()))
             self._loop.every(LOOK, self._strike)
 
     def end(self) -> None:
-        """The attempt is over."""
+        """The attempt is over, or its ranks are about to be stopped."""
         self._loop.cancel(self._look)
         self._loop.cancel(self._strike)
-        self._group = self._board = None
+        self._ranks = None
 
     def _strike(self) -> None:
-        group = self._group
-        if group is None or not self._plan or time.monotonic() < self._plan[0][0]:
+        ranks = self._ranks
+        if ranks is None or not self._plan or time.monotonic() < self._plan[0][0]:
             return
         _, rank, drill = self._plan[0]
-        if rank in group.alive and not group.stopping:
+        if rank in ranks.alive:
             self._plan.pop(0)
             self._tell("drill", spec=drill.spec, kind="kill", rank=rank)
-            group.signal(rank, signal.SIGKILL)
+            ranks.signal(rank, signal.SIGKILL)
 
     def _look(self) -> None:
         for drill in list(self._at_steps):
-            if self._group is not None and self._board is not None and self._due(drill):
+            if self._ranks is not None and self._due(drill, self._ranks):
                 self._at_steps.remove(drill)
-                self._fire(drill, self._group)
+                self._fire(drill, self._ranks)
         if not self._at_steps:
             self._loop.cancel(self._look)
 
-    def _due(self, drill: Drill) -> bool:
-        assert self._board is not None
-        assert self._group is not None
+    def _due(self, drill: Drill, ranks: Ranks) -> bool:
         rank = drill.rank or 0
-        if rank not in self._group.alive or self._group.stopping:
+        if rank not in ranks.alive:
             return False
         if drill.kind == "corrupt" and len(self._store.committed()) < 2:
             return False  # without an older checkpoint there would be nothing to fall back to
         # The rank itself looks at the end of each step, so an exit is asked for one step ahead.
         ahead = 1 if drill.kind == "exit" else 0
-        return self._board.beat(rank).step >= (drill.step or 1) - ahead
+        return ranks.beats()[rank].step >= (drill.step or 1) - ahead
 
-    def _fire(self, drill: Drill, group: Group) -> None:
+    def _fire(self, drill: Drill, ranks: Ranks) -> None:
         rank = drill.rank or 0
         target = self._store.latest() if drill.kind == "corrupt" else None
         self._tell(
@@ -96,7 +103,7 @@ class FaultInjector:
             target=target.name if target else None,
         )
         if drill.kind == "stop":
-            group.signal(rank, signal.SIGSTOP)
+            ranks.signal(rank, signal.SIGSTOP)
         elif drill.kind == "exit":
             assert self._change is not None
             self._change(
@@ -108,7 +115,7 @@ class FaultInjector:
             if target is not None:
                 # Of its packs, which may be empty where nothing has changed, or its documents.
                 flip_a_bit(max(target.iterdir(), key=lambda file: file.stat().st_size))
-            group.signal(rank, signal.SIGKILL)
+            ranks.signal(rank, signal.SIGKILL)
 
 
 def flip_a_bit(path: Path) -> None:

@@ -18,6 +18,8 @@ from autoglm_resume.protocol.assignment import SUPERVISOR
 from autoglm_resume.supervise.base import machine
 from autoglm_resume.supervise.base.event_loop import EventLoop
 
+AGENT = -1
+"""Key of the torchrun process itself in a group."""
 STUCK = 5.0
 """Seconds to wait for the end of a killed orphan."""
 REPORT = 5.0

@@ -1,9 +1,9 @@
-"""Watches the ranks of one attempt for silence: who hangs, who is slow, and what is usual here."""
+"""Watches the ranks of one attempt for silence: who is silent, and what is usual here."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from autoglm_resume.protocol import silences
@@ -13,17 +13,14 @@ from autoglm_resume.supervise.base import machine
 from autoglm_resume.supervise.core import liveness
 from autoglm_resume.supervise.core.history import Silences
 from autoglm_resume.supervise.core.liveness import Limits, Look
+from autoglm_resume.supervise.ranks.script_ends import CPU_NOISE
 
 FROZEN = 5.0
 """Seconds between two looks after which this machine must have stood still."""
-WINDOW = 30.0
-"""Seconds over which stragglers are looked for, and steps in them at least."""
-STEPS = 20
 ASK = 5.0
 """Seconds between two looks at a silent rank's use of processors."""
-CPU_NOISE = 0.05
 IDLE_SHARE = 0.02
-"""Processor seconds, and share of one, that threads of libraries take though nothing is done."""
+"""Share of a processor that threads of libraries take though nothing is done."""
 
 
 @dataclass
@@ -53,14 +50,15 @@ class HangDetector:
         self._past = past
         self._ranks = [_Rank() for _ in range(board.world_size)]
         self._ticked = self._awake = time.monotonic()
-        self._window: tuple[float, int, list[dict[int, float]]] | None = None
         self._endured: dict[int, dict[int, Counts]] = {}
         """The silences that ended the attempt."""
-        self.slow: dict[int, float] = {}
-        """Stragglers, and how many times slower than their peers they are."""
+        self._last: Mapping[int, Look] = {}
 
-    def look(self, now: float, pids: Mapping[int, int]) -> list[int]:
-        """Ranks that hang at monotonic time `now`, of those that live as `pids`."""
+    def looks(self, now: float, pids: Mapping[int, int]) -> dict[int, Look]:
+        """What `liveness.hung` judges at monotonic time `now`, of the ranks that live as `pids`.
+
+        None while every one of them beats: then there is nothing to judge.
+        """
         if now - self._ticked > FROZEN:
             self._awake = now  # a suspended machine: nobody had a chance to beat
         self._ticked = now
@@ -71,35 +69,25 @@ class HangDetector:
             if rank in pids
         }
         if all(liveness.silence(beat, now) <= self._shortest for beat in beats.values()):
-            return []
+            return {}
         looks = {rank: self._look(rank, beat, now, pids[rank]) for rank, beat in beats.items()}
         for rank in liveness.waiting(looks):
             self._excuse(rank, beats[rank], now)
-        found = liveness.hung(looks, now, self._limits)
-        for rank in found:
-            if not looks[rank].stopped:
-                # If it would have gone on, the next attempt must wait longer for it.
-                silent = int(liveness.silence(beats[rank], now) * 1e9)
-                self._endured[rank] = {int(beats[rank].phase): {silences.bucket(silent): 1}}
-        return found
+        self._last = looks
+        return looks
 
-    def find_stragglers(self, now: float, step: int) -> dict[int, float]:
-        """Look for them once per WINDOW; returns those that were none before."""
-        if self._window is not None:
-            began, first, before = self._window
-            if now - began < WINDOW or step - first < STEPS:
-                return {}
-            spent = [
-                {phase: value - then.get(phase, 0.0) for phase, value in rank.items()}
-                for rank, then in zip(self._spent(), before, strict=True)
-            ]
-            found = liveness.stragglers(spent, step - first)
-        else:
-            found = {}
-        self._window = (now, step, self._spent())
-        new = {rank: ratio for rank, ratio in found.items() if rank not in self.slow}
-        self.slow = found
-        return new
+    def condemn(self, ranks: Iterable[int], now: float) -> None:
+        """These hang: if they would have gone on, the next attempt must wait longer for them."""
+        for rank in ranks:
+            look = self._last[rank]
+            if not look.stopped:
+                silent = int(liveness.silence(look.beat, now) * 1e9)
+                self._endured[rank] = {int(look.beat.phase): {silences.bucket(silent): 1}}
+
+    def spent(self) -> list[dict[int, float]]:
+        """Seconds of each rank so far, by phase."""
+        phases = [int(phase) for phase in Phase if phase is not Phase.NONE]
+        return [{phase: rank.seconds(phase) for phase in phases} for rank in self._board.gaps]
 
     def silences(self) -> dict[int, dict[int, Counts]]:
         """Those of this attempt by rank and phase, for the journal."""
@@ -149,7 +137,3 @@ class HangDetector:
         if liveness.silence(beat, now) > self._shortest and memory.excused != beat.time:
             memory.excused = beat.time
             memory.waited[beat.phase] = memory.waited.get(beat.phase, 0) + 1
-
-    def _spent(self) -> list[dict[int, float]]:
-        phases = [int(phase) for phase in Phase if phase is not Phase.NONE]
-        return [{phase: rank.seconds(phase) for phase in phases} for rank in self._board.gaps]

@@ -17,13 +17,6 @@ WELL = (0, Interrupted.exit_code)
 class Observed:
     """What has been seen of the ranks so far."""
 
-    codes: dict[int, int] = field(default_factory=dict)
-    """Exit codes of the ranks whose scripts have ended, though their processes may not have."""
-    ended_at: dict[int, float] = field(default_factory=dict)
-    ending: dict[int, tuple[float, float]] = field(default_factory=dict)
-    """Processor seconds of those ranks' processes, and since when they have used none."""
-    stuck: set[int] = field(default_factory=set)
-    """Ranks that were killed because they did not end after their scripts had."""
     refusals: dict[int, Refusal] = field(default_factory=dict)
     hung: list[int] = field(default_factory=list)
     states: dict[int, str] = field(default_factory=dict)
@@ -40,12 +33,20 @@ class Observed:
     last_saved: float = 0.0
     """Monotonic seconds of the last save, or of the start."""
 
+    def failed(self, mono: float) -> bool:
+        """Something failed at monotonic time `mono`; whether that was the first."""
+        first = self.broken_at is None
+        if first:
+            self.broken_at = mono
+        return first
+
     def hear(self, rank: int, event: Event) -> bool:
         """Remember what a rank or its saver said; whether it concerns others too."""
         match event["event"]:
             case "rank_ended":
-                self.codes[rank] = event["code"]
-                self.ended_at[rank] = event["mono"]
+                if event["code"] not in WELL:
+                    # Its process takes up to a second to end; nobody has to wait for that.
+                    self.failed(event["mono"])
                 return False
             case "steps":
                 self.total = event["total"]
@@ -64,9 +65,3 @@ class Observed:
             case "committed":
                 self.checkpointed = max(self.checkpointed, event["step"])
         return True
-
-    def failed_itself(self, rank: int) -> bool:
-        """Whether its script had failed when, or before, the first failure was noticed."""
-        if self.broken_at is None or self.codes.get(rank, 0) in WELL:
-            return False
-        return self.ended_at[rank] <= self.broken_at

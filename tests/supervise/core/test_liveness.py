@@ -21,7 +21,6 @@ from autoglm_resume.supervise.core.liveness import (
     health,
     hung,
     patience,
-    stragglers,
     waiting,
     without_longest,
 )
@@ -190,28 +189,6 @@ def test_health_goes_from_one_to_nothing_as_patience_runs_out(
 ) -> None:
     assert health(look(phase), 100 + silent, LIMITS) == pytest.approx(score)
     assert health(look(phase), 100 + silent, LIMITS, load=4.0) >= score
-
-
-def spent(own: float, waiting: float) -> dict[int, float]:
-    return {int(Phase.FORWARD): own, int(Phase.BACKWARD): waiting}
-
-
-@pytest.mark.parametrize(
-    ("ranks", "slow"),
-    [
-        ([spent(1, 9), spent(1, 9)], []),
-        ([spent(2, 1), spent(9, 1)], [1]),
-        ([spent(4, 9), spent(4, 9), spent(8, 5), spent(4, 9)], [2]),
-        ([spent(0.01, 9), spent(0.1, 9)], []),  # ten times slower at next to nothing
-        ([spent(4, 9)], []),
-        ([], []),
-    ],
-)
-def test_a_straggler_is_slow_at_its_own_work_by_a_part_of_a_step_that_counts(
-    ranks: list[dict[int, float]], slow: list[int]
-) -> None:
-    assert list(stragglers(ranks, 100)) == slow
-    assert stragglers(ranks, 0) == {}
 
 
 class Simulated:

@@ -27,9 +27,10 @@ from autoglm_resume.supervise.evidence.collect import (
     within,
 )
 from autoglm_resume.supervise.evidence.oom import counters, rise
-from autoglm_resume.supervise.ranks.group import Exit
-from autoglm_resume.supervise.ranks.launcher import AGENT, torchrun_log
+from autoglm_resume.supervise.ranks.group import AGENT, Exit
 from autoglm_resume.supervise.ranks.observed import Observed
+from autoglm_resume.supervise.ranks.script_ends import ScriptEnds
+from autoglm_resume.supervise.ranks.torchrun import torchrun_log
 
 
 @pytest.fixture
@@ -58,17 +59,32 @@ def ended(
     return Exit(code, number, 100.0 + order, order, by_us)
 
 
-def collect(task: Assignment, exits: dict[int, Exit], **seen: Any) -> list[RankEvidence]:
+def script_ends(codes: dict[int, int], mono: float, stuck: set[int]) -> ScriptEnds:
+    ends = ScriptEnds(60.0)
+    for rank, code in codes.items():
+        ends.add(rank, code, mono + 0.2 * (not rank))
+    ends.stuck |= stuck
+    return ends
+
+
+def collect(
+    task: Assignment,
+    exits: dict[int, Exit],
+    codes: dict[int, int] | None = None,
+    stuck: set[int] = frozenset(),  # type: ignore[assignment]
+    **seen: Any,
+) -> list[RankEvidence]:
+    """`codes` of scripts that ended at 100 s, that of rank 0 at 100.2 s."""
     pids = {rank: 1000 + rank for rank in exits}
-    return gather(task, pids, exits, (NEVER, NEVER), Observed(**seen))
+    ends = script_ends(codes or {}, 100.0, stuck)
+    return gather(task, pids, exits, (NEVER, NEVER), Observed(**seen), ends)
 
 
 def test_a_rank_whose_script_failed_first_is_the_one_though_we_killed_its_process(
     task: Assignment,
 ) -> None:
     exits = {0: ended(0, number=9, by_us=True), 1: ended(1, number=9, by_us=True)}
-    codes, ended_at = {0: 1, 1: 17}, {0: 100.2, 1: 100.0}
-    victim, root = collect(task, exits, codes=codes, ended_at=ended_at, broken_at=100.0)
+    victim, root = collect(task, exits, codes={0: 1, 1: 17}, broken_at=100.0)
     assert (root.code, root.signal, root.failed) == (17, None, True)
     assert not victim.failed
 

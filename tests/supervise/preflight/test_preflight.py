@@ -17,7 +17,7 @@ from autoglm_resume.protocol.assignment import ResumePoint
 from autoglm_resume.supervise.base.gpu_exclusion import VISIBLE, excluding, without
 from autoglm_resume.supervise.base.run_directory import RunDirectory
 from autoglm_resume.supervise.core.checks import Gpu
-from autoglm_resume.supervise.preflight import collective_round, nvml, preflight
+from autoglm_resume.supervise.preflight import collective_round, gpu_probe, preflight
 from autoglm_resume.supervise.preflight.preflight import Preflight
 from tests.observe.runs import checkpoint, directory, killed_once
 
@@ -83,7 +83,7 @@ def test_a_gpu_that_was_left_out_is_not_asked_again(
         wanted.append(listed)
         return tuple(Gpu(f"GPU {n}", "broken" if n == "1" else "") for n in listed.split(",")), ""  # type: ignore[union-attr]
 
-    monkeypatch.setattr(nvml, "look", look)  # a broken GPU cannot be had
+    monkeypatch.setattr(gpu_probe, "look", look)  # a broken GPU cannot be had
     monkeypatch.setenv(VISIBLE, "0,1,2")
     whole = asked.job.model_copy(update={"nproc_per_node": 3})
     smaller = without(whole, [excluding(whole, 1)])

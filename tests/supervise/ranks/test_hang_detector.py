@@ -11,6 +11,7 @@ import pytest
 
 from autoglm_resume.protocol import silences
 from autoglm_resume.protocol.heartbeats import Board, Phase, Pulse
+from autoglm_resume.supervise.core import liveness
 from autoglm_resume.supervise.core.history import added
 from autoglm_resume.supervise.core.liveness import Limits
 from autoglm_resume.supervise.ranks import hang_detector
@@ -65,7 +66,9 @@ def minutes(watch: HangDetector, pids: dict[int, int], upto: float) -> list[int]
     """
     begin = time.monotonic()
     for tick in range(int(upto)):
-        if hung := watch.look(begin + tick, pids):
+        looks = watch.looks(begin + tick, pids)
+        if hung := liveness.hung(looks, begin + tick, LIMITS):
+            watch.condemn(hung, begin + tick)
             return hung
     return []
 
@@ -120,8 +123,8 @@ def test_a_machine_that_stood_still_blames_nobody(
 ) -> None:
     watch = HangDetector(board, LIMITS, USUAL)
     later = time.monotonic() + 3600
-    assert watch.look(later, {0: idle, 1: idle}) == []
-    assert watch.look(later + 0.5, {0: idle, 1: idle}) == []
+    assert watch.looks(later, {0: idle, 1: idle}) == {}
+    assert watch.looks(later + 0.5, {0: idle, 1: idle}) == {}
 
 
 def test_time_spent_waiting_for_another_rank_is_not_remembered_as_ones_own(
@@ -135,23 +138,6 @@ def test_time_spent_waiting_for_another_rank_is_not_remembered_as_ones_own(
     seen = watch.silences()
     assert int(Phase.BACKWARD) not in seen[0] or not seen[0][int(Phase.BACKWARD)]
     assert seen[1][int(Phase.FORWARD)][silences.bucket(20 * SECOND)] == 1
-
-
-def test_a_slow_rank_is_told_once(board: Board, pulses: list[Pulse]) -> None:
-    watch = HangDetector(board, LIMITS, {})
-    assert watch.find_stragglers(0.0, 1) == {}
-    for rank, own in ((0, 1), (1, 3)):
-        board.gaps[rank].add(int(Phase.FORWARD), own * SECOND)
-        board.gaps[rank].add(int(Phase.BACKWARD), (4 - own) * SECOND)
-    assert watch.find_stragglers(hang_detector.WINDOW - 1, 100) == {}  # too soon
-    found = watch.find_stragglers(hang_detector.WINDOW + 1, 101)
-    assert list(found) == [1]
-    assert found[1] == pytest.approx(3.0, rel=0.01)
-    for rank, own in ((0, 1), (1, 3)):
-        board.gaps[rank].add(int(Phase.FORWARD), own * SECOND)
-        board.gaps[rank].add(int(Phase.BACKWARD), (4 - own) * SECOND)
-    assert watch.find_stragglers(2 * hang_detector.WINDOW + 2, 201) == {}
-    assert list(watch.slow) == [1]
 
 
 def test_what_one_attempt_teaches_adds_to_what_the_journal_has() -> None:

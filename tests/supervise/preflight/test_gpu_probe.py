@@ -5,19 +5,19 @@ import os
 import pytest
 
 from autoglm_resume.supervise.base import machine
-from autoglm_resume.supervise.preflight import nvml
+from autoglm_resume.supervise.preflight import gpu_probe
 
 
 def test_every_visible_gpu_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if not machine.visible_gpus():
         pytest.skip("no GPU here")
-    found, driver = nvml.look(lambda pid: pid == os.getpid(), None)
+    found, driver = gpu_probe.look(lambda pid: pid == os.getpid(), None)
     assert driver == ""
     assert found
     assert len(found) == machine.visible_gpus()
     assert all(gpu.error == "" and 0 < gpu.total >= gpu.used for gpu in found)
-    found, _ = nvml.look(lambda pid: False, "0,99")
+    found, _ = gpu_probe.look(lambda pid: False, "0,99")
     assert found
     assert [bool(gpu.error) for gpu in found] == [False, True]
 
@@ -26,6 +26,6 @@ def test_without_a_driver_nothing_is_made_up(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if machine.visible_gpus():
         pytest.skip("there are GPUs here")
-    assert nvml.look(lambda pid: False, None) == ((), "")
-    assert nvml.look(lambda pid: False, "0,1") == (None, "there is no driver")
-    assert nvml.look(lambda pid: False, "") == ((), "")
+    assert gpu_probe.look(lambda pid: False, None) == ((), "")
+    assert gpu_probe.look(lambda pid: False, "0,1") == (None, "there is no driver")
+    assert gpu_probe.look(lambda pid: False, "") == ((), "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from autoglm_resume.supervise.base import nvml
 from autoglm_resume.supervise.core.checks import Gpu, Process
 from autoglm_resume.supervise.preflight.leftovers import name_of
 
@@ -14,56 +15,47 @@ def look(ours: Callable[[int], bool], listed: str | None) -> tuple[tuple[Gpu, ..
 
     `listed` is CUDA_VISIBLE_DEVICES as the ranks get it, None where they see every GPU.
     """
-    import pynvml  # type: ignore[import-untyped]
-
     names = None if listed is None else [name.strip() for name in listed.split(",")]
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError_LibraryNotFound:
+        with nvml.opened() as library:
+            if names is None:
+                names = [str(index) for index in range(library.nvmlDeviceGetCount())]
+            elif "-1" in names or "" in names:  # CUDA takes those before the first invalid one
+                names = names[: min(names.index(end) for end in ("-1", "") if end in names)]
+            return tuple(_gpu(library, name, ours) for name in names), ""
+    except nvml.missing():
         return ((), "") if not names or names[0] in ("", "-1") else (None, "there is no driver")
-    except pynvml.NVMLError as error:
+    except nvml.error() as error:
         return (Gpu("driver", str(error)),), ""
-    try:
-        if names is None:
-            names = [str(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        elif "-1" in names or "" in names:  # CUDA takes the entries before the first invalid one
-            names = names[: min(names.index(end) for end in ("-1", "") if end in names)]
-        return tuple(_gpu(pynvml, name, ours) for name in names), ""
-    finally:
-        pynvml.nvmlShutdown()
 
 
-def _gpu(nvml: Any, name: str, ours: Callable[[int], bool]) -> Gpu:
+def _gpu(library: Any, name: str, ours: Callable[[int], bool]) -> Gpu:
     try:
         if name.isdecimal():
-            handle = nvml.nvmlDeviceGetHandleByIndex(int(name))
+            handle = library.nvmlDeviceGetHandleByIndex(int(name))
         else:
-            handle = nvml.nvmlDeviceGetHandleByUUID(name)
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    except nvml.NVMLError as error:
+            handle = library.nvmlDeviceGetHandleByUUID(name)
+        memory = library.nvmlDeviceGetMemoryInfo(handle)
+    except library.NVMLError as error:
         return Gpu(f"GPU {name}", str(error))
 
     def ask(function: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return function(handle, *arguments)
-        except nvml.NVMLError:  # not every GPU can tell, nor tells everybody
+        except library.NVMLError:  # not every GPU can tell, nor tells everybody
             return None
 
-    uncorrected = ask(
-        nvml.nvmlDeviceGetTotalEccErrors,
-        nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
-        nvml.NVML_VOLATILE_ECC,
-    )
-    rows = ask(nvml.nvmlDeviceGetRemappedRows)
+    errors = ask(lambda handle: nvml.uncorrected(library, handle))
+    rows = ask(library.nvmlDeviceGetRemappedRows)
     return Gpu(
         f"GPU {name}",
         "",
         int(memory.total),
         int(memory.used),
-        uncorrected,
+        errors,
         None if rows is None else bool(rows[3]),
         tuple(
             Process(each.pid, name_of(each.pid), each.usedGpuMemory, ours(each.pid))
-            for each in ask(nvml.nvmlDeviceGetComputeRunningProcesses) or ()
+            for each in ask(library.nvmlDeviceGetComputeRunningProcesses) or ()
         ),
     )

@@ -1,0 +1,127 @@
+"""What ranks and their savers say, on its one way: to the attempt, to the run, into the journal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from autoglm_resume.checkpoint.format.manifest import age
+from autoglm_resume.checkpoint.format.structure import Structure
+from autoglm_resume.errors import CorruptCheckpoint
+from autoglm_resume.journal import Event
+from autoglm_resume.protocol.assignment import ResumePoint
+from autoglm_resume.supervise.attempt import Attempt
+from autoglm_resume.supervise.base.context import Tell
+from autoglm_resume.supervise.core import history
+from autoglm_resume.supervise.core.history import History
+from autoglm_resume.supervise.gate import Gatekeeper
+from autoglm_resume.supervise.node import Node
+from autoglm_resume.supervise.persistence import Persistence
+from autoglm_resume.supervise.ranks.launcher import StartUp
+from autoglm_resume.supervise.save_timer import SaveTimer
+
+
+class Inbox:
+    """Keeps what outlives the attempt that it was said in."""
+
+    def __init__(
+        self,
+        past: History,
+        world_size: int,
+        gate: Gatekeeper,
+        save_timer: SaveTimer,
+        tell: Tell,
+        sync: Callable[[], None],
+    ) -> None:
+        """`sync` makes the journal survive the machine."""
+        self._reported = dict(past.models)
+        self._world_size = world_size
+        self._gate = gate
+        self._save_timer = save_timer
+        self._tell = tell
+        self._sync = sync
+        self._attempt: Attempt | None = None
+        self._resume: ResumePoint | None = None
+        self._node: Node | None = None
+        self._persistence: Persistence | None = None
+        self.objects: dict[str, str] = past.objects or {}
+        """Digests of what the newest checkpoint holds, by name."""
+        self._objects_step = past.checkpointed
+
+    def connect(self, node: Node, persistence: Persistence) -> None:
+        """Whom the ranks and savers belong to."""
+        self._node, self._persistence = node, persistence
+
+    def begin(self, attempt: Attempt, resume: ResumePoint | None) -> None:
+        """From here on they speak of this attempt, which begins with `resume`."""
+        self._attempt, self._resume = attempt, resume
+
+    def end(self) -> None:
+        """The attempt has ended; its savers may not have."""
+        self._attempt = None
+
+    def back_to(self, step: int) -> None:
+        """The run goes on from the checkpoint of an earlier step."""
+        self._objects_step = min(self._objects_step, step)
+
+    def committed(self, step: int, objects: dict[str, str]) -> None:
+        """A checkpoint holds these; ranks' files are read in any order, and an older one may come
+        last.
+        """
+        if step >= self._objects_step:
+            self.objects, self._objects_step = objects, step
+
+    def from_saver(self, rank: int, event: Event) -> None:
+        """Of a save, which may end after the attempt that it is of."""
+        if event["event"] != "pruned":
+            event = {**event, "attempt": age(event["id"])[1]}
+        self.hear(rank, event)
+
+    def hear(self, rank: int, event: Event) -> None:
+        """Of `rank`."""
+        if self._attempt is not None and not self._attempt.observe(rank, event):
+            return
+        kept = self._learnt(event)
+        if kept is not None:
+            fields: dict[str, Any] = {key: at for key, at in kept.items() if key != "event"}
+            self._tell(kept["event"], **fields)
+
+    def _learnt(self, event: Event) -> Event | None:
+        """Returns what the journal should keep."""
+        node, persistence = self._node, self._persistence
+        assert node is not None  # there are ranks
+        assert persistence is not None
+        match event["event"]:
+            case "model":
+                return self._model(event)
+            case "first_step":
+                persistence.work_on()
+                self._gate.clean()
+                self._sync()
+            case "imports":
+                node.learn(StartUp(event["modules"], event["own"], event["staged"]))
+            case "saved":
+                self._save_timer.saved(event["blocked"], event["seconds"])
+            case "committed":
+                if not self._gate.notice(event["id"], event["step"]):
+                    return None
+                self.committed(event["step"], event["objects"])
+                persistence.notice()
+            case "pruned":
+                persistence.notice()
+            case "refused" if event["kind"] == CorruptCheckpoint.__name__ and self._resume:
+                # Only damage is the checkpoint's own fault. A model that differs is judged by the
+                # gate itself, for every checkpoint.
+                self._gate.refuse(self._resume, event["reason"])
+        return event
+
+    def _model(self, event: Event) -> Event | None:
+        rank = event["rank"]
+        known = self._reported.get(rank)
+        structure = Structure.from_json(event["model"])
+        self._reported[rank] = history.Model(event["hash"], structure)
+        self._gate.model = history.model_of(self._reported, self._world_size)
+        if known is not None and known.hash == event["hash"]:
+            return None
+        # A large model's structure is written down once.
+        return event if rank == 0 else {**event, "model": None}
