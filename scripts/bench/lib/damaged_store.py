@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from damage import Damage, view
+from lib import common
+from lib.damage import Damage, view
 
-HERE = Path(__file__).resolve().parent
 RANKS = 2
 
 DETECTED, IDENTICAL = "detected", "identical"
@@ -57,7 +57,7 @@ def train(directory: Path, saves: int, keyframe_every: int = 8) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     job = {
         "name": "damaged",
-        "script": str(HERE / "train_deltas.py"),
+        "script": str(common.SCRIPTS / "train_deltas.py"),
         "args": [f"--output={directory}", f"--saves={saves}"],
         "nproc_per_node": RANKS,
         "run_dir": str(directory / "run"),
@@ -184,10 +184,9 @@ class Trial:
 
         Raises Failure if it loads as something else.
         """
-        from train_deltas import digest_of
-
         from autoglm_resume.checkpoint.state import restore
         from autoglm_resume.errors import CheckpointError
+        from scripts.train_deltas import digest_of
 
         step = str(int(id.split(".")[0].removeprefix("step-")))
         reason = ""
@@ -228,11 +227,11 @@ class Trial:
     def _resume_live(self, point: Any, rank: int) -> str:
         """Why a session that trains already will not load `point`; nothing if it has."""
         import torch
-        from train_deltas import digest_of, objects
 
         from autoglm_resume.errors import CheckpointError
         from autoglm_resume.worker.session import Session
         from autoglm_resume.worker.settings import supervised
+        from scripts.train_deltas import digest_of, objects
 
         torch.manual_seed(5)
         live = objects()
@@ -273,7 +272,7 @@ class Trial:
             supervisor=os.getpid(),
             directory=str(self.directory),
             board=f"/proc/{os.getpid()}/fd/{self._board[1]}",
-            source=Source(str(HERE / "train_deltas.py"), None, (), str(self.directory)),
+            source=Source(str(common.SCRIPTS / "train_deltas.py"), None, (), str(self.directory)),
             checkpoint=Checkpointing(dir=str(self.store.root), memory=0),
             resume=point,
             check_model=True,
@@ -297,7 +296,7 @@ def job_of(directory: Path) -> Any:
     return Job.model_validate(
         {
             "name": "damaged",
-            "script": str(HERE / "train_deltas.py"),
+            "script": str(common.SCRIPTS / "train_deltas.py"),
             "workdir": str(directory),
             "run_dir": str(directory),
             "checkpoint": {"dir": str(directory / "checkpoints")},
