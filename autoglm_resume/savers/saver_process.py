@@ -44,8 +44,8 @@ from queue import SimpleQueue
 from typing import Any
 
 from autoglm_resume import linux
+from autoglm_resume.checkpoint.format.ids import step_of
 from autoglm_resume.checkpoint.format.manifest import MANIFEST
-from autoglm_resume.checkpoint.format.part import age
 from autoglm_resume.checkpoint.format.snapshot import Snapshot, from_slot
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write import in_memory
@@ -239,7 +239,7 @@ class SaverProcess:
         slots, id = self._slots, request["id"]
         if slots is None:  # a saver before this one gave them
             reason = "the saver died"
-            self._tell("save_failed", id=id, step=age(id)[0], reason=reason)
+            self._tell("save_failed", id=id, step=step_of(id), reason=reason)
             self._reply(link, {"op": "saved", "id": id, "ok": False, "reason": reason})
             return
         self._held = {key: request[key] for key in ("id", "slot", "at", "length")}
@@ -324,7 +324,7 @@ class SaverProcess:
     def _not_saved(self, id: str, abandoned: threading.Event, reason: str) -> None:
         """What is left to say of a save of which nothing was said."""
         if self._abandoned.get(id) is abandoned:
-            self._tell("save_failed", id=id, step=age(id)[0], reason=reason)
+            self._tell("save_failed", id=id, step=step_of(id), reason=reason)
             self._saved(id, abandoned, reason)
 
     def _tell(self, event: str, **fields: Any) -> None:

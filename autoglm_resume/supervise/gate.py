@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 from autoglm_resume import files
-from autoglm_resume.checkpoint.format.manifest import MANIFEST, Manifest, age
+from autoglm_resume.checkpoint.format.ids import recency, step_of
+from autoglm_resume.checkpoint.format.manifest import MANIFEST, Manifest
 from autoglm_resume.checkpoint.store.gate import (
     Choice,
     Expectation,
@@ -114,7 +115,7 @@ class Gatekeeper:
     def _newest_step(self, before: int | None) -> int | None:
         """Of the acceptable checkpoints on storage that are older than step `before`."""
         paths = self.store.committed()
-        there = (self._examine(p) for p in paths if before is None or age(p.name)[0] < before)
+        there = (self._examine(p) for p in paths if before is None or step_of(p.name) < before)
         accepted = choose(there, self._expectation(self.refused)).accepted
         return accepted.step if accepted else None
 
@@ -161,7 +162,7 @@ class Gatekeeper:
         unfit = [facts for facts in self.store.whole() if not self._fits(facts.manifest)]
         committed = (self._examine(path) for path in self.store.committed())
         here = [] if sealed is None else [_facts(sealed, self.store.directory(sealed.id))]
-        candidates = heapq.merge(here, unfit, committed, key=lambda f: age(f.id), reverse=True)
+        candidates = heapq.merge(here, unfit, committed, key=lambda f: recency(f.id), reverse=True)
         return choose(candidates, self._expectation(self.refused), every=every)
 
     def present(self) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoglm_resume.checkpoint.format.manifest import age
+from autoglm_resume.checkpoint.format.ids import step_of
 from autoglm_resume.checkpoint.storage import storage
 from autoglm_resume.checkpoint.store.gate import Choice, Verdict, superseded
 from autoglm_resume.checkpoint.store.store import Store
@@ -170,7 +170,7 @@ def _require_step(store: Store, step: int, branches: Iterable[tuple[int, int]]) 
     Those of `branches` that were given up do not count, as the gate does not take them.
     """
     names = [path.name for path in store.committed()] + [facts.id for facts in store.whole()]
-    there = {age(name)[0] for name in names if superseded(name, branches) is None}
+    there = {step_of(name) for name in names if superseded(name, branches) is None}
     if step in there:
         return
     nearest = sorted(sorted(there, key=lambda other: abs(other - step))[:10])

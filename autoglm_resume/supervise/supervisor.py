@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import autoglm_resume
 from autoglm_resume import linux
-from autoglm_resume.checkpoint.format.part import age
+from autoglm_resume.checkpoint.format.ids import attempt_of
 from autoglm_resume.checkpoint.format.structure import Structure
 from autoglm_resume.cluster import slurm
 from autoglm_resume.errors import (
@@ -283,7 +283,7 @@ class Supervisor:
     def _saver_said(self, rank: int, event: Event) -> None:
         """Of a save, which may end after the attempt that it is of."""
         if event["event"] != "pruned":
-            event = {**event, "attempt": age(event["id"])[1]}
+            event = {**event, "attempt": attempt_of(event["id"])}
         if self._now is not None:
             self._now.hear(rank, event)
         elif (kept := self._heard(event)) is not None:

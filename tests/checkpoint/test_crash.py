@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from autoglm_resume import files
 from autoglm_resume.checkpoint.chunks import direct_io
-from autoglm_resume.checkpoint.format.manifest import checkpoint_id
+from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.format.options import Options
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.replicas import mirror, repair

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 
-from autoglm_resume.checkpoint.format.manifest import checkpoint_id
+from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.format.options import Options
 from autoglm_resume.checkpoint.format.snapshot import Snapshot, describe, from_slot, layout
 from autoglm_resume.checkpoint.state import capture, restore

@@ -14,7 +14,9 @@ from typing import Literal, TypeAlias
 
 from autoglm_resume.checkpoint.format import renaming
 from autoglm_resume.checkpoint.format.document import Json
-from autoglm_resume.checkpoint.format.manifest import Manifest, Part, age, parse_id
+from autoglm_resume.checkpoint.format.ids import attempt_of, is_id, step_of
+from autoglm_resume.checkpoint.format.manifest import Manifest
+from autoglm_resume.checkpoint.format.part import Part
 from autoglm_resume.checkpoint.format.structure import Structure, differences
 
 CheckName: TypeAlias = Literal["integrity", "world size", "model hash", "branch"]
@@ -168,9 +170,9 @@ def _integrity(facts: Facts, expectation: Expectation) -> Check:
 
 def superseded(id: str, branches: Iterable[tuple[int, int]]) -> int | None:
     """The step from which the branch was given up that checkpoint `id` is of."""
-    if parse_id(id) is None:  # somebody's copy under a name of its own
+    if not is_id(id):  # somebody's copy under a name of its own
         return None
-    step, attempt, _ = age(id)
+    step, attempt = step_of(id), attempt_of(id)
     return next((s for s, first in branches if step > s and attempt < first), None)
 
 

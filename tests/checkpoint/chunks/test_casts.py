@@ -15,9 +15,11 @@ from hypothesis import given, settings
 
 from autoglm_resume.checkpoint.chunks import casts
 from autoglm_resume.checkpoint.chunks.reader import Reader
+from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.format.options import Options
-from autoglm_resume.checkpoint.format.part import CHUNK_BYTES, Part, checkpoint_id
+from autoglm_resume.checkpoint.format.part import Part
 from autoglm_resume.checkpoint.format.snapshot import Snapshot, TensorBytes
+from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES
 from autoglm_resume.checkpoint.interop import bundle
 from autoglm_resume.checkpoint.state import capture, reshard, restore, tree
 from autoglm_resume.checkpoint.store.store import Store

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, debug
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from autoglm_resume.checkpoint.format.manifest import checkpoint_id
+from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.state import capture, reshard, restore, tree
 from autoglm_resume.checkpoint.state.restore import OtherSharding
 from autoglm_resume.checkpoint.state.sharding import Arrangement, Box, Present

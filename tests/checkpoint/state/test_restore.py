@@ -13,8 +13,9 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 
-from autoglm_resume.checkpoint.format.manifest import CHUNK_BYTES, checkpoint_id
+from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.format.options import Compress, Options
+from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES
 from autoglm_resume.checkpoint.state import capture, restore
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.part_writer import Saver

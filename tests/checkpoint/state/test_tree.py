@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from autoglm_resume.checkpoint.format.part import DTYPE_BYTES
+from autoglm_resume.checkpoint.format.tables import DTYPE_BYTES
 from autoglm_resume.checkpoint.state import tree
 from autoglm_resume.errors import CorruptCheckpoint, UsageError
 

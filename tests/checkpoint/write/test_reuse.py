@@ -11,14 +11,9 @@ import pytest
 from hypothesis import given, settings
 
 from autoglm_resume.checkpoint.format.document import digest, digest_of_digests
-from autoglm_resume.checkpoint.format.manifest import (
-    Fingerprint,
-    Pack,
-    Part,
-    Tensor,
-    checkpoint_id,
-    object_digest,
-)
+from autoglm_resume.checkpoint.format.ids import checkpoint_id
+from autoglm_resume.checkpoint.format.part import Part
+from autoglm_resume.checkpoint.format.tables import Fingerprint, Pack, Tensor, object_digest
 from autoglm_resume.checkpoint.write.reuse import Previous, Sharing, Table
 
 State = dict[str, bytes]

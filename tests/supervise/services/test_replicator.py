@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from autoglm_resume.checkpoint.format.manifest import checkpoint_id
+from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.format.options import Options
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.checkpoint.storage.storage import SEGMENT_BYTES, open_storage

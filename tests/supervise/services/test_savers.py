@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from autoglm_resume import journal
-from autoglm_resume.checkpoint.format.manifest import checkpoint_id
+from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.format.snapshot import describe, layout
 from autoglm_resume.checkpoint.state import capture, restore
 from autoglm_resume.checkpoint.store.store import Store
