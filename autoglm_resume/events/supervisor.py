@@ -63,6 +63,15 @@ class SaveRequested(Event):
     reason: str = unsaid("")
 
 
+class SaveCutOff(Event):
+    """Ranks died while it was under way; nothing failed."""
+
+    id: str = ""
+    step: int | None = None
+    missing: tuple[int, ...] = ()
+    """Ranks that had no whole snapshot of it."""
+
+
 class StopRequested(Event):
     by: str = "?"
     """The signal's name, or words."""
