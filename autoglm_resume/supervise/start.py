@@ -79,7 +79,7 @@ def start(
             _require_step(Store(checkpoints), branch_from, past.branches)
         elif past.finished:
             screen.note(
-                f"{run.path}: this run is finished at step {past.checkpointed}; "
+                f"{run.path}: this run is {_finished(past)}; "
                 "`autoglm run --fresh` begins a new one and keeps this one's files"
             )
             return 0
@@ -129,7 +129,7 @@ def plan(job: Job, *, fresh: bool = False, drills: Sequence[str] = ()) -> Plan:
     if accepted is not None:
         outlook = f"start from step {accepted.step}, checkpoint {accepted.id}"
     if past.finished:
-        outlook = f"do nothing: the run is finished at step {past.checkpointed}"
+        outlook = f"do nothing: the run is {_finished(past)}"
     elif accepted is None:
         outlook = "start from step 0"
         try:
@@ -153,6 +153,10 @@ def plan(job: Job, *, fresh: bool = False, drills: Sequence[str] = ()) -> Plan:
         outlook,
         code,
     )
+
+
+def _finished(past: history.History) -> str:
+    return "finished" + (f" at step {past.checkpointed}" if past.checkpointed else "")
 
 
 def _ignore(event: str, /, **fields: Any) -> None:

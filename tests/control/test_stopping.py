@@ -79,4 +79,6 @@ def test_the_outcome_says_what_is_saved(tmp_path: Path) -> None:
     saved = Script().life().attempt(0).save(0, 57).say("run_interrupted", code=75, step=57)
     assert said("a", saved).endswith("stopped, saved at step 57")
     assert said("b", killed_once()).endswith("finished at step 10")
+    uncounted = Script().life().say("run_completed", step=-1)
+    assert said("d", uncounted).endswith("finished")
     assert said("c", Script().life()).endswith("nothing was saved")
