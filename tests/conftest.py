@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 BUCKET = "bucket"
 TAKE_ONE = """
@@ -26,6 +27,11 @@ READY = re.compile(r"Starting s3 server on \[http://127\.0\.0\.1:(\d+)/\]")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what it puts in the background like this, and commands under test inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# How long an example takes says something about the machine only.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 class S3Server:

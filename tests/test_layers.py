@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import autoglm_resume
+from tests.patience import PATIENCE
 
 ROOT = Path(autoglm_resume.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -153,7 +154,9 @@ for name in {modules!r}:
     assert "torch" not in sys.modules, name
 print("ok")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.stdout == "ok\n", done.stderr
 
 
@@ -164,7 +167,7 @@ def test_importing_the_package_imports_nothing_of_its_own_or_of_others() -> None
     code += "print(*[n for n in sys.modules if n.startswith('autoglm_resume.')])"
     plain = [sys.executable, "-S", "-c", f"import sys; sys.path.insert(0, {str(ROOT.parent)!r})\n"]
     plain[-1] += code
-    done = subprocess.run(plain, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(plain, capture_output=True, text=True, timeout=PATIENCE)
     assert done.stdout.split() == ["autoglm_resume"], done.stderr
 
 

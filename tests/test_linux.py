@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 
 from autoglm_resume import linux
+from tests.patience import PATIENCE
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
 
 
-def exited(pidfd: int, seconds: float = 10) -> bool:
+def exited(pidfd: int, seconds: float = PATIENCE) -> bool:
     return bool(select.select([pidfd], [], [], seconds)[0])
 
 
@@ -97,7 +98,7 @@ def test_a_watch_names_files_that_appear_grow_or_are_moved_in(tmp_path: Path) ->
     handle = watch.add(watched)
     assert list(watch.changed()) == []
     with (watched / "a").open("wb") as file:
-        assert select.select([watch], [], [], 5)[0]
+        assert select.select([watch], [], [], PATIENCE)[0]
         assert set(watch.changed()) == {"a"}
         file.write(b"x")
     assert set(watch.changed()) == {"a"}

@@ -423,7 +423,7 @@ FATES = st.one_of(
 
 @pytest.mark.parametrize("story", STORIES)
 @given(data=st.data())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_whatever_of_it_was_flushed(
     recordings: Recordings, story: str, data: st.DataObject
 ) -> None:

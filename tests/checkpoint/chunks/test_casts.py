@@ -84,7 +84,7 @@ def test_every_number_of_half_precision_and_what_is_around_it_is_cast_as_torch_d
 
 @both
 @given(numbers=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=200))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_number_is_cast_as_torch_does(dtype: str, numbers: list[int]) -> None:
     assert differ(dtype, np.array(numbers, np.uint32)) == []
 

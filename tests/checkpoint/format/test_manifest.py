@@ -356,7 +356,7 @@ json_values = st.recursive(
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_value_in_any_place_is_read_or_refused(data: st.DataObject) -> None:
     document = json.loads(data.draw(st.sampled_from([part(), sharing(), casting()])).encode())
     paths = [

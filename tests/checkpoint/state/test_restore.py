@@ -77,7 +77,7 @@ def test_the_damaged_tensor_is_named(tmp_path: Path, compress: Compress) -> None
 
 
 @given(data=st.data())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_no_change_to_any_file_goes_unnoticed(pristine: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(FILES))
     original = (pristine / name).read_bytes()

@@ -88,7 +88,7 @@ states = st.recursive(
 
 
 @given(states)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_state_comes_back_exactly(state: Any) -> None:
     assert same(round_trip(state), state)
 

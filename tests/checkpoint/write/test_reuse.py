@@ -229,7 +229,7 @@ def any_series(draw: random.Random, steps: int) -> Iterator[tuple[State, frozens
 
 
 @given(st.integers(1, 9), st.integers(0, 2**32))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_series_stays_within_its_bounds_and_refers_to_what_is_there(
     limit: int, seed: int
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from autoglm_resume.supervise.services import savers as module
 from autoglm_resume.supervise.services.savers import Savers
 from autoglm_resume.worker.saving.saver_client import NoSaver, SaverClient
 from autoglm_resume.worker.settings import Settings
+from tests.patience import soon
 
 RANKS = 2
 
@@ -64,7 +64,7 @@ class Run:
         self.savers.settle(self.store, timeout, hurried)
 
     def wait_for(self, event: str) -> dict[str, Any]:
-        assert self.loop.wait(lambda: event in dict(self.told), time.monotonic() + 60)
+        assert self.loop.wait(lambda: event in dict(self.told), soon())
         return dict(self.told)[event]
 
     def events(self, rank: int, kind: str) -> list[journal.Event]:
