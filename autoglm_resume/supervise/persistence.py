@@ -14,7 +14,7 @@ from autoglm_resume.supervise.attempt import hurried
 from autoglm_resume.supervise.base.assign import environment
 from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.core.history import History
-from autoglm_resume.supervise.gate import Gatekeeper
+from autoglm_resume.supervise.gate import RunGate
 from autoglm_resume.supervise.services.replicator import FLUSH_SECONDS, Replicas
 from autoglm_resume.supervise.services.savers import Savers
 
@@ -32,7 +32,7 @@ class Persistence:
         directory: Path,
         run_id: str,
         world_size: int,
-        gate: Gatekeeper,
+        gate: RunGate,
         past: History,
         stops: Sequence[signal.Signals],
         tell: Callable[..., object],
@@ -59,7 +59,7 @@ class Persistence:
             past.replicated,
         )
         if job.checkpoint.replicas:
-            gate.repair = self._repair
+            gate.repair_with(self._repair)
         self._replicas.start()
         self.protect()
 

@@ -25,7 +25,7 @@ from autoglm_resume.supervise.base.gpu_exclusion import without
 from autoglm_resume.supervise.base.machine import check_directory
 from autoglm_resume.supervise.base.run_directory import RunDirectory, locked_checkpoints
 from autoglm_resume.supervise.core import drill, history
-from autoglm_resume.supervise.gate import Gatekeeper
+from autoglm_resume.supervise.gate import RunGate
 from autoglm_resume.supervise.preflight.preflight import require_storage
 from autoglm_resume.supervise.ranks.launcher import Endpoint, torchrun_command
 from autoglm_resume.supervise.supervisor import Supervisor
@@ -121,9 +121,8 @@ def plan(job: Job, *, fresh: bool = False, drills: Sequence[str] = ()) -> Plan:
     run = RunDirectory(Path(job.run_dir))
     past = history.History() if fresh else history.recall(run.events())
     job = without(job, past.excluded)
-    model = history.model_of(past.models, world_size(job))
-    keeper = Gatekeeper(job, world_size(job), _ignore, model, past.checkpointed)
-    choice = Choice((), None) if fresh else keeper.judge(every=True)
+    gate = RunGate(job, world_size(job), _ignore, past)
+    choice = Choice((), None) if fresh else gate.judge(every=True)
     accepted = choice.accepted
     code, outlook = 0, ""
     if accepted is not None:
@@ -134,7 +133,7 @@ def plan(job: Job, *, fresh: bool = False, drills: Sequence[str] = ()) -> Plan:
         outlook = "start from step 0"
         try:
             if not fresh:
-                keeper.require_a_fresh_start(choice)
+                gate.require_a_fresh_start(choice)
         except NoAcceptableCheckpoint as error:
             code, outlook = error.exit_code, f"exit {error.exit_code}: {error.message}"
     endpoint = Endpoint(int(job.env.get("MASTER_PORT", 0)), served=True)

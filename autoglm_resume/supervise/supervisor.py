@@ -35,7 +35,7 @@ from autoglm_resume.supervise.base.run_directory import Lock, RunDirectory
 from autoglm_resume.supervise.core import history, policy
 from autoglm_resume.supervise.core.diagnosis import Failure, Previous
 from autoglm_resume.supervise.core.drill import Drill
-from autoglm_resume.supervise.gate import Gatekeeper
+from autoglm_resume.supervise.gate import RunGate
 from autoglm_resume.supervise.persistence import Persistence
 from autoglm_resume.supervise.preflight.preflight import Preflight
 from autoglm_resume.supervise.ranks.fault_injector import FaultInjector
@@ -96,18 +96,11 @@ class Supervisor:
         self._ready = Preflight(run, job, self._tell)
         self._notifier = Notifier(self._loop, job, environment(job), run.path, self._tell)
         self._world_size = world_size(job)
-        self._gate = Gatekeeper(
-            job,
-            self._world_size,
-            self._tell_next,
-            history.model_of(self._past.models, self._world_size),
-            self._past.checkpointed,
-        )
+        self._gate = RunGate(job, self._world_size, self._tell_next, self._past)
         # A power cut may have lost the journal's last lines, but two attempts must never share a
         # number: it tells their checkpoints of the same step apart.
         self._number = max(self._past.attempts, self._gate.store.next_attempt(), run.next_attempt())
         self._branch_from = branch_from
-        self._gate.branches = self._past.branches
         self._answers = Answering(job, self._past, self._loop, self._stops, self._tell)
         self._pacing = SaveTimer(
             job, self._past.trained, lambda: self._answers.failures, self._tell
@@ -196,7 +189,7 @@ class Supervisor:
             if self._stops:
                 return self._interrupted(keepers)
             outcome = self._attempt(launcher, keepers, resume)
-            self._gate.checkpointed = max(self._gate.checkpointed, outcome.checkpointed)
+            self._gate.reached(outcome.checkpointed)
             if outcome.completed:
                 keepers.settle()
                 keepers.flush()
@@ -299,7 +292,7 @@ class Supervisor:
                 self._reported[rank] = history.Model(
                     event["hash"], Structure.from_json(event["model"])
                 )
-                self._gate.model = history.model_of(self._reported, self._world_size)
+                self._gate.expect_model(history.model_of(self._reported, self._world_size))
                 if known is not None and known.hash == event["hash"]:
                     return None
                 if rank != 0:  # a large model's structure is written down once
@@ -325,7 +318,7 @@ class Supervisor:
             case "refused" if event["kind"] == CorruptCheckpoint.__name__ and self._resume:
                 # Only damage is the checkpoint's own fault. A model that differs is judged by the
                 # gate itself, for every checkpoint.
-                self._gate.refuse(self._resume, event["reason"])
+                self._gate.not_loaded(self._resume, event["reason"])
         return event
 
     def _introduce(self) -> None:

@@ -153,14 +153,15 @@ class Trial:
         return self._pass_gate(intact, touched, problem)
 
     def _pass_gate(self, intact: dict[str, bool], touched: set[str], problem: str) -> Outcome:
-        from autoglm_resume.supervise.gate import Gatekeeper
+        from autoglm_resume.supervise.core.history import History
+        from autoglm_resume.supervise.gate import RunGate
 
-        keeper = Gatekeeper(self.job, RANKS, lambda event, **fields: None)
+        gate = RunGate(self.job, RANKS, lambda event, **fields: None, History())
         good = [id for id in self.ids if intact.get(id, True) and id not in touched]
-        taken = self._fallback(keeper, good)
+        taken = self._fallback(gate, good)
         return Outcome(DETECTED if problem else IDENTICAL, problem, taken)
 
-    def _fallback(self, keeper: Any, good: list[str]) -> str | None:
+    def _fallback(self, gate: Any, good: list[str]) -> str | None:
         """Id of what the gate takes: it must load, and not be older than any of `good` that loads.
 
         What was touched itself it may take or leave: a lost manifest is made again of the parts.
@@ -168,7 +169,7 @@ class Trial:
         from autoglm_resume.errors import NoAcceptableCheckpoint
 
         try:
-            taken = self.guarded(keeper.pass_gate, NoAcceptableCheckpoint).id
+            taken = self.guarded(gate.pass_gate, NoAcceptableCheckpoint).id
         except NoAcceptableCheckpoint:
             taken = None
         if taken is not None and (reason := self.loads(taken)):
@@ -209,18 +210,19 @@ class Trial:
 
         None if that changes nothing of what the rank needs.
         """
-        from autoglm_resume.supervise.gate import Gatekeeper
+        from autoglm_resume.supervise.core.history import History
+        from autoglm_resume.supervise.gate import RunGate
 
         self.fresh()
-        keeper = Gatekeeper(self.job, RANKS, lambda event, **fields: None)
-        point = keeper.pass_gate()
+        gate = RunGate(self.job, RANKS, lambda event, **fields: None, History())
+        point = gate.pass_gate()
         damage.apply(self.store.root)
         try:
             reason = self._resume_live(point, rank)
             if not reason:
                 return None
-            keeper.refused[point.id] = reason
-            return Outcome(DETECTED, reason, self._fallback(keeper, self.ids[1:]))
+            gate.refuse(point.id, reason)
+            return Outcome(DETECTED, reason, self._fallback(gate, self.ids[1:]))
         except Failure as failure:
             return Outcome(*failure.args)
 
