@@ -1,16 +1,20 @@
-"""The few Linux calls that Python does not wrap, or not well: prctl, inotify, madvise."""
+"""The few Linux calls that Python does not wrap, or not well: prctl, inotify, timerfd, madvise."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import mmap
 import os
+import select
 import signal
 import struct
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeAlias
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -23,6 +27,13 @@ _IN_MODIFY = 0x2
 _IN_CREATE = 0x100
 _IN_MOVED_TO = 0x80
 _EVENT = struct.Struct("iIII")
+_TIMES = struct.Struct("llll")
+_USED_UP = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.ENOMEM})
+"""What inotify fails with where a limit of the machine is reached."""
+LOOK = 0.1
+"""Seconds between looks at a directory that inotify cannot watch."""
+
+_Files: TypeAlias = "dict[str, tuple[int, int, int]]"
 
 
 def _prctl(option: int, value: int) -> None:
@@ -89,46 +100,101 @@ def populate(address: int, size: int) -> None:
 
 
 class DirectoryWatch:
-    """Readable (for a selector) whenever a file in a watched directory is created or grows."""
+    """Readable (for a selector) whenever a file in a watched directory is created or grows.
+
+    A user has few inotify instances, often 128, for all that runs in his name. Where none is left,
+    or no watch, this is readable every LOOK seconds, and finds what has changed by looking.
+    """
 
     def __init__(self) -> None:
-        self._fd: int = _libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
-        if self._fd < 0:
-            number = ctypes.get_errno()
+        self._ready = select.epoll()
+        self._inotify: int = _libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._timer = -1
+        self._looks: dict[int, tuple[Path, _Files]] = {}
+        """What is looked at, and how it was last time."""
+        if self._inotify >= 0:
+            self._ready.register(self._inotify, select.EPOLLIN)
+        elif (number := ctypes.get_errno()) not in _USED_UP:
+            self._ready.close()
             raise OSError(number, f"inotify_init1: {os.strerror(number)}")
 
     def fileno(self) -> int:
         """Descriptor to wait on."""
-        return self._fd
+        return self._ready.fileno()
 
     def add(self, directory: Path) -> int:
-        """Watch `directory`; returns a handle for `remove`."""
-        handle: int = _libc.inotify_add_watch(
-            self._fd, os.fsencode(directory), _IN_MODIFY | _IN_CREATE | _IN_MOVED_TO
-        )
-        if handle < 0:
-            number = ctypes.get_errno()
-            raise OSError(number, f"inotify_add_watch: {os.strerror(number)}", str(directory))
+        """Watch `directory`; returns a handle for `remove`. Raises OSError if it is not there."""
+        if self._inotify >= 0:
+            handle: int = _libc.inotify_add_watch(
+                self._inotify, os.fsencode(directory), _IN_MODIFY | _IN_CREATE | _IN_MOVED_TO
+            )
+            if handle >= 0:
+                return handle
+            if (number := ctypes.get_errno()) not in _USED_UP:
+                raise OSError(number, f"inotify_add_watch: {os.strerror(number)}", str(directory))
+        handle = min(self._looks, default=0) - 1
+        self._looks[handle] = directory, _files(directory)
+        if self._timer < 0:
+            self._timer = _ticking(LOOK)
+            self._ready.register(self._timer, select.EPOLLIN)
         return handle
 
     def remove(self, handle: int) -> None:
         """Stop watching."""
-        _libc.inotify_rm_watch(self._fd, handle)
+        if self._looks.pop(handle, None) is None:
+            _libc.inotify_rm_watch(self._inotify, handle)
 
     def changed(self) -> Iterator[str]:
         """Names of the files that changed since the last call; each may come up several times."""
-        while True:
-            try:
-                data = os.read(self._fd, 65536)
-            except BlockingIOError:
-                return
+        for data in _readable(self._inotify):
             offset = 0
             while offset < len(data):
                 _, _, _, length = _EVENT.unpack_from(data, offset)
                 offset += _EVENT.size
                 yield os.fsdecode(data[offset : offset + length].rstrip(b"\0"))
                 offset += length
+        list(_readable(self._timer))
+        for handle, (directory, before) in list(self._looks.items()):
+            now: _Files = {}
+            with contextlib.suppress(FileNotFoundError):
+                now = _files(directory)
+            self._looks[handle] = directory, now
+            yield from (name for name in now if now[name] != before.get(name))
 
     def close(self) -> None:
-        """Release the descriptor; nobody waits for that, since the kernel takes 16 ms for it."""
-        threading.Thread(target=os.close, args=(self._fd,)).start()
+        """Release the descriptors; nobody waits for inotify's, for which the kernel takes 16 ms."""
+        self._ready.close()
+        if self._timer >= 0:
+            os.close(self._timer)
+        if self._inotify >= 0:
+            threading.Thread(target=os.close, args=(self._inotify,)).start()
+
+
+def _files(directory: Path) -> _Files:
+    """What of each file of `directory` changes when it grows, or another takes its place."""
+    files: _Files = {}
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                stat = entry.stat()
+                files[entry.name] = stat.st_ino, stat.st_size, stat.st_mtime_ns
+    return files
+
+
+def _ticking(seconds: float) -> int:
+    """A descriptor that is readable every so many seconds."""
+    fd: int = _libc.timerfd_create(time.CLOCK_MONOTONIC, os.O_CLOEXEC | os.O_NONBLOCK)
+    nanoseconds = int(seconds * 1e9)
+    if fd < 0 or _libc.timerfd_settime(fd, 0, _TIMES.pack(*[0, nanoseconds] * 2), None) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"timerfd: {os.strerror(number)}")
+    return fd
+
+
+def _readable(fd: int) -> Iterator[bytes]:
+    """What can be read without waiting; nothing of a descriptor that is not there."""
+    while fd >= 0:
+        try:
+            yield os.read(fd, 65536)
+        except BlockingIOError:
+            return

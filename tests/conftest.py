@@ -12,13 +12,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 BUCKET = "bucket"
+TAKE_ONE = """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+fd = libc.inotify_init1(0)
+assert fd < 0 or libc.inotify_add_watch(fd, b"/", 2) < 0
+print(os.strerror(ctypes.get_errno()))
+"""
 READY = re.compile(r"Starting s3 server on \[http://127\.0\.0\.1:(\d+)/\]")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what it puts in the background like this, and commands under test inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# How long an example takes says something about the machine only.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 class S3Server:
@@ -99,6 +112,23 @@ def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
         monkeypatch.setenv(name, value)
     yield server
     server.stop()
+
+
+@pytest.fixture(params=["instances", "watches"])
+def none_left(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    """Runs a command where every inotify instance, or watch, that there may be is taken."""
+    limit = f"/proc/sys/user/max_inotify_{request.param}"
+    # A limit of its own in a namespace of its own, so that nobody else here goes without.
+    script = f'echo 0 >{limit} && exec "$@"'
+    command = ("unshare", "--user", "--map-root-user", "sh", "-c", script, "sh")
+    if shutil.which("unshare") is None:
+        pytest.skip("no unshare here")
+    done = subprocess.run([*command, sys.executable, "-c", TAKE_ONE], capture_output=True)
+    if done.returncode:
+        pytest.skip(f"no user namespace here: {done.stderr.decode().strip()}")
+    refusal = {"instances": "Too many open files", "watches": "No space left on device"}
+    assert done.stdout.decode().strip() == refusal[request.param]
+    return command
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from autoglm_resume import files
+from tests.patience import soon
 
 
 def names(directory: Path) -> list[str]:
@@ -117,6 +118,6 @@ def test_what_is_read_ahead_is_in_memory_soon_and_what_is_not_there_harms_nobody
     if cached(path):
         pytest.skip("this file system keeps everything in memory")
     files.read_ahead([tmp_path / "missing", path])
-    deadline = time.monotonic() + 30
+    deadline = soon()
     while not cached(path):
         assert time.monotonic() < deadline

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import autoglm_resume
+from tests.patience import PATIENCE
 
 ROOT = Path(autoglm_resume.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -47,7 +48,8 @@ PURE = [
         "observe/pure/say.py",
         "errors.py",
     ),
-    "failures.py",
+    *("failures.py", "records.py", "events/__init__.py", "events/base.py"),
+    *("events/supervisor.py", "events/ranks.py"),
     *("protocol/loss_guard.py", "protocol/silences.py"),
     *("observe/pure/recovery.py", "observe/pure/segments.py", "observe/pure/explain.py"),
     *("observe/pure/notify.py", "job/notify.py", "job/secret.py"),
@@ -152,7 +154,9 @@ for name in {modules!r}:
     assert "torch" not in sys.modules, name
 print("ok")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.stdout == "ok\n", done.stderr
 
 
@@ -163,7 +167,7 @@ def test_importing_the_package_imports_nothing_of_its_own_or_of_others() -> None
     code += "print(*[n for n in sys.modules if n.startswith('autoglm_resume.')])"
     plain = [sys.executable, "-S", "-c", f"import sys; sys.path.insert(0, {str(ROOT.parent)!r})\n"]
     plain[-1] += code
-    done = subprocess.run(plain, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(plain, capture_output=True, text=True, timeout=PATIENCE)
     assert done.stdout.split() == ["autoglm_resume"], done.stderr
 
 

@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 
 from autoglm_resume import linux
+from tests.patience import PATIENCE
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
 
 
-def exited(pidfd: int, seconds: float = 10) -> bool:
+def exited(pidfd: int, seconds: float = PATIENCE) -> bool:
     return bool(select.select([pidfd], [], [], seconds)[0])
 
 
@@ -97,7 +98,7 @@ def test_a_watch_names_files_that_appear_grow_or_are_moved_in(tmp_path: Path) ->
     handle = watch.add(watched)
     assert list(watch.changed()) == []
     with (watched / "a").open("wb") as file:
-        assert select.select([watch], [], [], 5)[0]
+        assert select.select([watch], [], [], PATIENCE)[0]
         assert set(watch.changed()) == {"a"}
         file.write(b"x")
     assert set(watch.changed()) == {"a"}
@@ -123,7 +124,30 @@ def test_many_changes_at_once_are_all_named(tmp_path: Path) -> None:
 
 def test_a_directory_that_is_not_there_cannot_be_watched(tmp_path: Path) -> None:
     watch = linux.DirectoryWatch()
-    with pytest.raises(OSError, match="inotify_add_watch") as caught:
+    with pytest.raises(FileNotFoundError) as caught:
         watch.add(tmp_path / "nowhere")
     assert caught.value.filename == str(tmp_path / "nowhere")
+    watch.close()
+
+
+def test_where_no_inotify_is_left_a_watch_looks_for_itself(none_left: tuple[str, ...]) -> None:
+    same = [
+        test_a_watch_names_files_that_appear_grow_or_are_moved_in,
+        test_many_changes_at_once_are_all_named,
+        test_a_directory_that_is_not_there_cannot_be_watched,
+        test_a_directory_that_goes_away_has_no_more_changes,
+    ]
+    tests = [f"{__file__}::{test.__name__}" for test in same]
+    command = [*none_left, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "4 passed" in done.stdout, done.stdout
+
+
+def test_a_directory_that_goes_away_has_no_more_changes(tmp_path: Path) -> None:
+    watched = tmp_path / "watched"
+    watched.mkdir()
+    watch = linux.DirectoryWatch()
+    watch.add(watched)
+    watched.rmdir()
+    assert not any(watch.changed())
     watch.close()

@@ -25,7 +25,8 @@ def outcome(run: RunDirectory) -> str:
     """How it ended, and what is saved."""
     summary = summarize(run.events())
     if summary.state == "finished":
-        return f"{run.path}: finished at step {summary.step}"
+        at = "" if summary.step is None else f" at step {summary.step}"
+        return f"{run.path}: finished{at}"
     if summary.checkpoint_step is None:
         return f"{run.path}: stopped before its first checkpoint, nothing was saved"
     return f"{run.path}: stopped, saved at step {summary.checkpoint_step}"

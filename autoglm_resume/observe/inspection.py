@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from autoglm_resume.checkpoint.chunks.reader import QUARANTINE
-from autoglm_resume.checkpoint.format.manifest import MANIFEST, Part, Tensor, parse_id
+from autoglm_resume.checkpoint.format.ids import is_id
+from autoglm_resume.checkpoint.format.manifest import MANIFEST
+from autoglm_resume.checkpoint.format.part import Part
+from autoglm_resume.checkpoint.format.tables import Tensor
 from autoglm_resume.checkpoint.store.gate import Check, Expectation, Facts, Verdict, judge
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import CheckpointError, UsageError
@@ -81,7 +84,7 @@ def find(given: Path) -> Target:
             f"{given}: expected a checkpoint directory, found a file",
             hint=f"try its directory: autoglm inspect ckpt {given.parent}",
         )
-    if (path / MANIFEST).exists() or parse_id(path.name):
+    if (path / MANIFEST).exists() or is_id(path.name):
         root = path.parent
         return Target(Store(root), (path,), _run_of(root), single=True)
     run = RunDirectory(path)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from autoglm_resume.checkpoint.format import document
-from autoglm_resume.checkpoint.format.manifest import Manifest, age, parse_id
+from autoglm_resume.checkpoint.format.ids import newer, recency, step_of
+from autoglm_resume.checkpoint.format.manifest import Manifest
 from autoglm_resume.checkpoint.replicas.plan import newest_counting
 from autoglm_resume.checkpoint.store import retention
 from autoglm_resume.checkpoint.store.gate import Facts, Verdict
@@ -117,7 +118,7 @@ def _needs(facts: Facts, candidates: Iterable[Candidate]) -> list[str]:
     """Ids that a checkpoint which is no candidate needs, or may need if that cannot be read."""
     if facts.manifest is not None:
         return list(facts.manifest.needs)
-    older = (each.id for each in candidates if age(each.id) < age(facts.id))
+    older = (each.id for each in candidates if newer(facts.id, each.id))
     return list(older) if facts.integrity.unreadable else []
 
 
@@ -158,9 +159,9 @@ def _branches(found: Sequence[tuple[Facts, Verdict]]) -> set[str]:
             lineage = facts.parts[0].lineage if facts.parts else ()
             parent = _parent(facts)
             chain.update((facts.id, *lineage, *([parent] if parent else [])))
-    oldest = min(map(age, chain), default=None)
+    oldest = min(chain, key=recency, default=None)
     ids = (facts.id for facts, _ in found)
-    return {id for id in ids if oldest is not None and id not in chain and age(id) > oldest}
+    return {id for id in ids if oldest and id not in chain and newer(id, oldest)}
 
 
 def _quarantined(target: Target) -> tuple[tuple[str, str], ...]:
@@ -229,8 +230,10 @@ def failure(verdict: Verdict) -> str:
 
 def _parent_words(each: Listed) -> str:
     """“20.a0” for step-0000000020.a0, and what is special about the chain there."""
-    parsed = parse_id(_parent(each.facts) or "")
-    words = [f"{parsed[0]}.{parsed[1]}" + ("" if each.parent_here else " (gone)")] if parsed else []
+    words = []
+    if parent := _parent(each.facts):
+        short = f"{step_of(parent)}.{parent.partition('.')[2]}"
+        words.append(short if each.parent_here else f"{short} (gone)")
     return ", ".join([*words, *(["branch"] if each.branch else [])])
 
 

@@ -52,6 +52,7 @@ _MOODS = {
     "run_completed": _GREEN,
     "drill": _MAGENTA,
     "committed": _DIM,
+    "save_cut_off": _DIM,
     "zygote_ready": _DIM,
 }
 

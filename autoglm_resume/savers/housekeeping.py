@@ -8,8 +8,8 @@ from collections.abc import Callable, Set
 from contextlib import suppress
 from typing import TypeAlias
 
+from autoglm_resume.checkpoint.format.ids import newer
 from autoglm_resume.checkpoint.format.manifest import MANIFEST
-from autoglm_resume.checkpoint.format.part import age
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.store import retention
 from autoglm_resume.checkpoint.store.gate import superseded
@@ -81,7 +81,7 @@ def _retire(store: Store, how: Checkpointing, snapshot: Snapshot, stay: Set[str]
     for path in store.committed():
         with suppress(CheckpointError):
             manifest = store.load_manifest(path)
-            if age(path.name) <= age(saved):
+            if not newer(path.name, saved):
                 given_up = superseded(path.name, how.branches) is not None
                 found.append(Candidate.of(manifest, given_up=given_up))
             else:

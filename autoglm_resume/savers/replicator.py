@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from autoglm_resume import linux
+from autoglm_resume.checkpoint.format.ids import newest_first
 from autoglm_resume.checkpoint.replicas.mirror import committed, replicate
 from autoglm_resume.checkpoint.replicas.plan import (
     Copy,
@@ -29,7 +30,6 @@ from autoglm_resume.checkpoint.replicas.plan import (
     deletions,
     is_complete,
     missing,
-    newest_first,
     retry_in,
 )
 from autoglm_resume.checkpoint.replicas.repair import repair, restore_missing

@@ -44,8 +44,8 @@ from queue import SimpleQueue
 from typing import Any
 
 from autoglm_resume import linux
+from autoglm_resume.checkpoint.format.ids import step_of
 from autoglm_resume.checkpoint.format.manifest import MANIFEST
-from autoglm_resume.checkpoint.format.part import age
 from autoglm_resume.checkpoint.format.snapshot import Snapshot, from_slot
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write import in_memory
@@ -84,7 +84,8 @@ class SaverProcess:
         """Jobs, those that wait for their turn included; `_allocating` are those about slots."""
         self._allocating = 0
         self._abandoned: dict[str, threading.Event] = {}
-        """Of the saves under way, oldest first: set when one is to be given up."""
+        """Of the saves under way, oldest first: set when one is to be given up. Whoever wants that
+        has said so where people read it; nothing is said here of what became of such a save."""
         self._work_on = threading.Event()
         self._work_on.set()
         self._protected: frozenset[str] = frozenset()
@@ -163,7 +164,7 @@ class SaverProcess:
                     {
                         "op": "holding",
                         "question": request["question"],
-                        "ids": list(self._abandoned),
+                        "ids": self._wanted,
                         "claim": self._claim,
                         "sealing": self._sealing,
                     },
@@ -188,7 +189,7 @@ class SaverProcess:
         self._how = how = Checkpointing.from_json(request["checkpoint"])
         follows = self._held is None or self._held["id"] != request["resume"]
         self._start(lambda: self._begin(request, how, follows))
-        persisting = next(reversed(self._abandoned), None)
+        persisting = next(reversed(self._wanted), None)
         self._give_slots(link, {"op": "hello", "held": self._held, "persisting": persisting})
 
     def _give_slots(self, link: socket.socket, message: Message) -> None:
@@ -239,7 +240,7 @@ class SaverProcess:
         slots, id = self._slots, request["id"]
         if slots is None:  # a saver before this one gave them
             reason = "the saver died"
-            self._tell("save_failed", id=id, step=age(id)[0], reason=reason)
+            self._tell("save_failed", id=id, step=step_of(id), reason=reason)
             self._reply(link, {"op": "saved", "id": id, "ok": False, "reason": reason})
             return
         self._held = {key: request[key] for key in ("id", "slot", "at", "length")}
@@ -288,7 +289,8 @@ class SaverProcess:
             began, blocked = request["began"], request["blocked"]
             housekeeping.announce(self._tell, saved, began=began, blocked=blocked)
             return ""
-        self._tell("save_failed", id=snapshot.id, step=snapshot.step, reason=reason)
+        if not abandoned.is_set():
+            self._tell("save_failed", id=snapshot.id, step=snapshot.step, reason=reason)
         return reason
 
     def _seal(self, snapshot: Snapshot, names: Sequence[str]) -> None:
@@ -296,6 +298,11 @@ class SaverProcess:
         if self._several_slots:
             claim = in_memory.claim(snapshot, names)
             self._later(lambda: self._sealed(claim))
+
+    @property
+    def _wanted(self) -> list[str]:
+        """Of the saves under way, oldest first, those that nobody has given up."""
+        return [id for id, abandoned in self._abandoned.items() if not abandoned.is_set()]
 
     @property
     def _several_slots(self) -> bool:
@@ -324,7 +331,8 @@ class SaverProcess:
     def _not_saved(self, id: str, abandoned: threading.Event, reason: str) -> None:
         """What is left to say of a save of which nothing was said."""
         if self._abandoned.get(id) is abandoned:
-            self._tell("save_failed", id=id, step=age(id)[0], reason=reason)
+            if not abandoned.is_set():
+                self._tell("save_failed", id=id, step=step_of(id), reason=reason)
             self._saved(id, abandoned, reason)
 
     def _tell(self, event: str, **fields: Any) -> None:

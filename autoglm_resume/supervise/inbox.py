@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from autoglm_resume.checkpoint.format.manifest import age
+from autoglm_resume.checkpoint.format.ids import attempt_of
 from autoglm_resume.checkpoint.format.structure import Structure
 from autoglm_resume.errors import CorruptCheckpoint
 from autoglm_resume.journal import Event
@@ -14,7 +14,7 @@ from autoglm_resume.supervise.attempt import Attempt
 from autoglm_resume.supervise.base.context import Tell
 from autoglm_resume.supervise.core import history
 from autoglm_resume.supervise.core.history import History
-from autoglm_resume.supervise.gate import Gatekeeper
+from autoglm_resume.supervise.gate import RunGate
 from autoglm_resume.supervise.node import Node
 from autoglm_resume.supervise.persistence import Persistence
 from autoglm_resume.supervise.ranks.launcher import StartUp
@@ -28,7 +28,7 @@ class Inbox:
         self,
         past: History,
         world_size: int,
-        gate: Gatekeeper,
+        gate: RunGate,
         save_timer: SaveTimer,
         tell: Tell,
         sync: Callable[[], None],
@@ -74,7 +74,7 @@ class Inbox:
     def from_saver(self, rank: int, event: Event) -> None:
         """Of a save, which may end after the attempt that it is of."""
         if event["event"] != "pruned":
-            event = {**event, "attempt": age(event["id"])[1]}
+            event = {**event, "attempt": attempt_of(event["id"])}
         self.hear(rank, event)
 
     def hear(self, rank: int, event: Event) -> None:
@@ -112,7 +112,7 @@ class Inbox:
             case "refused" if event["kind"] == CorruptCheckpoint.__name__ and self._resume:
                 # Only damage is the checkpoint's own fault. A model that differs is judged by the
                 # gate itself, for every checkpoint.
-                self._gate.refuse(self._resume, event["reason"])
+                self._gate.not_loaded(self._resume, event["reason"])
         return event
 
     def _model(self, event: Event) -> Event | None:
@@ -120,7 +120,7 @@ class Inbox:
         known = self._reported.get(rank)
         structure = Structure.from_json(event["model"])
         self._reported[rank] = history.Model(event["hash"], structure)
-        self._gate.model = history.model_of(self._reported, self._world_size)
+        self._gate.expect_model(history.model_of(self._reported, self._world_size))
         if known is not None and known.hash == event["hash"]:
             return None
         # A large model's structure is written down once.

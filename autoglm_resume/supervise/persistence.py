@@ -9,7 +9,7 @@ from autoglm_resume.checkpoint.write.in_memory import Sealed
 from autoglm_resume.journal import Event
 from autoglm_resume.supervise.base.context import RunContext
 from autoglm_resume.supervise.core.history import History
-from autoglm_resume.supervise.gate import Gatekeeper
+from autoglm_resume.supervise.gate import RunGate
 from autoglm_resume.supervise.services.replicator import FLUSH_SECONDS, Replicas
 from autoglm_resume.supervise.services.savers import Savers
 
@@ -24,7 +24,7 @@ class Persistence:
         self,
         context: RunContext,
         run_id: str,
-        gate: Gatekeeper,
+        gate: RunGate,
         past: History,
         hear: Callable[[int, Event], None],
     ) -> None:
@@ -51,7 +51,7 @@ class Persistence:
             past.replicated,
         )
         if job.checkpoint.replicas:
-            gate.repair = self._repair
+            gate.repair_with(self._repair)
         self._replicas.start()
         self.protect()
 

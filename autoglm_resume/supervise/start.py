@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autoglm_resume.checkpoint.format.manifest import age
+from autoglm_resume.checkpoint.format.ids import step_of
 from autoglm_resume.checkpoint.storage import storage
 from autoglm_resume.checkpoint.store.gate import Choice, Verdict, superseded
 from autoglm_resume.checkpoint.store.store import Store
@@ -25,7 +25,7 @@ from autoglm_resume.supervise.base.gpu_exclusion import without
 from autoglm_resume.supervise.base.machine import check_directory
 from autoglm_resume.supervise.base.run_directory import RunDirectory, locked_checkpoints
 from autoglm_resume.supervise.core import drill, history
-from autoglm_resume.supervise.gate import Gatekeeper
+from autoglm_resume.supervise.gate import RunGate
 from autoglm_resume.supervise.preflight.preflight import require_storage
 from autoglm_resume.supervise.ranks.launchers import LAUNCHERS
 from autoglm_resume.supervise.supervisor import Supervisor
@@ -76,7 +76,7 @@ def start(
             _require_step(Store(checkpoints), branch_from, past.branches)
         elif past.finished:
             screen.note(
-                f"{run.path}: this run is finished at step {past.checkpointed}; "
+                f"{run.path}: this run is {_finished(past)}; "
                 "`autoglm run --fresh` begins a new one and keeps this one's files"
             )
             return 0
@@ -118,20 +118,19 @@ def plan(job: Job, *, fresh: bool = False, drills: Sequence[str] = ()) -> Plan:
     run = RunDirectory(Path(job.run_dir))
     past = history.History() if fresh else history.recall(run.events())
     job = without(job, past.excluded)
-    model = history.model_of(past.models, world_size(job))
-    keeper = Gatekeeper(job, world_size(job), _ignore, model, past.checkpointed)
-    choice = Choice((), None) if fresh else keeper.judge(every=True)
+    gate = RunGate(job, world_size(job), _ignore, past)
+    choice = Choice((), None) if fresh else gate.judge(every=True)
     accepted = choice.accepted
     code, outlook = 0, ""
     if accepted is not None:
         outlook = f"start from step {accepted.step}, checkpoint {accepted.id}"
     if past.finished:
-        outlook = f"do nothing: the run is finished at step {past.checkpointed}"
+        outlook = f"do nothing: the run is {_finished(past)}"
     elif accepted is None:
         outlook = "start from step 0"
         try:
             if not fresh:
-                keeper.require_a_fresh_start(choice)
+                gate.require_a_fresh_start(choice)
         except NoAcceptableCheckpoint as error:
             code, outlook = error.exit_code, f"exit {error.exit_code}: {error.message}"
     endpoint = Endpoint(int(job.env.get("MASTER_PORT", 0)), served=True)
@@ -149,6 +148,10 @@ def plan(job: Job, *, fresh: bool = False, drills: Sequence[str] = ()) -> Plan:
     )
 
 
+def _finished(past: history.History) -> str:
+    return "finished" + (f" at step {past.checkpointed}" if past.checkpointed else "")
+
+
 def _ignore(event: str, /, **fields: Any) -> None:
     """A plan leaves no trace in the journal."""
 
@@ -159,7 +162,7 @@ def _require_step(store: Store, step: int, branches: Iterable[tuple[int, int]]) 
     Those of `branches` that were given up do not count, as the gate does not take them.
     """
     names = [path.name for path in store.committed()] + [facts.id for facts in store.whole()]
-    there = {age(name)[0] for name in names if superseded(name, branches) is None}
+    there = {step_of(name) for name in names if superseded(name, branches) is None}
     if step in there:
         return
     nearest = sorted(sorted(there, key=lambda other: abs(other - step))[:10])

@@ -34,7 +34,7 @@ from autoglm_resume.supervise.base.stops import Stops
 from autoglm_resume.supervise.core import history, policy
 from autoglm_resume.supervise.core.diagnosis import Failure, Previous
 from autoglm_resume.supervise.core.drill import Drill
-from autoglm_resume.supervise.gate import Gatekeeper
+from autoglm_resume.supervise.gate import RunGate
 from autoglm_resume.supervise.inbox import Inbox
 from autoglm_resume.supervise.local_node import LocalNode
 from autoglm_resume.supervise.node import Member, Node, Order
@@ -100,17 +100,10 @@ class Supervisor:
         )
         self._preflight = Preflight(run, job, self._tell)
         self._notifier = Notifier(self._loop, job, context.environment, run.path, self._tell)
-        self._gate = Gatekeeper(
-            job,
-            self._world_size,
-            self._tell_next,
-            history.model_of(self._past.models, self._world_size),
-            self._past.checkpointed,
-        )
+        self._gate = RunGate(job, self._world_size, self._tell_next, self._past)
         # A power cut may have lost the journal's last lines, but two attempts must never share a
         # number: it tells their checkpoints of the same step apart.
         self._number = max(self._past.attempts, self._gate.store.next_attempt(), run.next_attempt())
-        self._gate.branches = self._past.branches
         self._answers = Answering(context, self._past)
         self._save_timer = SaveTimer(
             job, self._past.trained, lambda: self._answers.failures, self._tell
@@ -191,7 +184,7 @@ class Supervisor:
             if self._stops:
                 return self._interrupted(persistence)
             outcome = self._try(node, resume)
-            self._gate.checkpointed = max(self._gate.checkpointed, outcome.checkpointed)
+            self._gate.reached(outcome.checkpointed)
             if outcome.completed:
                 persistence.settle()
                 persistence.flush()

@@ -22,7 +22,7 @@ import torch
 import autoglm_resume
 from autoglm_resume.checkpoint.format import structure
 from autoglm_resume.checkpoint.format.document import digest
-from autoglm_resume.checkpoint.format.part import checkpoint_id
+from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write import part_writer

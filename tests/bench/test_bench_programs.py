@@ -17,7 +17,7 @@ PROGRAMS = sorted(path for path in BENCH.iterdir() if path.is_file() and not pat
 @pytest.fixture
 def common(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCH))
-    import common
+    from lib import common
 
     return common
 

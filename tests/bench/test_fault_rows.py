@@ -17,7 +17,7 @@ ACTIONS = {"restart", "roll_back", "pause", "smaller", "requeue", "give_up", "no
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "scripts" / "bench"))
-    import fault_rows
+    from lib import fault_rows
 
     return fault_rows
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from autoglm_resume.checkpoint.format.manifest import checkpoint_id
+from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.checkpoint.store.store import Store

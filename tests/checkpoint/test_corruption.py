@@ -22,8 +22,7 @@ SAVES = 4
 def bench() -> Iterator[dict[str, ModuleType]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCH))
-        import damage
-        import damaged_store
+        from lib import damage, damaged_store
 
         yield {"damage": damage, "store": damaged_store}
 

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from autoglm_resume import files
 from autoglm_resume.checkpoint.chunks import direct_io
-from autoglm_resume.checkpoint.format.manifest import checkpoint_id
+from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.format.options import Options
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.replicas import mirror, repair
@@ -40,7 +40,8 @@ from autoglm_resume.checkpoint.write.reuse import Previous
 from autoglm_resume.job.spec import Job
 from autoglm_resume.protocol.assignment import Checkpointing
 from autoglm_resume.savers import housekeeping
-from autoglm_resume.supervise.gate import Gatekeeper
+from autoglm_resume.supervise.core.history import History
+from autoglm_resume.supervise.gate import RunGate
 from autoglm_resume.worker.events import Events
 from tests.checkpoint.lossy import (
     Crashed,
@@ -133,7 +134,7 @@ class Run:
         for rank, saver in enumerate(self.savers):
             saver.follow(Previous(self.store.load_part(path, rank)))
 
-    def keeper(self) -> Gatekeeper:
+    def gate(self) -> RunGate:
         job = Job.model_validate(
             {
                 "name": "run",
@@ -143,7 +144,7 @@ class Run:
                 "checkpoint": {"dir": str(self.store.root)},
             }
         )
-        return Gatekeeper(job, RANKS, lambda event, **fields: None)
+        return RunGate(job, RANKS, lambda event, **fields: None, History())
 
     def replicate(self, id: str) -> None:
         target = self.root / "replica"
@@ -179,12 +180,12 @@ def quarantine_and_go_on(run: Run) -> None:
     """The gate puts away what a rank refused, and the next attempt saves that step again."""
     for step in (1, 2, 3):
         run.save(TAKEN[step])
-    keeper = run.keeper()
-    keeper.refused[ID[3]] = "a drill"
-    point = keeper.pass_gate()
+    gate = run.gate()
+    gate.refuse(ID[3], "a drill")
+    point = gate.pass_gate()
     assert point is not None
     assert point.id == ID[2]
-    keeper.clean()
+    gate.clean()
     run.follow(ID[2])
     run.save(AGAIN)
     run.tidy(AGAIN, keep=2)
@@ -211,11 +212,11 @@ def replicate_and_repair(run: Run) -> None:
 
 def recover_from_a_crash(run: Run) -> None:
     """The gate finishes what was left half done by a crash before the last commit."""
-    keeper = run.keeper()
-    point = keeper.pass_gate()
+    gate = run.gate()
+    point = gate.pass_gate()
     assert point is not None
     run.mark(f"saved {point.id}")
-    keeper.clean()
+    gate.clean()
 
 
 STORIES = {
@@ -423,7 +424,7 @@ FATES = st.one_of(
 
 @pytest.mark.parametrize("story", STORIES)
 @given(data=st.data())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_whatever_of_it_was_flushed(
     recordings: Recordings, story: str, data: st.DataObject
 ) -> None:

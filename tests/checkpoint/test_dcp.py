@@ -427,7 +427,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_box_of_a_tensor_can_be_read(
     large: tuple[Path, torch.Tensor], data: st.DataObject
 ) -> None:

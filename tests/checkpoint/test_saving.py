@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from autoglm_resume.checkpoint.chunks import direct_io
-from autoglm_resume.checkpoint.format.manifest import CHUNK_BYTES, checkpoint_id
+from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.format.options import Options
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
+from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES
 from autoglm_resume.checkpoint.state import capture, restore
 from autoglm_resume.checkpoint.store import retention
 from autoglm_resume.checkpoint.store.retention import Candidate, Keep

@@ -12,6 +12,7 @@ import pytest
 
 from autoglm_resume.supervise.base.run_directory import RunDirectory
 from tests.observe.runs import Script, checkpoint, directory, flip, killed_once
+from tests.patience import PATIENCE
 
 HEAVY = ("torch", "numpy", "pydantic", "yaml", "rich", "psutil", "pickle", "asyncio")
 
@@ -32,7 +33,7 @@ def autoglm(
         capture_output=True,
         text=True,
         cwd=cwd,
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
     )
 

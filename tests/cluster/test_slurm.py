@@ -16,6 +16,7 @@ from autoglm_resume.cluster import slurm
 from autoglm_resume.errors import UsageError
 from autoglm_resume.job.load import load
 from autoglm_resume.job.spec import Job
+from tests.patience import PATIENCE
 
 TEMPLATE = Path(__file__).parents[2] / "scripts" / "slurm" / "job.sbatch"
 
@@ -126,20 +127,20 @@ def test_only_what_was_interrupted_is_requeued(
     job: Job, tmp_path: Path, code: int, again: bool
 ) -> None:
     script = slurm.script(job, ["/bin/sh", "-c", f"exit {code}"])
-    assert run(script, tmp_path).wait(30) == code
+    assert run(script, tmp_path).wait(PATIENCE) == code
     assert told(tmp_path) == ("requeue 17\n" if again else "")
 
 
 def test_a_job_whose_earlier_life_has_not_ended_comes_back(job: Job, tmp_path: Path) -> None:
     script = slurm.script(job, ["/bin/sh", "-c", "exit 76"])
-    assert run(script, tmp_path, SLURM_RESTART_COUNT="1").wait(30) == 76
+    assert run(script, tmp_path, SLURM_RESTART_COUNT="1").wait(PATIENCE) == 76
     assert told(tmp_path) == "requeue 17\n"
 
 
 def test_without_scontrol_it_says_what_a_person_can_do(job: Job, tmp_path: Path) -> None:
     script = slurm.script(job, ["/bin/sh", "-c", "exit 75"])
     done = run(script, tmp_path, commands=False)
-    _, said = done.communicate(timeout=30)
+    _, said = done.communicate(timeout=PATIENCE)
     assert done.returncode == 75
     assert said == "autoglm: scontrol is not here; continue with: scontrol requeue 17\n"
 
@@ -168,7 +169,7 @@ def test_signals_reach_the_run_and_its_exit_code_counts(
     assert process.stdout.readline() == "waiting\n"
     os.kill(process.pid, number)
     assert process.stdout.readline() == f"{number.name}\n"
-    process.communicate(timeout=30)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == 75
     assert told(tmp_path) == requeued
 
@@ -176,7 +177,7 @@ def test_signals_reach_the_run_and_its_exit_code_counts(
 def test_each_task_of_an_array_has_a_run_and_replicas_of_its_own(tmp_path: Path) -> None:
     job = made(tmp_path, "checkpoint.dir=elsewhere/ck", f"checkpoint.replicas=[{tmp_path}/rep/]")
     script = slurm.script(job, SHOWS)
-    alone, _ = run(script, tmp_path).communicate(timeout=30)
+    alone, _ = run(script, tmp_path).communicate(timeout=PATIENCE)
     assert alone == "\n"
     of_task = made(tmp_path, *overrides_of(script, tmp_path))
     assert of_task.name == "demo-3"
@@ -191,7 +192,7 @@ SHOWS = [sys.executable, "-c", "import sys; print(*sys.argv[1:], sep='\\n')"]
 
 def overrides_of(script: str, tmp_path: Path, **environment: str) -> list[str]:
     """What a task is given after --set."""
-    said, _ = run(script, tmp_path, **ARRAY, **environment).communicate(timeout=30)
+    said, _ = run(script, tmp_path, **ARRAY, **environment).communicate(timeout=PATIENCE)
     lines = said.splitlines()
     return [value for flag, value in itertools.pairwise(lines) if flag == "--set"]
 

@@ -16,6 +16,7 @@ from autoglm_resume.errors import AutoglmError, UsageError
 from autoglm_resume.journal import Event, Journal, stamped
 from autoglm_resume.supervise.base.run_directory import Holder, RunDirectory
 from tests.observe.runs import Script, directory
+from tests.patience import PATIENCE
 
 _CONTEXT = multiprocessing.get_context("fork")
 
@@ -46,7 +47,7 @@ def held(path: Path, answer: Said, *, obey: bool = True) -> BaseProcess:
     ready = _CONTEXT.Event()
     process = _CONTEXT.Process(target=_supervise, args=(path, answer, obey, ready.set))
     process.start()
-    assert ready.wait(10)
+    assert ready.wait(PATIENCE)
     return process
 
 
@@ -62,7 +63,7 @@ def ask(run: RunDirectory, answer: Said) -> Event:
     try:
         return saving.save(run, holder)
     finally:
-        supervisor.join(10)
+        supervisor.join(PATIENCE)
 
 
 def test_the_save_that_was_asked_for_is_waited_for(run: RunDirectory) -> None:
@@ -94,7 +95,7 @@ def test_a_supervisor_that_would_die_of_the_signal_is_spared(run: RunDirectory) 
         saving.save(run, holder)
     assert supervisor.is_alive()
     supervisor.terminate()
-    supervisor.join(10)
+    supervisor.join(PATIENCE)
     with pytest.raises(AutoglmError, match="has just ended"):
         saving.save(run, holder)
 

@@ -13,6 +13,7 @@ from autoglm_resume.control import stopping
 from autoglm_resume.errors import AutoglmError, UsageError
 from autoglm_resume.supervise.base.run_directory import Holder, RunDirectory
 from tests.observe.runs import Script, directory, killed_once
+from tests.patience import PATIENCE
 
 _CONTEXT = multiprocessing.get_context("fork")
 
@@ -30,7 +31,7 @@ def held(path: Path) -> BaseProcess:
     ready = _CONTEXT.Event()
     process = _CONTEXT.Process(target=_hold, args=(path, ready.set))
     process.start()
-    assert ready.wait(10)
+    assert ready.wait(PATIENCE)
     return process
 
 
@@ -40,7 +41,7 @@ def test_the_supervisor_gets_sigterm_and_is_waited_for(tmp_path: Path) -> None:
     holder = run.holder()
     assert holder
     stopping.stop(run, holder)
-    supervisor.join(10)
+    supervisor.join(PATIENCE)
     assert supervisor.exitcode == 75
     assert run.holder() is None
 
@@ -60,14 +61,14 @@ def test_a_number_that_another_process_has_now_is_never_signalled(tmp_path: Path
     with pytest.raises(AutoglmError, match="just starting"):
         stopping.stop(run, stale)
     supervisor.terminate()
-    supervisor.join(10)
+    supervisor.join(PATIENCE)
     stopping.stop(run, stale)
 
 
 def test_a_supervisor_that_is_gone_already_is_no_error(tmp_path: Path) -> None:
     process = _CONTEXT.Process(target=lambda: None)
     process.start()
-    process.join(10)
+    process.join(PATIENCE)
     assert process.pid
     stopping.stop(RunDirectory(tmp_path), Holder(process.pid, os.uname().nodename, 0.0))
 
@@ -79,4 +80,6 @@ def test_the_outcome_says_what_is_saved(tmp_path: Path) -> None:
     saved = Script().life().attempt(0).save(0, 57).say("run_interrupted", code=75, step=57)
     assert said("a", saved).endswith("stopped, saved at step 57")
     assert said("b", killed_once()).endswith("finished at step 10")
+    uncounted = Script().life().say("run_completed", step=-1)
+    assert said("d", uncounted).endswith("finished")
     assert said("c", Script().life()).endswith("nothing was saved")

@@ -19,9 +19,9 @@ import yaml
 
 from autoglm_resume import journal
 from autoglm_resume.linux import DirectoryWatch
+from tests.patience import PATIENCE, soon
 
 TRAIN = Path(__file__).with_name("train.py")
-PATIENCE = 60.0
 
 Event = dict[str, Any]
 
@@ -81,7 +81,7 @@ class Rehearsal:
 
     def wait_for(self, kind: str, matches: Callable[[Event], bool] = lambda _: True) -> Event:
         """The first such event of the journal, waiting until it is there."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = soon()
         self.run_dir.mkdir(parents=True, exist_ok=True)
         watch = DirectoryWatch()
         watch.add(self.run_dir)

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from autoglm_resume.checkpoint.format.part import age
+from autoglm_resume.checkpoint.format.ids import attempt_of, step_of
 from tests.faults.conftest import Rehearsal, fill, finish
+from tests.patience import PATIENCE
 
 FAST = {"backoff": "10ms", "max_backoff": "50ms"}
 SLOWLY = ("--pause", "0.03")
@@ -62,12 +63,12 @@ def test_what_was_rolled_back_stays_so_for_the_next_supervisor(
     process = diverging(rehearsal)
     rehearsal.wait_for("first_step", lambda e: e["attempt"] == 1)
     os.kill(rehearsal.holder(), signal.SIGKILL)
-    process.wait(30)
+    process.wait(PATIENCE)
     resumed = rehearsal.resume()
     assert resumed.code == 0, resumed
     step = rehearsal.events("branched")[0]["step"]
     accepted = rehearsal.events("gate")[-1]["accepted"]
-    assert age(accepted)[0] == step or age(accepted)[1] >= 1
+    assert step_of(accepted) == step or attempt_of(accepted) >= 1
     assert rehearsal.final() == undisturbed
 
 
@@ -85,7 +86,7 @@ def test_a_roll_back_that_was_decided_and_not_begun_is_carried_out_by_the_next_s
     process = diverging(rehearsal)
     step = rehearsal.wait_for("branched")["step"]
     os.kill(rehearsal.holder(), signal.SIGKILL)
-    process.wait(30)
+    process.wait(PATIENCE)
     cut_after(rehearsal, "decision")
     resumed = rehearsal.resume()
     assert resumed.code == 0, resumed
@@ -100,7 +101,7 @@ def test_a_run_that_was_to_be_made_smaller_is_so_by_the_next_supervisor(
     process = rehearsal.start("--fail", "exit", *SLOWLY, **on(on={17: "smaller"}), **ELASTIC)
     rehearsal.wait_for("excluded")
     os.kill(rehearsal.holder(), signal.SIGKILL)
-    process.wait(30)
+    process.wait(PATIENCE)
     cut_after(rehearsal, "decision")
     resumed = rehearsal.resume()
     assert resumed.code == 0, resumed
@@ -158,7 +159,7 @@ def test_an_elastic_run_goes_on_without_the_rank_that_failed_and_stays_so(
     rehearsal.wait_for("first_step", lambda e: e["attempt"] == 1)
     assert rehearsal.events("excluded")[0]["rank"] == 1
     os.kill(rehearsal.holder(), signal.SIGKILL)
-    process.wait(30)
+    process.wait(PATIENCE)
     resumed = rehearsal.resume()
     assert resumed.code == 0, resumed
     assert [len(e["pids"]) for e in rehearsal.events("attempt_started")] == [2, 1, 1]
@@ -170,14 +171,14 @@ def test_a_run_that_was_made_smaller_still_stops_when_asked(rehearsal: Rehearsal
     process = rehearsal.start("--fail", "exit", *SLOWLY, **on(on={17: "smaller"}), **ELASTIC)
     rehearsal.wait_for("first_step", lambda e: e["attempt"] == 1)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 75
+    assert process.wait(PATIENCE) == 75
 
 
 def test_a_stop_while_a_run_is_made_smaller_is_not_lost(rehearsal: Rehearsal) -> None:
     process = rehearsal.start("--fail", "exit", *SLOWLY, **on(on={17: "smaller"}), **ELASTIC)
     rehearsal.wait_for("excluded")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 75
+    assert process.wait(PATIENCE) == 75
     assert not rehearsal.events("run_completed")
 
 
@@ -206,17 +207,17 @@ def test_the_next_supervisor_waits_for_the_rest_of_a_cool_down_but_not_after_a_s
     process = rehearsal.start("--fail", "killed-always", **on(cool_down="1h"))
     rehearsal.wait_for("decision", lambda e: e["breaker"] == "open")
     os.kill(rehearsal.holder(), signal.SIGKILL)
-    process.wait(30)
+    process.wait(PATIENCE)
     process = rehearsal.command("resume", str(rehearsal.run_dir))
     assert 3000 < rehearsal.wait_for("waiting")["seconds"] <= 3600
     assert len(rehearsal.events("attempt_started")) == 3
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143
+    assert process.wait(PATIENCE) == 143
     process = rehearsal.command("resume", str(rehearsal.run_dir))
     decision = rehearsal.wait_for("decision", lambda e: "2 of 3" in e["reason"])
     assert decision["breaker"] == "open"
     process.send_signal(signal.SIGTERM)
-    process.wait(30)
+    process.wait(PATIENCE)
 
 
 def test_a_run_whose_last_save_finds_no_space_waits_for_it_and_then_finishes(
@@ -236,7 +237,7 @@ def test_a_pause_ends_when_the_run_is_asked_to_stop(rehearsal: Rehearsal, small_
     process, _ = _out_of_space(rehearsal, small_disk)
     rehearsal.wait_for("paused")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 75
+    assert process.wait(PATIENCE) == 75
     assert not rehearsal.events("run_failed")
 
 
@@ -247,7 +248,7 @@ def test_a_stop_during_a_pause_does_not_need_the_storage_that_is_away(
     rehearsal.wait_for("paused")
     (small_disk / "ckpt").rename(small_disk / "away")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 75
+    assert process.wait(PATIENCE) == 75
     committed = max(e["step"] for e in rehearsal.events("committed"))
     assert rehearsal.events("run_interrupted")[0]["step"] == committed
 
@@ -258,7 +259,7 @@ def test_a_pause_goes_on_in_the_next_supervisor(
     process, hog = _out_of_space(rehearsal, small_disk)
     rehearsal.wait_for("paused")
     os.kill(rehearsal.holder(), signal.SIGKILL)
-    process.wait(30)
+    process.wait(PATIENCE)
     hog.unlink()
     resumed = rehearsal.resume()
     assert resumed.code == 0, resumed

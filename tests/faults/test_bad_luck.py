@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import Rehearsal, fill
+from tests.patience import PATIENCE
 
 
 def test_a_script_that_never_works_is_given_up_early_with_1(rehearsal: Rehearsal) -> None:
@@ -140,7 +141,7 @@ def test_a_full_disk_fails_saves_but_neither_training_nor_the_older_checkpoint(
     committed = sorted((small_disk / "ckpt").glob("step-*/manifest.json"))
     assert len(committed) >= 2
     hog.unlink()
-    assert process.wait(60) == 0
+    assert process.wait(PATIENCE) == 0
     assert len(rehearsal.events("attempt_started")) == 1
     assert rehearsal.final() == undisturbed
 
@@ -149,7 +150,7 @@ def _interrupted_run(rehearsal: Rehearsal) -> None:
     process = rehearsal.start("--pause", "0.08")
     rehearsal.wait_for("committed", lambda e: e["step"] >= 15)
     process.terminate()
-    assert process.wait(30) == 75
+    assert process.wait(PATIENCE) == 75
 
 
 def _damage(checkpoint: Path, how: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import Rehearsal
+from tests.patience import PATIENCE
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_a_rank_that_is_asked_to_end_from_outside_was_preempted(
     process = rehearsal.start("--pause", "0.04")
     rehearsal.wait_for("first_step")
     os.kill(rehearsal.events("attempt_started")[0]["pids"]["1"], signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, said
     assert "preempted: rank 1 was ended by SIGTERM from outside" in said
     assert rehearsal.events("failure")[0]["kind"] == "preempted"
@@ -104,7 +105,7 @@ def test_a_rank_that_the_kernel_kills_for_memory_is_told_from_one_that_was_kille
 ) -> None:
     process = rehearsal.start("--fail", "hog", heartbeat={"timeout": "1m"})
     (memory_limit / "cgroup.procs").write_text(str(process.pid))
-    _, said = process.communicate(timeout=90)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, said
     assert "out of host memory: rank 1 was killed by the kernel for lack of memory at step" in said
     failure = rehearsal.events("failure")[0]

@@ -11,7 +11,8 @@ import time
 import psutil
 import pytest
 
-from tests.faults.conftest import PATIENCE, Rehearsal, finish
+from tests.faults.conftest import Rehearsal, finish
+from tests.patience import soon
 
 CONTAINER = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
 
@@ -87,7 +88,7 @@ def test_orphans_of_the_run_are_ended_and_those_of_others_are_left_alone(
 def test_a_rank_that_leaks_processes_leaves_no_zombies(rehearsal: Rehearsal) -> None:
     first = start(rehearsal, "--fail", "leak", "--steps", "10000", "--pause", "0.01")
     rehearsal.wait_for("committed", lambda e: e["step"] > 12)
-    deadline = time.monotonic() + PATIENCE
+    deadline = soon()
     while zombies(first) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert zombies(first) == []

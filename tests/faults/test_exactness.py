@@ -26,7 +26,6 @@ def passed(directory: Path, *words: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_twenty_random_kills_change_neither_weights_nor_samples(tmp_path: Path) -> None:
     checks = passed(tmp_path, "--count", "20")
     kills = next(check for check in checks if "kills" in check["name"])
@@ -34,12 +33,10 @@ def test_twenty_random_kills_change_neither_weights_nor_samples(tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
 def test_kills_change_nothing_where_every_step_is_saved_as_a_delta(tmp_path: Path) -> None:
     passed(tmp_path, "--mode", "every-step", "--count", "3")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
 def test_four_ranks_then_two_then_three_see_every_sample_once(tmp_path: Path) -> None:
     passed(tmp_path, "--mode", "elastic")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import Rehearsal
+from tests.patience import PATIENCE
 
 DEFAULT = {"timeout": "5m"}
 
@@ -61,7 +62,7 @@ def test_what_is_usual_in_a_run_is_remembered_by_the_next_supervisor(rehearsal: 
     process = rehearsal.start("--pause", "0.05", "--steps", "150")
     rehearsal.wait_for("committed", lambda e: e["step"] >= 15)
     process.terminate()
-    assert process.wait(30) == 75
+    assert process.wait(PATIENCE) == 75
     silences = rehearsal.events("gaps")[-1]["silences"]
     assert sum(silences["0"]["4"].values()) >= 10  # forward passes
     assert rehearsal.resume().code == 0

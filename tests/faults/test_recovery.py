@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.faults.conftest import Rehearsal
+from tests.patience import PATIENCE
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_all_ranks_killed_at_once_come_back(
     pids = rehearsal.events("attempt_started")[0]["pids"]
     for rank in both:
         os.kill(pids[str(rank)], signal.SIGKILL)
-    assert process.wait(60) == 0
+    assert process.wait(PATIENCE) == 0
     assert rehearsal.final() == undisturbed
 
 
@@ -119,7 +120,7 @@ def test_a_dead_zygote_hurts_nobody_and_the_next_restart_still_works(
     rehearsal.wait_for("committed", lambda e: e["step"] >= 10)
     assert len(rehearsal.events("attempt_started")) == 1
     os.kill(max(ranks), signal.SIGKILL)
-    assert process.wait(60) == 0
+    assert process.wait(PATIENCE) == 0
     assert len(rehearsal.events("attempt_started")) == 2
     assert rehearsal.final() == undisturbed
 
@@ -166,7 +167,7 @@ def test_nothing_that_a_rank_started_outlives_its_attempt(rehearsal: Rehearsal) 
     rehearsal.wait_for("committed", lambda e: e["step"] >= 10)
     assert _named(rehearsal, "sleep")
     os.kill(rehearsal.events("attempt_started")[0]["pids"]["1"], signal.SIGKILL)
-    assert process.wait(60) == 0
+    assert process.wait(PATIENCE) == 0
     assert not rehearsal.workers()
 
 

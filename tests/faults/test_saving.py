@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.faults.conftest import Rehearsal, all_dead
+from tests.patience import PATIENCE
 
 
 def checkpoint(steps: int = 5, **fields: Any) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def test_savers_that_are_killed_are_replaced_and_training_goes_on(
     for saver in killed:
         saver.kill()
     rehearsal.wait_for("committed", lambda e: e["step"] >= 20)
-    assert process.wait(60) == 0
+    assert process.wait(PATIENCE) == 0
     assert {event["pid"] for event in rehearsal.events("saver_lost")} == {s.pid for s in killed}
     assert len(rehearsal.events("attempt_started")) == 1
     assert rehearsal.final() == undisturbed
@@ -74,7 +75,7 @@ def test_savers_that_hang_cost_checkpoints_but_no_step(
     assert skipped["reason"] == "the last one is under way"
     for saver in savers:
         saver.resume()
-    assert process.wait(60) == 0
+    assert process.wait(PATIENCE) == 0
     assert len(rehearsal.events("attempt_started")) == 1
     assert rehearsal.final() == undisturbed
 
@@ -103,7 +104,7 @@ def test_with_less_memory_the_result_is_the_same(
     process = rehearsal.start(drill=("kill:rank=0,step=12",), checkpoint=checkpoint(memory=memory))
     rehearsal.wait_for("first_step")
     assert len(rehearsal.savers()) == 2 * memory
-    assert process.wait(60) == 0
+    assert process.wait(PATIENCE) == 0
     assert {event["step"] for event in rehearsal.events("restored")} <= {5, 10, 15}
     assert rehearsal.final() == undisturbed
 
@@ -170,7 +171,7 @@ def test_what_was_never_on_storage_is_not_missed_there(
     os.kill(rehearsal.events("attempt_started")[0]["pids"]["0"], signal.SIGKILL)
     for saver in savers:  # without having said what they hold
         saver.kill()
-    assert process.wait(60) == 0
+    assert process.wait(PATIENCE) == 0
     assert rehearsal.events("attempt_started")[1]["step"] == 0, "nothing was ever committed"
     assert rehearsal.final() == undisturbed
 

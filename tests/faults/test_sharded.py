@@ -8,8 +8,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.faults.conftest import Rehearsal, finish
 
 SHARDED = str(Path(__file__).with_name("train_sharded.py"))
@@ -26,7 +24,6 @@ def whole_epochs(lines: list[dict[str, Any]], size: int) -> int:
     return epochs
 
 
-@pytest.mark.timeout(180)
 def test_a_killed_fsdp_run_ends_exactly_like_an_undisturbed_one(rehearsal: Rehearsal) -> None:
     calm = Rehearsal(rehearsal.directory / "calm")
     calm.directory.mkdir()
@@ -38,7 +35,6 @@ def test_a_killed_fsdp_run_ends_exactly_like_an_undisturbed_one(rehearsal: Rehea
     assert rehearsal.final() == calm.final()
 
 
-@pytest.mark.timeout(180)
 def test_an_fsdp_run_goes_on_with_another_number_of_ranks(rehearsal: Rehearsal) -> None:
     samples = rehearsal.directory / "samples.jsonl"
     job = {"script": SHARDED, "guards": {"free_disk": 0, "world_size": "elastic"}}

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import PATIENCE, Event, Finished, Rehearsal, finish
+from tests.faults.conftest import Event, Finished, Rehearsal, finish
+from tests.patience import PATIENCE, soon
 
 CLUSTER = Path(__file__).parents[2] / "scripts" / "slurm" / "cluster"
 SBIN = "/usr/sbin:/sbin"
@@ -26,10 +27,10 @@ def slurm_conf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         pytest.skip(f"no Slurm here: {', '.join(missing)} not installed")
     directory = tmp_path_factory.mktemp("slurm")
     try:
-        subprocess.run([CLUSTER, "up", directory], check=True, timeout=60)
+        subprocess.run([CLUSTER, "up", directory], check=True, timeout=PATIENCE)
         yield directory / "slurm.conf"
     finally:
-        subprocess.run([CLUSTER, "down", directory], check=True, timeout=60)
+        subprocess.run([CLUSTER, "down", directory], check=True, timeout=PATIENCE)
 
 
 class Scheduled:
@@ -80,7 +81,7 @@ class Scheduled:
 
     def state(self, *wanted: str) -> str:
         """Its state, once it is one of `wanted`; Slurm has nothing that one could wait on."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = soon()
         while (state := self.fact("JobState")) not in wanted and time.monotonic() < deadline:
             time.sleep(0.2)
         return state
@@ -92,7 +93,7 @@ class Scheduled:
             process.kill()
         if self._down:
             self.command("scontrol", "update", f"node={self._down}", "state=resume")
-        deadline = time.monotonic() + PATIENCE
+        deadline = soon()
         while self.command("squeue", "-h") and time.monotonic() < deadline:
             time.sleep(0.2)
 

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from tests.faults.conftest import Rehearsal, all_dead, finish
+from tests.patience import PATIENCE
 
 
 @pytest.mark.parametrize("launcher", ["warm", "torchrun"])
@@ -109,7 +110,7 @@ def test_a_second_supervisor_is_refused_with_76_and_disturbs_nothing(
     second = rehearsal.resume()
     assert second.code == 76
     assert str(rehearsal.holder()) in second.err
-    assert first.wait(60) == 0
+    assert first.wait(PATIENCE) == 0
     assert rehearsal.final() == undisturbed
 
 
@@ -127,5 +128,5 @@ def test_autoglm_stop_saves_and_waits_until_the_run_has_ended(rehearsal: Rehears
     rehearsal.wait_for("first_step")
     stop = rehearsal.command("stop", str(rehearsal.run_dir))
     assert finish(stop).code == 0
-    assert process.wait(10) == 75
+    assert process.wait(PATIENCE) == 75
     assert rehearsal.events("committed")

@@ -9,6 +9,7 @@ import subprocess
 import pytest
 
 from tests.faults.conftest import Rehearsal, finish
+from tests.patience import PATIENCE
 
 
 def start(rehearsal: Rehearsal, name: str, *args: str) -> tuple[Rehearsal, subprocess.Popen[str]]:
@@ -33,7 +34,7 @@ def test_all_is_idempotent_and_continues_what_goes_on_by_itself(rehearsal: Rehea
     dead.wait_for("committed")
     os.kill(dead.holder(), signal.SIGKILL)
     busy.wait_for("first_step")
-    codes = [process.wait(60) for process in (finished, gave_up, interrupted, killed)]
+    codes = [process.wait(PATIENCE) for process in (finished, gave_up, interrupted, killed)]
     assert codes == [0, 93, 75, -signal.SIGKILL]
 
     runs = str(rehearsal.directory / "runs")

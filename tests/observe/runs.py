@@ -128,7 +128,7 @@ def checkpoint(
     """A real checkpoint; its directory. `refer`: it takes what is the same from its parent."""
     import torch
 
-    from autoglm_resume.checkpoint.format.manifest import checkpoint_id
+    from autoglm_resume.checkpoint.format.ids import checkpoint_id
     from autoglm_resume.checkpoint.state import capture
     from autoglm_resume.checkpoint.store.store import Store
     from autoglm_resume.checkpoint.write.part_writer import Saver

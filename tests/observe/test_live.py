@@ -169,10 +169,12 @@ def test_drills_failures_and_success_have_their_colours(terminal: Pipes) -> None
     terminal.screen.event({"event": "failure", "summary": "died"})
     terminal.screen.event({"event": "drill", "kind": "kill", "rank": 1})
     terminal.screen.event({"event": "run_completed", "step": 1})
-    failure, drill, success = terminal.read()[0].splitlines()
+    terminal.screen.event({"event": "save_cut_off", "step": 60, "missing": [1]})
+    failure, drill, success, cut_off = terminal.read()[0].splitlines()
     assert "\x1b[31mdied" in failure
     assert "\x1b[35mdrill: " in drill
     assert "\x1b[32mrun completed" in success
+    assert "\x1b[2msave of step 60 cut off" in cut_off, "a restart is told of already"
 
 
 def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch, terminal: Pipes) -> None:

@@ -11,6 +11,7 @@ import pytest
 from autoglm_resume.errors import UsageError
 from autoglm_resume.observe import logs
 from autoglm_resume.supervise.base.run_directory import RunDirectory
+from tests.patience import PATIENCE
 
 
 @pytest.fixture
@@ -79,11 +80,11 @@ def test_following_goes_on_to_the_next_attempt_and_ends_with_the_run(
     ]
     supervisor = context.Process(target=_hold, args=(run.path, ready.set, work))
     supervisor.start()
-    assert ready.wait(10)
+    assert ready.wait(PATIENCE)
     follower = threading.Thread(target=logs.follow, args=(run, None, None))
     follower.start()
-    follower.join(20)
-    supervisor.join(20)
+    follower.join(PATIENCE)
+    supervisor.join(PATIENCE)
     assert not follower.is_alive()
     out, err = capfdbinary.readouterr()
     expected = [b"[rank 0] a1 r0", b"[rank 1] a1 r1", b"[rank 0] half line", b"[rank 1] next"]

@@ -25,6 +25,7 @@ from autoglm_resume.protocol.assignment import (
     shared_environment,
 )
 from autoglm_resume.supervise.ranks.torchrun import torchrun_exits, torchrun_log
+from tests.patience import PATIENCE
 
 texts = st.text(max_size=10)
 assignments = st.builds(
@@ -102,7 +103,7 @@ def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Launched:
         [sys.executable, "-m", "torch.distributed.run", "--standalone", str(script)],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=PATIENCE,
         env={k: v for k, v in os.environ.items() if k not in mine and "TORCHELASTIC" not in k},
     )
     environment = json.loads((directory / "environment").read_text())

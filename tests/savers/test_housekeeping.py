@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from autoglm_resume.checkpoint.format.manifest import checkpoint_id
+from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.checkpoint.store.retention import Best, Keep

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from autoglm_resume.savers.replicator import MESSAGE
-
-PATIENCE = 60.0
+from tests.patience import PATIENCE
 
 
 class Process:

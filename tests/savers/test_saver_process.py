@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 
-from autoglm_resume.checkpoint.format.manifest import checkpoint_id
+from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.format.options import Options
 from autoglm_resume.checkpoint.format.snapshot import Snapshot, describe, from_slot, layout
 from autoglm_resume.checkpoint.state import capture, restore
@@ -30,6 +30,7 @@ from autoglm_resume.protocol.assignment import Checkpointing
 from autoglm_resume.protocol.saver_messages import Closed, Message
 from autoglm_resume.protocol.shared_memory import Slots, room
 from autoglm_resume.savers.directory_lock import settled
+from tests.patience import PATIENCE
 
 SIZE = 1 << 20
 
@@ -39,7 +40,7 @@ class Link:
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
-        self.socket.settimeout(60)
+        self.socket.settimeout(PATIENCE)
         self.slots: Slots | None = None
         self.said: list[Any] = []
         """Events."""
@@ -86,7 +87,7 @@ class Link:
             while found := saver_messages.receive(self.socket, wait=False):
                 assert found[0]["op"] == "said"
                 self.said.append(found[0]["event"])
-        self.socket.settimeout(60)
+        self.socket.settimeout(PATIENCE)
         return [event for event in self.said if event["event"] == kind]
 
     def put(self, snapshot: Snapshot, slot: int) -> None:
@@ -290,10 +291,10 @@ def test_a_snapshot_that_another_rank_lacks_is_given_up(place: Place) -> None:
     answer = rank.receive()
     assert not answer["ok"]
     assert "given up" in answer["reason"]
-    assert [event["step"] for event in owner.events("save_failed")] == [3]
     assert not list(place.store.root.rglob("rank-*"))
     rank.put(taken(4), 1)
     assert rank.receive()["ok"], "the next one is not"
+    assert owner.events("save_failed") == [], "who gives it up says so"
 
 
 def test_a_saver_that_does_nothing_says_so_at_once(place: Place) -> None:
@@ -308,7 +309,7 @@ def test_it_ends_with_its_owner_but_not_before_the_last_save(place: Place) -> No
     link.ask(op="slots", bytes=SIZE, count=1)
     link.put(taken(1), 0)
     link.socket.close()
-    assert process.wait(60) == 0
+    assert process.wait(PATIENCE) == 0
     assert equal(place.held(1), 1)
 
 
@@ -325,7 +326,7 @@ def test_it_dies_with_its_supervisor(place: Place) -> None:
     assert in_a_child(supervisor) == -signal.SIGKILL
     saver = int(os.read(told, 9))
     with contextlib.suppress(psutil.NoSuchProcess):
-        psutil.Process(saver).wait(60)
+        psutil.Process(saver).wait(PATIENCE)
     os.close(told)
     os.close(tell)
 

@@ -12,6 +12,7 @@ from autoglm_resume.cluster.slurm import Allocation
 from autoglm_resume.supervise import time_limit
 from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.time_limit import TimeLimit
+from tests.patience import soon
 
 
 class Run:
@@ -113,7 +114,7 @@ def test_slurm_is_asked_where_the_environment_says_nothing(run: Run, squeue: Pat
 def test_an_end_that_was_put_off_is_not_heeded(run: Run, squeue: Path) -> None:
     squeue.write_text(f"{time.time() + 1000:.0f}\n")
     limit = run.limited(until(0.2), 0.1)
-    assert run.loop.wait(lambda: not limit.near(), time.monotonic() + 20)
+    assert run.loop.wait(lambda: not limit.near(), soon())
     assert run.reached == 0
 
 

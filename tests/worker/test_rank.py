@@ -18,6 +18,7 @@ import autoglm_resume
 from autoglm_resume.journal import read
 from autoglm_resume.protocol.assignment import Assignment
 from autoglm_resume.protocol.heartbeats import Board, Phase
+from tests.patience import PATIENCE
 
 HOME = Path(autoglm_resume.__file__).parent.parent
 Make = Callable[..., Assignment]
@@ -41,7 +42,7 @@ def start(assignment: Assignment, rank: int = 0, **environment: str) -> subproce
 
 
 def run(assignment: Assignment, rank: int = 0, **environment: str) -> Ended:
-    code = start(assignment, rank, **environment).wait(timeout=60)
+    code = start(assignment, rank, **environment).wait(PATIENCE)
     error = assignment.error(rank)
     return Ended(
         code,
@@ -236,7 +237,7 @@ def test_a_crash_in_c_leaves_the_python_stack_in_the_log(assign: Make) -> None:
 def test_a_rank_says_that_it_started_and_beats_without_a_phase(assign: Make) -> None:
     assignment = assign("print('up')", world_size=2)
     process = start(assignment, rank=1)
-    process.wait(timeout=60)
+    process.wait(PATIENCE)
     (started, _) = read(assignment.events(1))
     assert (started["event"], started["rank"], started["pid"]) == ("rank_started", 1, process.pid)
     board = Board.open(Path(assignment.board))
@@ -266,7 +267,7 @@ def test_a_rank_ends_with_its_supervisor(assign: Make, tmp_path: Path) -> None:
     finally:
         os.kill(supervisor, signal.SIGKILL)
         os.waitpid(supervisor, 0)
-    assert select.select([pidfd], [], [], 10)[0]
+    assert select.select([pidfd], [], [], PATIENCE)[0]
     os.close(pidfd)
 
 
@@ -274,5 +275,5 @@ def test_a_rank_whose_supervisor_is_gone_already_does_not_begin(assign: Make) ->
     gone = subprocess.Popen(["true"])
     gone.wait()
     assignment = assign("open('began', 'w')", supervisor=gone.pid)
-    assert start(assignment).wait(timeout=60) == -signal.SIGKILL
+    assert start(assignment).wait(PATIENCE) == -signal.SIGKILL
     assert not (Path(assignment.source.workdir) / "began").exists()

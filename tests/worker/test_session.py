@@ -23,6 +23,7 @@ from autoglm_resume.errors import (
     NoAcceptableCheckpoint,
     UsageError,
 )
+from tests.patience import PATIENCE
 from tests.worker.alone import checkpoints, end_process, lonely
 
 
@@ -376,7 +377,7 @@ def test_a_script_killed_by_sigkill_continues_exactly(tmp_path: Path) -> None:
 
     def run(die_at: int) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "train.py", "ckpt", str(die_at)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
 
     assert run(7).returncode == -signal.SIGKILL
     resumed = run(-1)

@@ -20,6 +20,7 @@ import pytest
 
 import autoglm_resume
 from autoglm_resume.protocol.assignment import Assignment
+from tests.patience import PATIENCE
 
 HOME = Path(autoglm_resume.__file__).parent.parent
 Make = Callable[..., Assignment]
@@ -46,7 +47,7 @@ assignment.path.write_bytes(assignment.to_json())
 group = Group(loop, lambda *_: None)
 
 def soon():
-    return time.monotonic() + 30
+    return time.monotonic() + 120
 
 def zygote(*modules):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -84,7 +85,7 @@ def finish(**answer):
 def drive(tmp_path: Path) -> Callable[..., Any]:
     def drive(assignment: Assignment, code: str, *, torch: bool = False) -> Any:
         process = start_driver(assignment, code, tmp_path, torch=torch)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, err + zygote_log(assignment)
         return json.loads(out)
 
@@ -277,7 +278,7 @@ signal.pause()
     driver.send_signal(signal.SIGKILL)
     driver.communicate()
     for pid, fd in watched.items():
-        assert select.select([fd], [], [], 10)[0], f"{pid} of {pids} is still alive"
+        assert select.select([fd], [], [], PATIENCE)[0], f"{pid} of {pids} is still alive"
         os.close(fd)
 
 
@@ -301,7 +302,7 @@ signal.pause()
     rank = os.pidfd_open(json.loads(driver.stdout.readline())["rank"])
     driver.send_signal(signal.SIGKILL)
     driver.communicate()
-    died = bool(select.select([rank], [], [], 10)[0])
+    died = bool(select.select([rank], [], [], PATIENCE)[0])
     if not died:
         signal.pidfd_send_signal(rank, signal.SIGKILL)
     os.close(rank)

@@ -18,8 +18,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from autoglm_resume.checkpoint.format.part import CAST_FACTOR, CHUNK_BYTES
 from autoglm_resume.checkpoint.format.snapshot import TensorBytes
+from autoglm_resume.checkpoint.format.tables import CAST_FACTOR, CHUNK_BYTES
 from autoglm_resume.errors import CorruptCheckpoint, NewerFormat
 
 if TYPE_CHECKING:

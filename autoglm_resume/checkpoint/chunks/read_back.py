@@ -17,7 +17,7 @@ from typing import BinaryIO
 from autoglm_resume.checkpoint.chunks import codec
 from autoglm_resume.checkpoint.chunks.direct_io import Input
 from autoglm_resume.checkpoint.format.document import digest
-from autoglm_resume.checkpoint.format.part import CHUNK_BYTES, Chunk
+from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES, Chunk
 from autoglm_resume.errors import CorruptCheckpoint
 
 THREADS = 2

@@ -11,7 +11,8 @@ from types import TracebackType
 from autoglm_resume.checkpoint.chunks import casts, codec
 from autoglm_resume.checkpoint.chunks.verify import fingerprint, read_exactly, reading
 from autoglm_resume.checkpoint.format.document import digest
-from autoglm_resume.checkpoint.format.part import CHUNK_BYTES, Chunk, Pack, Part, part_file
+from autoglm_resume.checkpoint.format.part import Part, part_file
+from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES, Chunk, Pack
 from autoglm_resume.errors import CorruptCheckpoint
 
 QUARANTINE = "quarantine"

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
-from autoglm_resume.checkpoint.format.part import Chunk, Fingerprint, Part
+from autoglm_resume.checkpoint.format.part import Part
+from autoglm_resume.checkpoint.format.tables import Chunk, Fingerprint
 from autoglm_resume.errors import CheckpointError, CorruptCheckpoint
 
 Progress: TypeAlias = "Callable[[int], None]"

@@ -10,7 +10,8 @@ import torch
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from autoglm_resume.checkpoint.dcp.metadata import Key, key_of
-from autoglm_resume.checkpoint.format.part import CHUNK_BYTES, Chunk, Part, Tensor, part_file
+from autoglm_resume.checkpoint.format.part import Part, part_file
+from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES, Chunk, Tensor
 from autoglm_resume.checkpoint.state import tree
 from autoglm_resume.checkpoint.state.sharding import Box
 from autoglm_resume.errors import CorruptCheckpoint, UsageError

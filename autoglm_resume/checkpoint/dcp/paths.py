@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TypeAlias
 
-from autoglm_resume.checkpoint.format.part import checkpoint_id, parse_id
+from autoglm_resume.checkpoint.format.ids import checkpoint_id, is_id
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import UsageError
 
@@ -27,7 +27,7 @@ def directory_of(path: AnyPath) -> Path:
     Raises UsageError when the name ends in no number.
     """
     given = Path(path)
-    if parse_id(given.name):
+    if is_id(given.name):
         return given
     numbered = _NUMBERED.match(given.name)
     if numbered is None:
@@ -41,7 +41,7 @@ def directory_of(path: AnyPath) -> Path:
 def is_numbered(path: AnyPath) -> bool:
     """Whether `directory_of` takes it."""
     name = Path(path).name
-    return parse_id(name) is not None or _NUMBERED.match(name) is not None
+    return is_id(name) or _NUMBERED.match(name) is not None
 
 
 def newest(root: AnyPath) -> Path | None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from autoglm_resume.checkpoint.dcp.boxes import pieces_of
 from autoglm_resume.checkpoint.dcp.metadata import from_json
 from autoglm_resume.checkpoint.dcp.paths import METADATA
-from autoglm_resume.checkpoint.format.part import Part, Tensor, part_file
+from autoglm_resume.checkpoint.format.part import Part, part_file
+from autoglm_resume.checkpoint.format.tables import Tensor
 
 
 @dataclass(frozen=True)

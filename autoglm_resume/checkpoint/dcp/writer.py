@@ -36,10 +36,12 @@ from autoglm_resume.checkpoint.dcp.paths import (
     is_numbered,
 )
 from autoglm_resume.checkpoint.format.document import Json
+from autoglm_resume.checkpoint.format.ids import step_of
 from autoglm_resume.checkpoint.format.manifest import MANIFEST
 from autoglm_resume.checkpoint.format.options import Compress
-from autoglm_resume.checkpoint.format.part import Pack, pack_file, parse_id, part_file
+from autoglm_resume.checkpoint.format.part import pack_file, part_file
 from autoglm_resume.checkpoint.format.snapshot import Snapshot, TensorBytes
+from autoglm_resume.checkpoint.format.tables import Pack
 from autoglm_resume.checkpoint.state import tree
 from autoglm_resume.checkpoint.state.capture import torch_versions
 from autoglm_resume.checkpoint.store.store import Store
@@ -203,11 +205,9 @@ class Writer(StorageWriter):
         tensors: Sequence[TensorBytes],
         world_size: int,
     ) -> Snapshot:
-        parsed = parse_id(path.name)
-        assert parsed is not None
         return Snapshot(
             id=path.name,
-            step=parsed[0],
+            step=step_of(path.name),
             rank=self._rank,
             world_size=world_size,
             lineage=(),

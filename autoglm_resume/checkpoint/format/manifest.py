@@ -11,50 +11,16 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 
 from autoglm_resume.checkpoint.format.document import Json, Node, canonical, digest, indented, parse
+from autoglm_resume.checkpoint.format.ids import is_id, newer, newest_first
 from autoglm_resume.checkpoint.format.part import (
-    CHUNK_BYTES,
-    DTYPE_BYTES,
     FORMAT,
-    Chunk,
-    Fingerprint,
-    Pack,
     Part,
-    Tensor,
-    age,
     check_format,
-    checkpoint_id,
     identity,
-    object_digest,
-    object_of,
-    pack_file,
-    parse_id,
     part_file,
 )
 from autoglm_resume.checkpoint.format.structure import combined
 from autoglm_resume.errors import CorruptCheckpoint
-
-__all__ = [
-    "CHUNK_BYTES",
-    "DTYPE_BYTES",
-    "FORMAT",
-    "MANIFEST",
-    "Chunk",
-    "Fingerprint",
-    "Manifest",
-    "Pack",
-    "Parent",
-    "Part",
-    "PartRef",
-    "Tensor",
-    "age",
-    "checkpoint_id",
-    "needs_of",
-    "object_digest",
-    "object_of",
-    "pack_file",
-    "parse_id",
-    "part_file",
-]
 
 MANIFEST = "manifest.json"
 
@@ -226,7 +192,7 @@ class Manifest:
 
 def needs_of(parts: Iterable[Part]) -> tuple[str, ...]:
     """Ids of the older checkpoints whose packs `parts` need, newest first."""
-    return tuple(sorted({id for part in parts for id in part.needs}, key=age, reverse=True))
+    return tuple(newest_first({id for part in parts for id in part.needs}))
 
 
 def _require_all_chunks(parts: Sequence[Part]) -> None:
@@ -263,11 +229,9 @@ def _part_ref(node: Node) -> PartRef:
 
 
 def _check(manifest: Manifest, node: Node) -> None:
-    if manifest.parent and (
-        parse_id(manifest.parent.id) is None or manifest.parent.id == manifest.id
-    ):
+    if manifest.parent and (not is_id(manifest.parent.id) or manifest.parent.id == manifest.id):
         node["parent"].fail("the id of another checkpoint")
-    if not all(parse_id(id) and age(id) < age(manifest.id) for id in manifest.needs):
+    if not all(is_id(id) and newer(manifest.id, id) for id in manifest.needs):
         node["needs"].fail("ids of older checkpoints")
     if len(manifest.parts) != manifest.world_size:
         node["parts"].fail(f"{manifest.world_size} parts, one per rank")

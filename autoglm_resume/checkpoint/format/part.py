@@ -1,75 +1,39 @@
-"""A part: one rank's share of a checkpoint, as the JSON document beside its pack. Pure.
-
-A tensor is cut into chunks of CHUNK_BYTES from its own beginning, so equal tensors have equal
-chunks wherever they are stored. All digests are of raw bytes, before encoding.
-
-A chunk is in one of three places: in the part's own pack; in the pack that the same rank wrote for
-an older checkpoint; or, where ranks hold the same bytes, with one of the other ranks, whose part
-says where. A delta is decoded with its base, which is always in an older pack. A chunk that is the
-cast of others is in no place: the part says of which.
-"""
+"""A part: one rank's share of a checkpoint, as the JSON document beside its pack. Pure."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
 from autoglm_resume.checkpoint.format.document import (
     Json,
     Node,
-    canonical,
-    columns,
     compact,
-    digest,
     digest_of_digests,
     parse,
 )
+from autoglm_resume.checkpoint.format.ids import is_id, newest_first, step_of
 from autoglm_resume.checkpoint.format.structure import Structure
+from autoglm_resume.checkpoint.format.tables import (
+    CAST_FACTOR,
+    CHUNK_BYTES,
+    Chunk,
+    Fingerprint,
+    Pack,
+    Tensor,
+    object_digest,
+    object_of,
+    read_chunk,
+    read_pack,
+    read_tensor,
+)
 from autoglm_resume.errors import CheckpointError, CorruptCheckpoint, NewerFormat
 
 FORMAT = 2
-CHUNK_BYTES = 1 << 20
-CAST_FACTOR = 2
-"""Bytes that one byte of a cast is made of."""
 
-DTYPE_BYTES: Mapping[str, int] = {
-    **dict.fromkeys(("bool", "uint8", "int8", "float8_e4m3fn", "float8_e4m3fnuz"), 1),
-    **dict.fromkeys(("float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"), 1),
-    **dict.fromkeys(("uint16", "int16", "float16", "bfloat16"), 2),
-    **dict.fromkeys(("uint32", "int32", "float32", "complex32"), 4),
-    **dict.fromkeys(("uint64", "int64", "float64", "complex64"), 8),
-    "complex128": 16,
-}
-
-_ID = re.compile(r"step-(\d{10,18})\.([a-z0-9]{1,64})\Z")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\Z")
-
-
-def checkpoint_id(step: int, token: str) -> str:
-    """`step` counts completed optimizer steps; `token` is `a<attempt>` or a random word."""
-    name = f"step-{step:010d}.{token}"
-    if not _ID.match(name):
-        raise ValueError(f"no checkpoint id from step {step!r} and token {token!r}")
-    return name
-
-
-def parse_id(name: str) -> tuple[int, str] | None:
-    """(step, token) of a checkpoint id, or None when `name` is not one."""
-    match = _ID.match(name)
-    return (int(match[1]), match[2]) if match else None
-
-
-def age(name: str) -> tuple[int, int, str]:
-    """Sort key of a checkpoint id: larger is newer. Raises ValueError when it is not one."""
-    parsed = parse_id(name)
-    if parsed is None:
-        raise ValueError(f"{name!r} is not a checkpoint id")
-    step, token = parsed
-    attempt = int(token[1:]) if token[0] == "a" and token[1:].isdecimal() else -1
-    return step, attempt, token
 
 
 def part_file(rank: int) -> str:
@@ -81,66 +45,8 @@ def pack_file(rank: int) -> str:
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """`raw` bytes with this digest, stored as `stored` bytes at `offset` of a pack.
-
-    `pack`, `base` (of a delta) and `cast_of` are indices into the part's packs and chunks. With
-    `cast_of`, the chunk is stored nowhere: it is the cast to the dtype `codec` of those chunks of
-    float32, one after the other (see derived.py). With neither that nor a pack, another rank of the
-    same checkpoint has it.
-    """
-
-    digest: str
-    raw: int
-    pack: int | None
-    stored: int = 0
-    offset: int = 0
-    codec: str = ""
-    base: int | None = None
-    cast_of: tuple[int, ...] = ()
-
-    @property
-    def with_peer(self) -> bool:
-        """Whether another rank of the same checkpoint has it."""
-        return self.pack is None and not self.cast_of
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor's type, shape, and its chunks as indices into the part's chunk table."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    digest: str
-    chunks: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return DTYPE_BYTES[self.dtype] * math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What stat says of a file; unchanged means not written since it was verified."""
-
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-    inode: int
-
-
-@dataclass(frozen=True)
-class Pack:
-    """A file of chunks that this rank wrote for checkpoint `id`, as it was when verified."""
-
-    id: str
-    fingerprint: Fingerprint
-
-
-@dataclass(frozen=True)
 class Part:
-    """One rank's share. `state` maps each object of `objects` to its tree (see tree.py).
+    """One rank's share. `state` maps each object of `objects` to its tree (see state/tree.py).
 
     `packs` begins with the part's own; then come those it needs, newest first.
     """
@@ -230,24 +136,13 @@ class Part:
             model=Structure.from_node(m) if (m := node["model"].optional()) else None,
             objects=node["objects"].digests(),
             state={name: tree.value for name, tree in node["state"].members().items()},
-            tensors=tuple(map(_tensor, node["tensors"].items())),
-            chunks=tuple(map(_chunk, node["chunks"].items())),
-            packs=tuple(map(_pack, node["packs"].items())),
+            tensors=tuple(map(read_tensor, node["tensors"].items())),
+            chunks=tuple(map(read_chunk, node["chunks"].items())),
+            packs=tuple(map(read_pack, node["packs"].items())),
             metrics=node["metrics"].numbers(),
         )
         _check(part, node)
         return part
-
-
-def object_digest(tree: Json, tensors: Iterable[Tensor]) -> str:
-    """Of one object's state: the same for equal states, whatever rank, attempt or time."""
-    table = sorted([t.name, t.dtype, list(t.shape), t.digest] for t in tensors)
-    return digest(canonical({"state": tree, "tensors": table}))
-
-
-def object_of(tensor_name: str) -> str:
-    """Tensors are named `<object>/<path inside its state>`."""
-    return tensor_name.partition("/")[0]
 
 
 def check_format(node: Node) -> None:
@@ -265,68 +160,19 @@ def check_format(node: Node) -> None:
 def identity(node: Node) -> dict[str, Json]:
     """The fields that a part and its manifest share, checked."""
     name = node["id"].text()
-    parsed = parse_id(name)
-    if parsed is None:
+    if not is_id(name):
         node["id"].fail("a checkpoint id")
-    if node["step"].whole() != parsed[0]:
-        node["step"].fail(f"step {parsed[0]} as in the id")
+    if node["step"].whole() != (step := step_of(name)):
+        node["step"].fail(f"step {step} as in the id")
     return {
         "id": name,
-        "step": parsed[0],
+        "step": step,
         "world_size": node["world_size"].whole(1),
         "created": node["created"].seconds(),
         "versions": node["versions"].texts(),
         "rng": node["rng"].flag(),
         "data": node["data"].flag(),
     }
-
-
-def _chunk(node: Node) -> Chunk:
-    digest, raw, pack, stored, offset, codec, base, cast_of = columns(node, 8)
-    sources = tuple(index.whole() for index in cast_of.items())
-    if sources:
-        if pack.value is not None:
-            pack.fail("no pack of a cast")
-        return Chunk(digest.digest(), raw.whole(1), None, codec=codec.text(), cast_of=sources)
-    if pack.value is None:
-        return Chunk(digest.digest(), raw.whole(1), None)
-    return Chunk(
-        digest=digest.digest(),
-        raw=raw.whole(1),
-        pack=pack.whole(),
-        stored=stored.whole(1),
-        offset=offset.whole(),
-        codec=codec.text(),
-        base=None if base.value is None else base.whole(),
-    )
-
-
-def _pack(node: Node) -> Pack:
-    name = node["id"].text()
-    if parse_id(name) is None:
-        node["id"].fail("a checkpoint id")
-    return Pack(name, _fingerprint(node["fingerprint"]))
-
-
-def _tensor(node: Node) -> Tensor:
-    if node["dtype"].text() not in DTYPE_BYTES:
-        node["dtype"].fail("a known dtype")
-    return Tensor(
-        name=node["name"].text(),
-        dtype=node["dtype"].text(),
-        shape=tuple(size.whole() for size in node["shape"].items()),
-        digest=node["digest"].digest(),
-        chunks=tuple(index.whole() for index in node["chunks"].items()),
-    )
-
-
-def _fingerprint(node: Node) -> Fingerprint:
-    return Fingerprint(
-        size=node["size"].whole(),
-        mtime_ns=node["mtime_ns"].whole(),
-        ctime_ns=node["ctime_ns"].whole(),
-        inode=node["inode"].whole(),
-    )
 
 
 def _check(part: Part, node: Node) -> None:
@@ -339,11 +185,11 @@ def _check(part: Part, node: Node) -> None:
     if part.rank >= part.world_size:
         node["rank"].fail(f"a rank below {part.world_size}")
     for entry in part.lineage:
-        if parse_id(entry) is None or entry == part.id:
+        if not is_id(entry) or entry == part.id:
             node["lineage"].fail("ids of other checkpoints")
     expect("its own pack", part.id, part.packs[0].id if part.packs else None)
-    ages = [age(pack.id) for pack in part.packs]
-    expect("packs, newest first", sorted(set(ages), reverse=True), ages)
+    ids = [pack.id for pack in part.packs]
+    expect("packs, newest first", newest_first(set(ids)), ids)
     end = 0
     for index, chunk in enumerate(part.chunks):
         if chunk.raw > CHUNK_BYTES:

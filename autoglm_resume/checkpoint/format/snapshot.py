@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 from autoglm_resume.checkpoint.format.document import Json, compact
-from autoglm_resume.checkpoint.format.part import DTYPE_BYTES
 from autoglm_resume.checkpoint.format.structure import Structure
+from autoglm_resume.checkpoint.format.tables import DTYPE_BYTES
 
 ALIGNMENT = 64
 """Bytes: a cache line, more than any type needs."""

@@ -23,19 +23,18 @@ import torch
 from autoglm_resume.checkpoint.chunks import verify
 from autoglm_resume.checkpoint.chunks.reader import Reader
 from autoglm_resume.checkpoint.format.document import Json, digest, digest_of_digests
+from autoglm_resume.checkpoint.format.ids import checkpoint_id, step_of
 from autoglm_resume.checkpoint.format.manifest import MANIFEST, Manifest
-from autoglm_resume.checkpoint.format.part import (
-    CHUNK_BYTES,
-    DTYPE_BYTES,
-    Part,
-    Tensor,
-    checkpoint_id,
-    object_digest,
-    object_of,
-    parse_id,
-)
+from autoglm_resume.checkpoint.format.part import Part
 from autoglm_resume.checkpoint.format.snapshot import Snapshot, TensorBytes
 from autoglm_resume.checkpoint.format.structure import Structure
+from autoglm_resume.checkpoint.format.tables import (
+    CHUNK_BYTES,
+    DTYPE_BYTES,
+    Tensor,
+    object_digest,
+    object_of,
+)
 from autoglm_resume.checkpoint.state import restore, tree
 from autoglm_resume.checkpoint.state.sharding import Box, Shape
 from autoglm_resume.checkpoint.store.store import Store
@@ -311,8 +310,7 @@ def _document(
 def _snapshot(
     exchange: Exchange, id: str, number: int, progress: verify.Progress | None
 ) -> Snapshot:
-    document, parsed = exchange.document, parse_id(id)
-    assert parsed is not None
+    document = exchange.document
     rank = document["ranks"][number]
     contents = []
     for row in rank["tensors"]:
@@ -329,7 +327,7 @@ def _snapshot(
             raise CorruptCheckpoint(f"export: {name}: expected {expected}, found {found}")
     return Snapshot(
         id=id,
-        step=parsed[0],
+        step=step_of(id),
         rank=number,
         world_size=len(document["ranks"]),
         lineage=(),

@@ -7,7 +7,8 @@ from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 
-from autoglm_resume.checkpoint.format.manifest import MANIFEST, pack_file
+from autoglm_resume.checkpoint.format.manifest import MANIFEST
+from autoglm_resume.checkpoint.format.part import pack_file
 from autoglm_resume.checkpoint.replicas.plan import Copy, in_order, uploads
 from autoglm_resume.checkpoint.storage.storage import Storage
 from autoglm_resume.checkpoint.store.store import Store

@@ -12,7 +12,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from autoglm_resume.checkpoint.format.manifest import MANIFEST, age, parse_id
+from autoglm_resume.checkpoint.format.ids import is_id, newer, newest_first, recency
+from autoglm_resume.checkpoint.format.manifest import MANIFEST
 
 Files: TypeAlias = Mapping[str, int]
 Listing: TypeAlias = Mapping[str, Files]
@@ -40,7 +41,7 @@ def by_checkpoint(names: Files) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     for name, size in names.items():
         id, _, file = name.partition("/")
-        if file and parse_id(id):
+        if file and is_id(id):
             found.setdefault(id, {})[file] = size
     return found
 
@@ -52,11 +53,6 @@ def by_run(names: Files) -> dict[str, dict[str, dict[str, int]]]:
         run, _, rest = name.partition("/")
         runs.setdefault(run, {})[rest] = size
     return {run: found for run, rest in runs.items() if (found := by_checkpoint(rest))}
-
-
-def newest_first(ids: Collection[str]) -> list[str]:
-    """By age."""
-    return sorted(ids, key=age, reverse=True)
 
 
 def closure(id: str, here: Mapping[str, Copy]) -> list[str]:
@@ -108,12 +104,12 @@ def deletions(present: Collection[str], here: Mapping[str, Copy], there: Listing
     complete = [id for id in here if is_complete(id, here, there)]
     if not complete:
         return []
-    newest = age(max(complete, key=age))
+    newest = max(complete, key=recency)
     gone = [id for id in there if id not in present]
-    if any(age(id) > newest and MANIFEST in there[id] for id in gone):
+    if any(newer(id, newest) and MANIFEST in there[id] for id in gone):
         return []
     needed = {id for copy in here.values() for id in copy.needs}
-    return [id for id in newest_first(gone) if age(id) < newest and id not in needed]
+    return [id for id in newest_first(gone) if newer(newest, id) and id not in needed]
 
 
 def counts(id: str, policy: Policy, complete: Mapping[str, Collection[str]]) -> bool:

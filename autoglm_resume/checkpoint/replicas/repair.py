@@ -18,9 +18,11 @@ from autoglm_resume import files
 from autoglm_resume.checkpoint.chunks import codec, verify
 from autoglm_resume.checkpoint.chunks.reader import Reader
 from autoglm_resume.checkpoint.format.document import digest
+from autoglm_resume.checkpoint.format.ids import newest_first
 from autoglm_resume.checkpoint.format.manifest import MANIFEST, Manifest, PartRef
-from autoglm_resume.checkpoint.format.part import Chunk, Part
-from autoglm_resume.checkpoint.replicas.plan import by_run, newest_first
+from autoglm_resume.checkpoint.format.part import Part
+from autoglm_resume.checkpoint.format.tables import Chunk
+from autoglm_resume.checkpoint.replicas.plan import by_run
 from autoglm_resume.checkpoint.storage.storage import Storage, open_storage
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import CheckpointError, CorruptCheckpoint

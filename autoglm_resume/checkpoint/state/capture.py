@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from autoglm_resume.checkpoint.format.document import Json
-from autoglm_resume.checkpoint.format.part import parse_id
+from autoglm_resume.checkpoint.format.ids import step_of
 from autoglm_resume.checkpoint.format.snapshot import Snapshot, TensorBytes
 from autoglm_resume.checkpoint.format.structure import Structure
 from autoglm_resume.checkpoint.state import tree
@@ -48,12 +48,9 @@ class State:
 
     def snapshot(self, identity: Identity, data: Sequence[memoryview] | None = None) -> Snapshot:
         """A snapshot whose tensors have their content in `data`; without it, only described."""
-        parsed = parse_id(identity.id)
-        if parsed is None:
-            raise ValueError(f"{identity.id!r} is not a checkpoint id")
         return Snapshot(
             id=identity.id,
-            step=parsed[0],
+            step=step_of(identity.id),
             rank=identity.rank,
             world_size=identity.world_size,
             lineage=identity.lineage,

@@ -16,7 +16,8 @@ import torch
 from autoglm_resume.checkpoint.chunks import verify
 from autoglm_resume.checkpoint.chunks.reader import Reader
 from autoglm_resume.checkpoint.format.document import Json
-from autoglm_resume.checkpoint.format.part import CHUNK_BYTES, Part, Tensor, object_of
+from autoglm_resume.checkpoint.format.part import Part
+from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES, Tensor, object_of
 from autoglm_resume.checkpoint.state import tree
 from autoglm_resume.checkpoint.state.restore import RestoredPart, decoded, shardings_of
 from autoglm_resume.checkpoint.state.sharding import Box, Present, Shape, Sharding

@@ -17,8 +17,9 @@ from autoglm_resume import linux
 from autoglm_resume.checkpoint.chunks import verify
 from autoglm_resume.checkpoint.chunks.reader import Reader
 from autoglm_resume.checkpoint.format.document import digest
-from autoglm_resume.checkpoint.format.part import CHUNK_BYTES, Chunk, Part, Tensor
+from autoglm_resume.checkpoint.format.part import Part
 from autoglm_resume.checkpoint.format.snapshot import Snapshot, TensorBytes
+from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES, Chunk, Tensor
 from autoglm_resume.checkpoint.state import tree
 from autoglm_resume.checkpoint.state.sharding import (
     Arrangement,

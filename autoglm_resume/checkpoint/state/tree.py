@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from autoglm_resume.checkpoint.format.document import Json, canonical
-from autoglm_resume.checkpoint.format.part import DTYPE_BYTES
+from autoglm_resume.checkpoint.format.tables import DTYPE_BYTES
 from autoglm_resume.checkpoint.state.sharding import Sharding, sharding_of
 from autoglm_resume.errors import CorruptCheckpoint, UsageError
 

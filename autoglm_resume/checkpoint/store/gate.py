@@ -8,13 +8,15 @@ manifest is unreadable is not checked: integrity has already failed then.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal, TypeAlias
 
 from autoglm_resume.checkpoint.format import renaming
 from autoglm_resume.checkpoint.format.document import Json
-from autoglm_resume.checkpoint.format.manifest import Manifest, Part, age, parse_id
+from autoglm_resume.checkpoint.format.ids import attempt_of, is_id, step_of
+from autoglm_resume.checkpoint.format.manifest import Manifest
+from autoglm_resume.checkpoint.format.part import Part
 from autoglm_resume.checkpoint.format.structure import Structure, differences
 
 CheckName: TypeAlias = Literal["integrity", "world size", "model hash", "branch"]
@@ -96,6 +98,8 @@ class Verdict:
     checks: tuple[Check, ...]
     corrupt: bool = False
     """Its bytes are bad, so that it belongs into quarantine, rather than only not fitting."""
+    digest: str = ""
+    """Of its manifest, as far as it has a good one: what nodes that judged it alike have seen."""
 
     @property
     def reason(self) -> str:
@@ -129,6 +133,7 @@ def judge(facts: Facts, expectation: Expectation) -> Verdict:
         accepted=all(check.ok for check in checks),
         checks=tuple(checks),
         corrupt=not checks[0].ok and not facts.integrity.unreadable,
+        digest=facts.manifest.digest if facts.manifest else "",
     )
 
 
@@ -150,6 +155,44 @@ def choose(candidates: Iterable[Facts], expectation: Expectation, *, every: bool
     return Choice(tuple(verdicts), accepted)
 
 
+def agree(verdicts: Mapping[str, Sequence[Verdict]]) -> Verdict | None:
+    """The newest checkpoint that all nodes accept, None if there is none; of one node, its choice.
+
+    Every node's verdicts come newest first. A node that stopped judging at the first that it
+    accepts may miss what others can agree on: several nodes judge `every` candidate.
+    """
+    if not verdicts:
+        return None
+    first, *others = verdicts.values()
+    # Disks of their own may have different bytes under one name.
+    accepted = [{(v.id, v.digest) for v in each if v.accepted} for each in others]
+    return next(
+        (v for v in first if v.accepted and all((v.id, v.digest) in each for each in accepted)),
+        None,
+    )
+
+
+def could_fit(manifest: Manifest | None, expectation: Expectation) -> bool:
+    """Whether the run may commit what is whole and lacks only this manifest.
+
+    As far as can be known before a rank has seen it: only that can say whether it fits when it is
+    renamed, or what of it does.
+    """
+    if manifest is None:
+        return False
+    world_fits = (
+        manifest.world_size == expectation.world_size
+        or expectation.elastic
+        or not expectation.check_world_size
+    )
+    model_fits = (
+        expectation.model_hash in (None, manifest.model_hash)
+        or not expectation.check_model
+        or bool(expectation.rename)
+    )
+    return world_fits and model_fits
+
+
 def _integrity(facts: Facts, expectation: Expectation) -> Check:
     expected = "every byte as written"
     if facts.id in expectation.refused:
@@ -168,9 +211,9 @@ def _integrity(facts: Facts, expectation: Expectation) -> Check:
 
 def superseded(id: str, branches: Iterable[tuple[int, int]]) -> int | None:
     """The step from which the branch was given up that checkpoint `id` is of."""
-    if parse_id(id) is None:  # somebody's copy under a name of its own
+    if not is_id(id):  # somebody's copy under a name of its own
         return None
-    step, attempt, _ = age(id)
+    step, attempt = step_of(id), attempt_of(id)
     return next((s for s, first in branches if step > s and attempt < first), None)
 
 

@@ -23,18 +23,9 @@ from autoglm_resume.checkpoint.chunks import verify
 from autoglm_resume.checkpoint.chunks.reader import QUARANTINE, Reader, pack_path
 from autoglm_resume.checkpoint.chunks.verify import Progress
 from autoglm_resume.checkpoint.format.document import digest, indented
-from autoglm_resume.checkpoint.format.manifest import (
-    MANIFEST,
-    Manifest,
-    Parent,
-    Part,
-    PartRef,
-    age,
-    needs_of,
-    pack_file,
-    parse_id,
-    part_file,
-)
+from autoglm_resume.checkpoint.format.ids import attempt_of, is_id, recency, step_of
+from autoglm_resume.checkpoint.format.manifest import MANIFEST, Manifest, Parent, PartRef, needs_of
+from autoglm_resume.checkpoint.format.part import Part, pack_file, part_file
 from autoglm_resume.checkpoint.store.gate import Facts, Integrity
 from autoglm_resume.checkpoint.write.chunk_ownership import claim_file
 from autoglm_resume.errors import CheckpointError, CorruptCheckpoint, WorldSizeMismatch
@@ -57,7 +48,7 @@ class Store:
 
     def directory(self, id: str) -> Path:
         """Where checkpoint `id` is, or would be."""
-        age(id)
+        step_of(id)  # never a path that leads elsewhere
         return self.root / id
 
     def committed(self) -> list[Path]:
@@ -74,12 +65,12 @@ class Store:
 
     def next_attempt(self) -> int:
         """A number larger than every attempt that left something here, in quarantine too."""
-        names = [path.name for path in (*self._all(), *self.quarantined()) if parse_id(path.name)]
-        return max((age(name)[1] for name in names), default=-1) + 1
+        names = [path.name for path in (*self._all(), *self.quarantined()) if is_id(path.name)]
+        return max(map(attempt_of, names), default=-1) + 1
 
     def _all(self) -> list[Path]:
-        found = [path for path in _entries(self.root) if parse_id(path.name) and path.is_dir()]
-        return sorted(found, key=lambda path: age(path.name), reverse=True)
+        found = [path for path in _entries(self.root) if is_id(path.name) and path.is_dir()]
+        return sorted(found, key=lambda path: recency(path.name), reverse=True)
 
     # Commit
 
@@ -300,7 +291,7 @@ class Store:
     def sweep(self, abandoned: Iterable[Path] | None = None) -> list[Path]:
         """Remove what is abandoned, now or as it was found earlier; returns what was removed."""
         found = self.abandoned() if abandoned is None else list(abandoned)
-        gone = [path for path in found if not (parse_id(path.name) and _is_checkpoint(path))]
+        gone = [path for path in found if not (is_id(path.name) and _is_checkpoint(path))]
         for path in gone:
             _remove(path)
         return gone
@@ -309,10 +300,9 @@ class Store:
 def _facts(
     path: Path, manifest: Manifest | None, parts: Sequence[Part], integrity: Integrity
 ) -> Facts:
-    parsed = parse_id(path.name)
     return Facts(
         id=path.name,
-        step=manifest.step if manifest else parsed[0] if parsed else 0,
+        step=manifest.step if manifest else step_of(path.name) if is_id(path.name) else 0,
         path=str(path),
         created=manifest.created if manifest else 0.0,
         world_size=manifest.world_size if manifest else None,

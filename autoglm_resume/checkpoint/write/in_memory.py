@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoglm_resume.checkpoint.format.document import digest
-from autoglm_resume.checkpoint.format.part import Fingerprint, Pack, Part, parse_id
+from autoglm_resume.checkpoint.format.ids import step_of
+from autoglm_resume.checkpoint.format.part import Part
 from autoglm_resume.checkpoint.format.snapshot import Snapshot, describe
 from autoglm_resume.checkpoint.format.structure import combined
+from autoglm_resume.checkpoint.format.tables import Fingerprint, Pack
 from autoglm_resume.checkpoint.write.pack_writer import items_of
 from autoglm_resume.checkpoint.write.part_writer import part_of
 from autoglm_resume.checkpoint.write.reuse import Table
@@ -34,9 +36,7 @@ class Sealed:
 
     @property
     def step(self) -> int:
-        parsed = parse_id(self.id)
-        assert parsed is not None
-        return parsed[0]
+        return step_of(self.id)
 
     @classmethod
     def of(cls, claims: Sequence[Mapping[str, Any] | None]) -> Sealed | None:

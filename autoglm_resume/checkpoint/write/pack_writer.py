@@ -21,8 +21,8 @@ from autoglm_resume.checkpoint.chunks.direct_io import Output
 from autoglm_resume.checkpoint.chunks.read_back import Proof, Prover, Written
 from autoglm_resume.checkpoint.format.document import digest
 from autoglm_resume.checkpoint.format.options import Compress
-from autoglm_resume.checkpoint.format.part import CHUNK_BYTES
 from autoglm_resume.checkpoint.format.snapshot import Snapshot, TensorBytes
+from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES
 from autoglm_resume.checkpoint.write.reuse import Sharing, Table
 
 THREADS = 2

@@ -23,17 +23,15 @@ from autoglm_resume.checkpoint.chunks.compression import Pace
 from autoglm_resume.checkpoint.format.document import digest_of_digests
 from autoglm_resume.checkpoint.format.manifest import MANIFEST, Manifest
 from autoglm_resume.checkpoint.format.options import Options
-from autoglm_resume.checkpoint.format.part import (
+from autoglm_resume.checkpoint.format.part import Part, pack_file, part_file
+from autoglm_resume.checkpoint.format.snapshot import Snapshot
+from autoglm_resume.checkpoint.format.tables import (
     CHUNK_BYTES,
     Pack,
-    Part,
     Tensor,
     object_digest,
     object_of,
-    pack_file,
-    part_file,
 )
-from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write import chunk_ownership
 from autoglm_resume.checkpoint.write.pack_writer import THREADS, Item, Packer, items_of

@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from autoglm_resume.checkpoint.format.document import digest
-from autoglm_resume.checkpoint.format.part import CHUNK_BYTES, Chunk, Pack, Part
+from autoglm_resume.checkpoint.format.part import Part
+from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES, Chunk, Pack
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from autoglm_resume.observe.pure.segments import Segment, attempts, mono, number
 NOTICED = (
     *("warning", "save_failed", "saver_lost", "straggler", "zygote_lost", "cold_start"),
     *("replica_behind", "repaired", "repair_failed", "quarantined", "resharded", "notify_failed"),
-    *("partly_restored", "spare_failed"),
+    *("partly_restored", "spare_failed", "save_cut_off"),
 )
 """Events that belong to the story of an attempt without ending it."""
 MOST_NOTICED = 8

@@ -67,7 +67,7 @@ class Summary:
     attempts: tuple[Attempt, ...]
     recoveries: tuple[Recovery, ...]
     step: int | None
-    """Steps completed, as far as the journal knows."""
+    """Steps completed, as far as the journal knows; None if the script does not report steps."""
     checkpoint: str | None
     """The newest one that was committed."""
     checkpoint_step: int | None
@@ -124,6 +124,7 @@ def summarize(events: Iterable[Event], *, alive: bool = False, now: float | None
         else []
     )
     final = step_of(end)
+    step = final if final is not None else max(steps, default=None)
     code = number(end, "code")
     return Summary(
         name=str(started.get("name", "")),
@@ -133,7 +134,7 @@ def summarize(events: Iterable[Event], *, alive: bool = False, now: float | None
         began=number(started, "time") if started else None,
         attempts=tuple(map(_attempt, segments)),
         recoveries=tuple(recoveries(segments)),
-        step=final if final is not None else max(steps, default=None),
+        step=step if step or _speaks(segments) else None,
         checkpoint=newest.get("id"),
         checkpoint_step=step_of(newest),
         save_failures=sum(e["event"] == "save_failed" for e in everything),
@@ -158,14 +159,17 @@ def _state(life: Sequence[Event], segments: Sequence[Segment], alive: bool) -> S
         return "dead"
     latest = segments[-1] if segments else None
     going = latest is not None and latest.started in life and not latest.all("failure")
-    # A script without a session never says that it steps; that its ranks run has to do.
-    speaks = any(segment.all("model", "first_step") for segment in segments)
-    sign = "first_step" if speaks else "rank_started"
+    sign = "first_step" if _speaks(segments) else "rank_started"
     if latest is not None and going and latest.all(sign):
         return "training"
     if (_undone(life, segments) or {}).get("action") == "pause":
         return "paused"
     return "recovering" if segments and (len(segments) > 1 or not going) else "starting"
+
+
+def _speaks(segments: Sequence[Segment]) -> bool:
+    """Whether the script says that it steps; that the ranks run has to do for one that does not."""
+    return any(segment.all("model", "restored", "first_step") for segment in segments)
 
 
 def _undone(life: Sequence[Event], segments: Sequence[Segment]) -> Event | None:

@@ -96,7 +96,8 @@ def after(event: Event, before: Context) -> Context:
         case "supervisor_started":
             return replace(before, stepped=False, ended=False)
         case "attempt_started":
-            return replace(before, attempt=_attempt(event, before), step=step)
+            # From the beginning, no step is complete yet; without a session none ever is.
+            return replace(before, attempt=_attempt(event, before), step=step or None)
         case "first_step":
             return replace(before, failure=None, stepped=True, step=step)
         case "committed" if step is not None:

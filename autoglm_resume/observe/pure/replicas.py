@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from autoglm_resume.checkpoint.format.manifest import age, parse_id
+from autoglm_resume.checkpoint.format.ids import is_id, newer, recency
 from autoglm_resume.checkpoint.store.gate import superseded
 from autoglm_resume.journal import Event
 from autoglm_resume.observe.pure.say import plural, short
@@ -41,7 +41,7 @@ def of(events: Sequence[Event], targets: Iterable[str]) -> tuple[Replica, ...]:
     for event in events:
         id, target = str(event.get("id")), str(event.get("replica"))
         match event["event"]:
-            case "committed" | "brought_back" if parse_id(id):
+            case "committed" | "brought_back" if is_id(id):
                 here[id] = None
             case "pruned" | "quarantined":
                 here.pop(id, None)
@@ -55,11 +55,11 @@ def of(events: Sequence[Event], targets: Iterable[str]) -> tuple[Replica, ...]:
         copied = [
             id for id in past.replicated.get(target, ()) if superseded(id, past.branches) is None
         ]
-        newest = max(copied, key=age, default=None)
-        newer = [id for id in present if newest is None or age(id) > age(newest)]
+        newest = max(copied, key=recency, default=None)
+        waiting = [id for id in present if newest is None or newer(id, newest)]
         last = behind.get(target, {})
         reason = short(str(last.get("reason", "")))
-        found.append(Replica(target, newest, len(newer), reason, number(last, "time")))
+        found.append(Replica(target, newest, len(waiting), reason, number(last, "time")))
     return tuple(found)
 
 

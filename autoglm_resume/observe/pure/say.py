@@ -185,6 +185,13 @@ def _save_failed(e: Event) -> str:
     )
 
 
+def _save_cut_off(e: Event) -> str:
+    missing = e.get("missing")
+    ranks = missing if isinstance(missing, list) and missing else ["?"]
+    lacking = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {_list(ranks)}"
+    return f"save of step {e.get('step', '?')} cut off: {lacking} had no snapshot of it yet"
+
+
 def _refused(e: Event) -> str:
     return short(
         f"rank {e.get('rank', '?')} refused checkpoint step {e.get('step', '?')}: "
@@ -290,7 +297,9 @@ def _pause_ended(e: Event) -> str:
 
 
 def _completed(e: Event) -> str:
-    return f"run completed at step {e.get('step', '?')} in {seconds(e.get('seconds'))}"
+    # A script without a session never says its step.
+    at = "" if e.get("step") == -1 else f" at step {e.get('step', '?')}"
+    return f"run completed{at} in {seconds(e.get('seconds'))}"
 
 
 def _resharded(e: Event) -> str:
@@ -340,6 +349,7 @@ _SAY: dict[str, Callable[[Event], str]] = {
     "committed": lambda e: f"checkpoint step {e.get('step', '?')} committed",
     "save_requested": _save_requested,
     "save_failed": _save_failed,
+    "save_cut_off": _save_cut_off,
     "save_skipped": lambda e: f"no save after step {e.get('step', '?')}: {e.get('reason', '?')}",
     "saver_lost": lambda e: f"rank {e.get('rank', '?')}'s saver died and was replaced",
     "branched": _branched,

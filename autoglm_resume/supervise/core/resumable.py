@@ -43,7 +43,8 @@ def of(events: Sequence[Event]) -> Standing:
     how = ended["event"] if ended else None
     why = str(ended.get("reason", "no reason was recorded")) if ended else ""
     if ended and how == "run_completed":
-        return Standing(False, f"finished at step {ended.get('step', '?')}")
+        step = ended.get("step", "?")
+        return Standing(False, "finished" if step == -1 else f"finished at step {step}")
     if ended and how == "run_failed":
         return Standing(False, f"left alone, exit code {ended.get('code', '?')}: {why}")
     if job is not None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
+from autoglm_resume.checkpoint.format.ids import step_of
 from autoglm_resume.checkpoint.format.part import part_file
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.in_memory import Sealed
@@ -80,8 +81,13 @@ class Savers:
         began = time.monotonic()
         holding = self._ask({"op": "holding"}, began + PATIENCE, hurried)
         under_way = {id for reply in holding.values() for id in reply["ids"]}
-        whole = [id for id in under_way if self._can_complete(store, id, holding)]
+        missing = {id: self._missing(store, id, holding) for id in sorted(under_way)}
+        whole = [id for id, ranks in missing.items() if not ranks]
         self._send({"op": "finish", "ids": whole}, holding)
+        for id, ranks in missing.items():
+            if ranks:
+                # The end that a save under way is to have when ranks die; a failed one is not.
+                self._tell("save_cut_off", id=id, step=step_of(id), missing=ranks)
         if len(holding) == len(self._ranks):
             claims = holding
             if any(reply["sealing"] for reply in holding.values()):
@@ -99,12 +105,14 @@ class Savers:
         """The ranks that were started after `settle` train."""
         self._send({"op": "work_on"})
 
-    def _can_complete(self, store: Store, id: str, holding: Mapping[int, Message]) -> bool:
-        return all(
-            (rank in holding and id in holding[rank]["ids"])
-            or (store.directory(id) / part_file(rank)).exists()
+    def _missing(self, store: Store, id: str, holding: Mapping[int, Message]) -> list[int]:
+        """The ranks without which checkpoint `id` stays incomplete."""
+        return [
+            rank
             for rank in self._ranks
-        )
+            if not (rank in holding and id in holding[rank]["ids"])
+            and not (store.directory(id) / part_file(rank)).exists()
+        ]
 
     def protect(self, ids: frozenset[str]) -> None:
         """Retention must keep these from now on."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from autoglm_resume.checkpoint.format.part import age
+from autoglm_resume.checkpoint.format.ids import step_of
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.state.capture import Identity, State
 from autoglm_resume.checkpoint.store.store import Store
@@ -127,7 +127,7 @@ class Saves:
         self._failures[outcome.id] = failure
         if not outcome.told:
             self._events.emit(
-                "save_failed", id=outcome.id, step=age(outcome.id)[0], reason=outcome.reason
+                "save_failed", id=outcome.id, step=step_of(outcome.id), reason=outcome.reason
             )
         with contextlib.suppress(OSError):  # the log may be on the same full disk
             print(f"autoglm: {outcome.reason}; training goes on", file=sys.stderr)

@@ -15,9 +15,11 @@ from hypothesis import given, settings
 
 from autoglm_resume.checkpoint.chunks import casts
 from autoglm_resume.checkpoint.chunks.reader import Reader
+from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.format.options import Options
-from autoglm_resume.checkpoint.format.part import CHUNK_BYTES, Part, checkpoint_id
+from autoglm_resume.checkpoint.format.part import Part
 from autoglm_resume.checkpoint.format.snapshot import Snapshot, TensorBytes
+from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES
 from autoglm_resume.checkpoint.interop import bundle
 from autoglm_resume.checkpoint.state import capture, reshard, restore, tree
 from autoglm_resume.checkpoint.store.store import Store
@@ -82,7 +84,7 @@ def test_every_number_of_half_precision_and_what_is_around_it_is_cast_as_torch_d
 
 @both
 @given(numbers=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=200))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_number_is_cast_as_torch_does(dtype: str, numbers: list[int]) -> None:
     assert differ(dtype, np.array(numbers, np.uint32)) == []
 

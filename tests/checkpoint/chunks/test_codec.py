@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from autoglm_resume.checkpoint.chunks import codec
 from autoglm_resume.checkpoint.chunks.codec import Effort, Encoded
-from autoglm_resume.checkpoint.format.part import CHUNK_BYTES, DTYPE_BYTES
+from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES, DTYPE_BYTES
 from autoglm_resume.errors import CorruptCheckpoint, NewerFormat
 
 DTYPES = sorted(DTYPE_BYTES)

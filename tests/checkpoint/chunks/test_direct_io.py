@@ -111,7 +111,7 @@ def test_what_is_written_is_what_is_read_anywhere(place: Path, sizes: list[int])
     reads=st.lists(st.tuples(st.integers(0, 4 * BLOCK), st.integers(0, 2 * BLOCK))),
 )
 @example(length=BLOCK, reads=[(BLOCK, 1), (2 * BLOCK, BLOCK), (0, 2 * BLOCK)])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_piece_can_be_read_and_ends_where_the_file_does(
     tmp_path_factory: pytest.TempPathFactory, length: int, reads: list[tuple[int, int]]
 ) -> None:

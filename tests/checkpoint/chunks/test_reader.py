@@ -13,8 +13,10 @@ import torch
 
 from autoglm_resume.checkpoint.chunks.reader import Reader, pack_path
 from autoglm_resume.checkpoint.format.document import digest
-from autoglm_resume.checkpoint.format.manifest import CHUNK_BYTES, Chunk, Part, checkpoint_id
+from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.format.options import Options
+from autoglm_resume.checkpoint.format.part import Part
+from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES, Chunk
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.part_writer import Saver

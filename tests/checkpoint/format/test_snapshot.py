@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from autoglm_resume.checkpoint.format.snapshot import (
@@ -95,7 +95,6 @@ json_trees = st.recursive(
 
 
 @given(st.lists(tensors, max_size=8), st.dictionaries(texts, json_trees, max_size=3), st.data())
-@settings(deadline=None)
 def test_a_snapshot_in_a_slot_is_read_back_as_it_was(
     made: list[Any], trees: dict[str, Any], data: st.DataObject
 ) -> None:

@@ -19,7 +19,8 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.fsdp import fully_shard
 
 from autoglm_resume.checkpoint.dcp import Reader, Writer
-from autoglm_resume.checkpoint.format.part import checkpoint_id, pack_file
+from autoglm_resume.checkpoint.format.ids import checkpoint_id
+from autoglm_resume.checkpoint.format.part import pack_file
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.interop import bundle, formats
 from autoglm_resume.checkpoint.state import capture

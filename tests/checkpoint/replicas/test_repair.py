@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from autoglm_resume import files
-from autoglm_resume.checkpoint.format.manifest import MANIFEST, checkpoint_id
+from autoglm_resume.checkpoint.format.ids import checkpoint_id, newest_first
+from autoglm_resume.checkpoint.format.manifest import MANIFEST
 from autoglm_resume.checkpoint.format.options import Options
 from autoglm_resume.checkpoint.replicas.mirror import committed, replicate
-from autoglm_resume.checkpoint.replicas.plan import by_checkpoint, is_complete, newest_first
+from autoglm_resume.checkpoint.replicas.plan import by_checkpoint, is_complete
 from autoglm_resume.checkpoint.replicas.repair import repair, restore_missing
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.checkpoint.storage.storage import Directory, Storage, open_storage

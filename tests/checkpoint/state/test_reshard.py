@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, debug
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from autoglm_resume.checkpoint.format.manifest import checkpoint_id
+from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.state import capture, reshard, restore, tree
 from autoglm_resume.checkpoint.state.restore import OtherSharding
 from autoglm_resume.checkpoint.state.sharding import Arrangement, Box, Present
@@ -96,7 +96,7 @@ def spreads(draw: st.DrawFn, ndim: int) -> tuple[Mesh, Placements]:
 
 
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_sharded_tensor_comes_back_on_any_mesh_as_the_same_tensor(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=3)))
     before = data.draw(spreads(len(shape)))

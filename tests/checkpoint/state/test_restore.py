@@ -13,8 +13,9 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 
-from autoglm_resume.checkpoint.format.manifest import CHUNK_BYTES, checkpoint_id
+from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.format.options import Compress, Options
+from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES
 from autoglm_resume.checkpoint.state import capture, restore
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.part_writer import Saver
@@ -76,7 +77,7 @@ def test_the_damaged_tensor_is_named(tmp_path: Path, compress: Compress) -> None
 
 
 @given(data=st.data())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_no_change_to_any_file_goes_unnoticed(pristine: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(FILES))
     original = (pristine / name).read_bytes()

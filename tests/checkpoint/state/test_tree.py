@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from autoglm_resume.checkpoint.format.part import DTYPE_BYTES
+from autoglm_resume.checkpoint.format.tables import DTYPE_BYTES
 from autoglm_resume.checkpoint.state import tree
 from autoglm_resume.errors import CorruptCheckpoint, UsageError
 
@@ -88,7 +88,7 @@ states = st.recursive(
 
 
 @given(states)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_state_comes_back_exactly(state: Any) -> None:
     assert same(round_trip(state), state)
 

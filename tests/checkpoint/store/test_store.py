@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -169,7 +170,8 @@ def test_an_untouched_pack_is_trusted_and_a_copied_one_is_read(store: Store, sav
     assert store.examine(copy).integrity.ok
     damage(copy / "rank-00001.pack")
     problem = store.examine(copy).integrity.problem
-    assert "rank-00001.pack: chunk 0: expected blake3:" in problem
+    # Two threads read: either comes to it first, or to the cast that is made of it.
+    assert re.search(r"rank-00001\.pack: chunk \d: expected blake3:.* at offset 0\)", problem)
 
 
 def test_facts_tell_the_gate_everything(store: Store, save: Any) -> None:

@@ -45,7 +45,7 @@ def stored(held_by: Held, left_by: frozenset[str]) -> set[str]:
 
 
 @given(st.lists(held, min_size=1, max_size=5), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_chunk_is_stored_by_somebody_whoever_speaks_and_whoever_hears_it(
     ranks: list[Held], data: st.DataObject
 ) -> None:
@@ -71,7 +71,7 @@ def test_every_chunk_is_stored_by_somebody_whoever_speaks_and_whoever_hears_it(
 
 
 @given(st.lists(held, min_size=2, max_size=4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_with_all_heard_what_is_in_one_place_everywhere_is_stored_once(ranks: list[Held]) -> None:
     with tempfile.TemporaryDirectory() as place:
         directory = Path(place)

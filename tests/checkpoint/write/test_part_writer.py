@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from autoglm_resume.checkpoint.chunks.verify import fingerprint
-from autoglm_resume.checkpoint.format.manifest import CHUNK_BYTES, checkpoint_id
+from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.format.options import Options
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
+from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES
 from autoglm_resume.checkpoint.state import capture, restore
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write import pack_writer

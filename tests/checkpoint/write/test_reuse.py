@@ -11,14 +11,9 @@ import pytest
 from hypothesis import given, settings
 
 from autoglm_resume.checkpoint.format.document import digest, digest_of_digests
-from autoglm_resume.checkpoint.format.manifest import (
-    Fingerprint,
-    Pack,
-    Part,
-    Tensor,
-    checkpoint_id,
-    object_digest,
-)
+from autoglm_resume.checkpoint.format.ids import checkpoint_id
+from autoglm_resume.checkpoint.format.part import Part
+from autoglm_resume.checkpoint.format.tables import Fingerprint, Pack, Tensor, object_digest
 from autoglm_resume.checkpoint.write.reuse import Previous, Sharing, Table
 
 State = dict[str, bytes]
@@ -234,7 +229,7 @@ def any_series(draw: random.Random, steps: int) -> Iterator[tuple[State, frozens
 
 
 @given(st.integers(1, 9), st.integers(0, 2**32))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_series_stays_within_its_bounds_and_refers_to_what_is_there(
     limit: int, seed: int
 ) -> None:

@@ -116,6 +116,14 @@ def test_a_script_that_reports_no_steps_trains_once_its_ranks_run_and_has_no_goo
     run = Script().life().both("rank_started", attempt=0).say("attempt_started", attempt=0, step=0)
     summary = summarize(run.events, alive=True, now=9.0)
     assert (summary.state, summary.kept, summary.goodput) == ("training", None, None)
+    assert summary.step is None
+    run.say("attempt_ended", attempt=0, outcome="completed", step=-1).say("run_completed", step=-1)
+    assert (summarize(run.events).state, summarize(run.events).step) == ("finished", None)
+
+
+def test_a_save_that_a_restart_cut_off_is_no_failed_save() -> None:
+    run = Script().life().attempt(0).say("save_cut_off", attempt=0, id="x", step=4, missing=[1])
+    assert summarize(run.say("save_failed", attempt=0, step=8).events).save_failures == 1
 
 
 def test_the_newest_checkpoint_is_not_one_that_was_rejected_since() -> None:

@@ -37,6 +37,16 @@ def test_a_death_a_recovery_and_the_end_are_told() -> None:
     assert died(context, 0.0) is None
 
 
+def test_of_a_script_that_counts_no_steps_none_is_told() -> None:
+    run = Script().life().both("rank_started", attempt=0).say("attempt_started", attempt=0, step=0)
+    messages, context = told(run.fails(0, -1, summary="rank 1 exited with 3").events)
+    assert messages[0].body["text"] == "demo on node-7: rank 1 exited with 3"
+    completed = message({"event": "run_completed", "step": -1, "seconds": 3.0}, context)
+    assert completed
+    assert completed.body["text"] == "demo on node-7: run completed in 3.00 s"
+    assert completed.body["step"] is None
+
+
 def test_a_recovery_counts_from_the_first_of_several_failures() -> None:
     run = Script().life().attempt(0).at(5).fails(0, 7).at(6).attempt(1).at(7).fails(1, -1)
     run.at(8).attempt(2).at(9).both("first_step", attempt=2, step=1)

@@ -80,6 +80,20 @@ def test_a_save_that_was_asked_for_names_its_step_or_why_there_is_none() -> None
     assert refused == "not saving, though asked: the ranks are starting"
 
 
+@pytest.mark.parametrize(
+    ("missing", "whose"), [([1], "rank 1"), ([1, 3], "ranks 1, 3"), (None, "rank ?")]
+)
+def test_a_save_that_a_restart_cut_off_is_no_failure(missing: object, whose: str) -> None:
+    event = {"event": "save_cut_off", "id": "step-0000000060.a0", "step": 60, "missing": missing}
+    assert sentence(event) == f"save of step 60 cut off: {whose} had no snapshot of it yet"
+
+
+def test_a_run_whose_script_counts_no_steps_is_completed_at_none() -> None:
+    event = {"event": "run_completed", "step": -1, "seconds": 11.8}
+    assert sentence(event) == "run completed in 11.8 s"
+    assert sentence({**event, "step": 0}) == "run completed at step 0 in 11.8 s"
+
+
 def test_the_interval_comes_with_its_reason() -> None:
     event = {"event": "interval", "seconds": 250.0, "reason": "every 4m10s: a save costs 50ms"}
     assert sentence(event) == "saving every 4m10s: a save costs 50ms"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from autoglm_resume.supervise.base.event_loop import EventLoop, Signals
+from tests.patience import soon
 
 
 @pytest.fixture
@@ -18,10 +19,6 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
     yield a, b
     a.close()
     b.close()
-
-
-def soon() -> float:
-    return time.monotonic() + 10
 
 
 def test_a_handler_is_called_when_its_descriptor_is_readable(

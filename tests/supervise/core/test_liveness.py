@@ -144,7 +144,7 @@ def test_those_that_are_ahead_wait_and_those_that_are_done_do_not() -> None:
 
 
 @given(st.floats(1e-3, 10.0), st.floats(0.01, 1.0), st.integers(0, 2**32 - 1))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_no_silence_of_a_distribution_comes_near_what_is_expected_of_it(
     median: float, sigma: float, seed: int
 ) -> None:

@@ -239,7 +239,7 @@ class Run(RuleBasedStateMachine):
 
 
 TestRun = Run.TestCase
-TestRun.settings = settings(max_examples=400, stateful_step_count=40, deadline=None)
+TestRun.settings = settings(max_examples=400, stateful_step_count=40)
 
 
 @given(

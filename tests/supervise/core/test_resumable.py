@@ -27,6 +27,7 @@ def failed(code: int) -> dict[str, Any]:
         ([STARTED, failed(93)], False, "left alone, exit code 93: the data is on fire"),
         ([STARTED, failed(90), STARTED], True, "its supervisor died"),
         ([STARTED, COMPLETED], False, "finished at step 40"),
+        ([STARTED, {**COMPLETED, "step": -1}], False, "finished"),
         ([STARTED, COMPLETED, STARTED, {"event": "branched"}], True, "its supervisor died"),
         ([STARTED, SLURM], False, "left to Slurm; continue it with: scontrol requeue 12_3"),
         ([STARTED, SLURM, COMPLETED], False, "finished at step 40"),

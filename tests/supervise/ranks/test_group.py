@@ -14,6 +14,7 @@ import pytest
 from autoglm_resume.errors import Unkillable
 from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.ranks.group import Exit, Group
+from tests.patience import soon
 
 Start = Callable[[str], int]
 
@@ -50,10 +51,6 @@ def ends() -> list[tuple[int, Exit]]:
 @pytest.fixture
 def group(loop: EventLoop, ends: list[tuple[int, Exit]]) -> Group:
     return Group(loop, lambda rank, how: ends.append((rank, how)))
-
-
-def soon() -> float:
-    return time.monotonic() + 10
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from autoglm_resume.journal import encode, stamped
 from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.ranks.log_follower import AT_ONCE, LONGEST_LINE, LogFollower
+from tests.patience import soon
 
 
 class Heard:
@@ -31,10 +31,6 @@ class Heard:
 @pytest.fixture
 def heard(loop: EventLoop, tmp_path: Path) -> Iterator[Heard]:
     return Heard(loop, tmp_path)
-
-
-def soon() -> float:
-    return time.monotonic() + 10
 
 
 def append(path: Path, data: bytes) -> None:
@@ -132,8 +128,7 @@ def test_a_line_without_end_is_cut_and_does_not_fill_the_memory(
 
 @settings(
     max_examples=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     lines=st.lists(st.text(st.characters(exclude_categories=["C", "Z"]), max_size=20), max_size=20),

@@ -21,8 +21,7 @@ from autoglm_resume.messenger import process
 from autoglm_resume.observe.pure.notify import Message
 from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.services.notifier import FLUSH_SECONDS, Notifier
-
-PATIENCE = 30.0
+from tests.patience import PATIENCE, soon
 
 
 class Server:
@@ -300,7 +299,7 @@ def test_a_process_that_was_killed_is_started_again_for_the_next_message(
     run = told({"webhook": server.url})
     (pid,) = run.notifier.pids
     os.kill(pid, 9)
-    assert loop.wait(lambda: not run.notifier.pids, time.monotonic() + PATIENCE)
+    assert loop.wait(lambda: not run.notifier.pids, soon())
     run.fail()
     assert run.notifier.pids != {pid}
     assert server.got.get(timeout=PATIENCE)["event"] == "failed"

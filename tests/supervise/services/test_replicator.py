@@ -8,7 +8,6 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from autoglm_resume.checkpoint.format.manifest import checkpoint_id
+from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.format.options import Options
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.checkpoint.storage.storage import SEGMENT_BYTES, open_storage
@@ -28,9 +27,9 @@ from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.ranks.fault_injector import flip_a_bit
 from autoglm_resume.supervise.services import replicator
 from autoglm_resume.supervise.services.replicator import Replicas, restore
+from tests.patience import PATIENCE, soon
 
 RUN = "run"
-PATIENCE = 60.0
 
 
 class Watched:
@@ -74,7 +73,7 @@ class Watched:
         def found() -> list[dict[str, Any]]:
             return [f for f in self.heard(event) if expected.items() <= f.items()]
 
-        came = self.loop.wait(lambda: len(found()) >= count, time.monotonic() + PATIENCE)
+        came = self.loop.wait(lambda: len(found()) >= count, soon())
         assert came, f"{event} {expected}: {self.told}\n{self.log.read_text()}"
         return found()[count - 1]
 
@@ -199,7 +198,7 @@ class TestTroubles:
         changes.add(directory)
         run.loop.watch(changes, lambda: list(changes.changed()) and None)
         run.start(s3.url)
-        assert run.loop.wait(lambda: bool(sent()), time.monotonic() + PATIENCE)
+        assert run.loop.wait(lambda: bool(sent()), soon())
         s3.stop()
         before = sent()
         assert 0 < len(before) < 3

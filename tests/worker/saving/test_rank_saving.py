@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from autoglm_resume.checkpoint.format.manifest import checkpoint_id
+from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.format.options import Options
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.checkpoint.state.capture import Identity

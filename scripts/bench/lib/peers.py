@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import common
+from lib import common
 
 RANKS = 2
 TIMEOUT = 10.0
@@ -65,7 +65,7 @@ class Place:
     def script(self, *more: str) -> list[str]:
         """The script with torch.save, and its arguments."""
         return [
-            *(str(common.HERE / "train_20m.py"), "--library=torch", f"--marks={self.marks}"),
+            *(str(common.SCRIPTS / "train_20m.py"), "--library=torch", f"--marks={self.marks}"),
             *(f"--steps={self.steps}", f"--every={self.every}", f"--checkpoint={self.checkpoint}"),
             *more,
         ]
@@ -116,7 +116,7 @@ def start_autoglm(place: Place, **fields: Any) -> subprocess.Popen[bytes]:
     """Ours, with its own checkpoints; `fields` are more of the job."""
     job = common.write_job(
         place.directory,
-        script=str(common.HERE / "train_20m.py"),
+        script=str(common.SCRIPTS / "train_20m.py"),
         args=["--library=autoglm", f"--marks={place.marks}", f"--steps={place.steps}"],
         nproc_per_node=RANKS,
         checkpoint={"every": {"steps": place.every}},

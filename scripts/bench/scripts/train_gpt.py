@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from contenders import CONTENDERS, Autoglm
 from torch import Tensor, nn
+
+from lib.contenders import CONTENDERS, Autoglm
 
 VOCABULARY, WIDTH, LAYERS, HEADS, LENGTH = 8192, 512, 12, 8, 64
 CALM = 4

@@ -1,4 +1,4 @@
-"""What the programs in this directory share: arguments, environment, jobs, tables, results.
+"""What the programs of scripts/bench share: arguments, environment, jobs, tables, results.
 
 A program here prints one table per thing it measures on standard output, its progress on standard
 error, writes everything as JSON with `--json`, and exits 1 when a check fails. This module imports
@@ -25,8 +25,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parent.parent
+BENCH = Path(__file__).resolve().parents[1]
+SCRIPTS = BENCH / "scripts"
+"""What the programs have trained."""
+REPOSITORY = BENCH.parents[1]
 WORK = REPOSITORY / ".bench"
 """Everything a program here leaves behind."""
 

@@ -6,7 +6,7 @@ import json
 import signal
 from typing import Any
 
-import common
+from lib import common
 
 
 class Run:
@@ -28,7 +28,7 @@ class Run:
         self.ranks = ranks
         job = common.write_job(
             self.directory,
-            script=str(common.HERE / "train_small.py"),
+            script=str(common.SCRIPTS / "train_small.py"),
             args=[f"--output={self.directory}", f"--steps={self.steps}", *self.words],
             nproc_per_node=ranks,
             checkpoint=self.checkpoint,
@@ -100,10 +100,9 @@ class Run:
 
     def loaded(self, id: str | None = None) -> dict[int, dict[str, str]]:
         """SHA-256 of what each rank that made it would load from a checkpoint, else the newest."""
-        from train_small import sha256
-
         from autoglm_resume.checkpoint.state import restore
         from autoglm_resume.checkpoint.store.store import Store
+        from scripts.train_small import sha256
 
         store = Store(self.checkpoints)
         path = store.directory(id) if id else store.latest()

@@ -14,9 +14,9 @@ import statistics
 from collections import Counter
 from typing import Any
 
-import common
-from small_run import Run
-from train_small import SAMPLES
+from lib import common
+from lib.small_run import Run
+from scripts.train_small import SAMPLES
 
 RANKS = (4, 2, 3)
 STEPS = 160

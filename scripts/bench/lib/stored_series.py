@@ -20,9 +20,11 @@ from blake3 import blake3
 
 from autoglm_resume.checkpoint.chunks import codec
 from autoglm_resume.checkpoint.chunks.codec import Effort
+from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.format.options import Options
-from autoglm_resume.checkpoint.format.part import CHUNK_BYTES, Part, checkpoint_id
+from autoglm_resume.checkpoint.format.part import Part
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
+from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES
 from autoglm_resume.checkpoint.state import capture, restore
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.part_writer import Saver

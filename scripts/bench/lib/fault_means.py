@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fault_bed import Bed
+from lib.fault_bed import Bed
 
 CGROUPS = Path("/sys/fs/cgroup")
 BUSY = 5.0

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import fault_means as means
-from fault_bed import PATIENCE, RANKS, Bed
+from lib import fault_means as means
+from lib.fault_bed import PATIENCE, RANKS, Bed
 
 AT = 62
 """Step at which scripts fail; the run has checkpoints by then."""

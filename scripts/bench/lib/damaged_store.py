@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from damage import Damage, view
+from lib import common
+from lib.damage import Damage, view
 
-HERE = Path(__file__).resolve().parent
 RANKS = 2
 
 DETECTED, IDENTICAL = "detected", "identical"
@@ -57,7 +57,7 @@ def train(directory: Path, saves: int, keyframe_every: int = 8) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     job = {
         "name": "damaged",
-        "script": str(HERE / "train_deltas.py"),
+        "script": str(common.SCRIPTS / "train_deltas.py"),
         "args": [f"--output={directory}", f"--saves={saves}"],
         "nproc_per_node": RANKS,
         "run_dir": str(directory / "run"),
@@ -153,14 +153,15 @@ class Trial:
         return self._pass_gate(intact, touched, problem)
 
     def _pass_gate(self, intact: dict[str, bool], touched: set[str], problem: str) -> Outcome:
-        from autoglm_resume.supervise.gate import Gatekeeper
+        from autoglm_resume.supervise.core.history import History
+        from autoglm_resume.supervise.gate import RunGate
 
-        keeper = Gatekeeper(self.job, RANKS, lambda event, **fields: None)
+        gate = RunGate(self.job, RANKS, lambda event, **fields: None, History())
         good = [id for id in self.ids if intact.get(id, True) and id not in touched]
-        taken = self._fallback(keeper, good)
+        taken = self._fallback(gate, good)
         return Outcome(DETECTED if problem else IDENTICAL, problem, taken)
 
-    def _fallback(self, keeper: Any, good: list[str]) -> str | None:
+    def _fallback(self, gate: Any, good: list[str]) -> str | None:
         """Id of what the gate takes: it must load, and not be older than any of `good` that loads.
 
         What was touched itself it may take or leave: a lost manifest is made again of the parts.
@@ -168,7 +169,7 @@ class Trial:
         from autoglm_resume.errors import NoAcceptableCheckpoint
 
         try:
-            taken = self.guarded(keeper.pass_gate, NoAcceptableCheckpoint).id
+            taken = self.guarded(gate.pass_gate, NoAcceptableCheckpoint).id
         except NoAcceptableCheckpoint:
             taken = None
         if taken is not None and (reason := self.loads(taken)):
@@ -184,10 +185,9 @@ class Trial:
 
         Raises Failure if it loads as something else.
         """
-        from train_deltas import digest_of
-
         from autoglm_resume.checkpoint.state import restore
         from autoglm_resume.errors import CheckpointError
+        from scripts.train_deltas import digest_of
 
         step = str(int(id.split(".")[0].removeprefix("step-")))
         reason = ""
@@ -210,29 +210,30 @@ class Trial:
 
         None if that changes nothing of what the rank needs.
         """
-        from autoglm_resume.supervise.gate import Gatekeeper
+        from autoglm_resume.supervise.core.history import History
+        from autoglm_resume.supervise.gate import RunGate
 
         self.fresh()
-        keeper = Gatekeeper(self.job, RANKS, lambda event, **fields: None)
-        point = keeper.pass_gate()
+        gate = RunGate(self.job, RANKS, lambda event, **fields: None, History())
+        point = gate.pass_gate()
         damage.apply(self.store.root)
         try:
             reason = self._resume_live(point, rank)
             if not reason:
                 return None
-            keeper.refused[point.id] = reason
-            return Outcome(DETECTED, reason, self._fallback(keeper, self.ids[1:]))
+            gate.refuse(point.id, reason)
+            return Outcome(DETECTED, reason, self._fallback(gate, self.ids[1:]))
         except Failure as failure:
             return Outcome(*failure.args)
 
     def _resume_live(self, point: Any, rank: int) -> str:
         """Why a session that trains already will not load `point`; nothing if it has."""
         import torch
-        from train_deltas import digest_of, objects
 
         from autoglm_resume.errors import CheckpointError
         from autoglm_resume.worker.session import Session
         from autoglm_resume.worker.settings import supervised
+        from scripts.train_deltas import digest_of, objects
 
         torch.manual_seed(5)
         live = objects()
@@ -273,7 +274,7 @@ class Trial:
             supervisor=os.getpid(),
             directory=str(self.directory),
             board=f"/proc/{os.getpid()}/fd/{self._board[1]}",
-            source=Source(str(HERE / "train_deltas.py"), None, (), str(self.directory)),
+            source=Source(str(common.SCRIPTS / "train_deltas.py"), None, (), str(self.directory)),
             checkpoint=Checkpointing(dir=str(self.store.root), memory=0),
             resume=point,
             check_model=True,
@@ -297,7 +298,7 @@ def job_of(directory: Path) -> Any:
     return Job.model_validate(
         {
             "name": "damaged",
-            "script": str(HERE / "train_deltas.py"),
+            "script": str(common.SCRIPTS / "train_deltas.py"),
             "workdir": str(directory),
             "run_dir": str(directory),
             "checkpoint": {"dir": str(directory / "checkpoints")},

@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import common
-import peers
+from lib import common, peers
 
 EVERY = 5
 BEYOND = 2

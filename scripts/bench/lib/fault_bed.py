@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import common
 import psutil
+
+from lib import common
 
 TRAIN = common.REPOSITORY / "tests" / "faults" / "train.py"
 RANKS = 2

@@ -1,0 +1,54 @@
+"""Ids of checkpoints: `step-0000000030.a1` is what attempt 1 saved at step 30. Pure.
+
+What no attempt of a run has saved has a word in place of the attempt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+_ID = re.compile(r"step-(\d{10,18})\.([a-z0-9]{1,64})\Z")
+
+
+def checkpoint_id(step: int, token: str) -> str:
+    """`step` counts completed optimizer steps; `token` is `a<attempt>` or a word."""
+    name = f"step-{step:010d}.{token}"
+    if not _ID.match(name):
+        raise ValueError(f"no checkpoint id from step {step!r} and token {token!r}")
+    return name
+
+
+def is_id(name: str) -> bool:
+    """Whether `name` is a checkpoint id."""
+    return _ID.match(name) is not None
+
+
+def step_of(id: str) -> int:
+    """Raises ValueError when it is not an id, as all below do."""
+    return recency(id)[0]
+
+
+def attempt_of(id: str) -> int:
+    """The attempt that saved it, -1 where that was none of a run."""
+    return recency(id)[1]
+
+
+def recency(id: str) -> tuple[int, int, str]:
+    """Sort key: larger is newer. By the step, then by the attempt."""
+    match = _ID.match(id)
+    if match is None:
+        raise ValueError(f"{id!r} is not a checkpoint id")
+    step, token = match.groups()
+    attempt = int(token[1:]) if token[0] == "a" and token[1:].isdecimal() else -1
+    return int(step), attempt, token
+
+
+def newer(id: str, other: str) -> bool:
+    """Whether `id` is newer than `other`."""
+    return recency(id) > recency(other)
+
+
+def newest_first(ids: Iterable[str]) -> list[str]:
+    """Sorted."""
+    return sorted(ids, key=recency, reverse=True)

@@ -1,0 +1,142 @@
+"""Events that ranks and their savers write. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from autoglm_resume.events.base import OfRank
+
+
+class RankStarted(OfRank):
+    pid: int
+
+
+class RankEnded(OfRank):
+    """Its script has; not kept in the journal."""
+
+    code: int
+
+
+class StepsPlanned(OfRank, name="steps"):
+    """How many the script wants; not kept in the journal."""
+
+    total: int
+
+
+class ModelReported(OfRank, name="model"):
+    hash: str
+    model: Mapping[str, Any] | None
+    """Its structure, None but of rank 0."""
+
+
+class StateRestored(OfRank, name="restored"):
+    id: str = ""
+    step: int | None = None
+    seconds: float | None = None
+    """It took."""
+    memory: bool = False
+    """Whether it came from a snapshot in memory."""
+    sealed: bool = False
+    """Whether the checkpoint may not be on storage yet."""
+
+
+class PartlyRestored(OfRank):
+    """What did not fit, by name."""
+
+    id: str = ""
+    step: int | None = None
+    skipped: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    without_state: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+
+
+class Resharded(OfRank):
+    """A checkpoint of another number of ranks."""
+
+    id: str = ""
+    step: int | None = None
+    from_: int | None = None
+    """Ranks then."""
+    to: int | None = None
+    """Ranks now."""
+    global_batch: int | None = None
+    """Samples that a step takes from now on, None if not known."""
+    seeded_anew: tuple[int, ...] = ()
+    """Ranks whose generators the checkpoint does not have."""
+
+
+class Refused(OfRank):
+    """A rank would not load the checkpoint that the gate had accepted."""
+
+    id: str = ""
+    step: int = -1
+    sealed: bool = False
+    """Whether it was one in memory."""
+    kind: str = ""
+    """Class of the error."""
+    reason: str = "no reason was recorded"
+
+
+class FirstStep(OfRank):
+    """The first step of the attempt is complete."""
+
+    step: int | None = None
+
+
+class ModulesImported(OfRank, name="imports"):
+    """What the script imported, which the next zygote imports ahead."""
+
+    modules: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
+    """Files of the job's own modules among what is loaded."""
+    staged: bool = False
+    """Whether the script can become a spare."""
+
+
+class SaveSkipped(OfRank):
+    step: int | None = None
+    reason: str = "?"
+
+
+class SaveFailed(OfRank):
+    id: str = ""
+    step: int | None = None
+    reason: str = "no reason was recorded"
+
+
+class PartSaved(OfRank, name="saved"):
+    """A rank's share of a checkpoint is on storage."""
+
+    id: str = ""
+    step: int | None = None
+    seconds: float | None = None
+    """From `began`."""
+    began: float | None = None
+    """When training was first held up for it."""
+    blocked: float | None = None
+    """Seconds for which it was."""
+    raw: int = 0
+    """Bytes of the state."""
+    stored: int = 0
+    """Bytes written."""
+    shared: int = 0
+    """Bytes of `raw` that another rank wrote."""
+
+
+class SaverLost(OfRank):
+    pid: int | None = None
+    code: int | None = None
+
+
+class Finished(OfRank):
+    """It has completed all steps and saved the last."""
+
+    step: int | None = None
+
+
+class Stopped(OfRank):
+    """It has saved and stops, as asked."""
+
+    step: int | None = None

@@ -1,0 +1,1 @@
+"""What the programs of scripts/bench have trained: scripts of their own, some also imported."""
