@@ -15,7 +15,7 @@ from autoglm_resume.supervise.base.assign import environment
 from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.core.history import History
 from autoglm_resume.supervise.gate import RunGate
-from autoglm_resume.supervise.services.replicator import FLUSH_SECONDS, Replicas
+from autoglm_resume.supervise.services.replicator import FLUSH_SECONDS, Replicator
 from autoglm_resume.supervise.services.savers import Savers
 
 COMMIT_SECONDS = 60.0
@@ -47,7 +47,7 @@ class Persistence:
         if job.checkpoint.memory:
             log = directory / "savers.log"
             self._savers = Savers(loop, environment(job), run_id, world_size, log, tell, hear)
-        self._replicas = Replicas(
+        self._replicas = Replicator(
             loop,
             environment(job),
             gate.store.root,

@@ -130,8 +130,8 @@ def test_time_spent_waiting_for_another_rank_is_not_remembered_as_ones_own(
     pulses[0].phase(Phase.BACKWARD)  # rank 1 is still in its forward pass, or evaluates
     watch = HangDetector(board, LIMITS, {})
     assert minutes(watch, {0: busy, 1: busy}, 20) == []
-    board.gaps[0].add(int(Phase.BACKWARD), 20 * SECOND)
-    board.gaps[1].add(int(Phase.FORWARD), 20 * SECOND)
+    board.silences[0].add(int(Phase.BACKWARD), 20 * SECOND)
+    board.silences[1].add(int(Phase.FORWARD), 20 * SECOND)
     seen = watch.silences()
     assert int(Phase.BACKWARD) not in seen[0] or not seen[0][int(Phase.BACKWARD)]
     assert seen[1][int(Phase.FORWARD)][silences.bucket(20 * SECOND)] == 1
@@ -141,15 +141,15 @@ def test_a_slow_rank_is_told_once(board: Board, pulses: list[Pulse]) -> None:
     watch = HangDetector(board, LIMITS, {})
     assert watch.find_stragglers(0.0, 1) == {}
     for rank, own in ((0, 1), (1, 3)):
-        board.gaps[rank].add(int(Phase.FORWARD), own * SECOND)
-        board.gaps[rank].add(int(Phase.BACKWARD), (4 - own) * SECOND)
+        board.silences[rank].add(int(Phase.FORWARD), own * SECOND)
+        board.silences[rank].add(int(Phase.BACKWARD), (4 - own) * SECOND)
     assert watch.find_stragglers(hang_detector.WINDOW - 1, 100) == {}  # too soon
     found = watch.find_stragglers(hang_detector.WINDOW + 1, 101)
     assert list(found) == [1]
     assert found[1] == pytest.approx(3.0, rel=0.01)
     for rank, own in ((0, 1), (1, 3)):
-        board.gaps[rank].add(int(Phase.FORWARD), own * SECOND)
-        board.gaps[rank].add(int(Phase.BACKWARD), (4 - own) * SECOND)
+        board.silences[rank].add(int(Phase.FORWARD), own * SECOND)
+        board.silences[rank].add(int(Phase.BACKWARD), (4 - own) * SECOND)
     assert watch.find_stragglers(2 * hang_detector.WINDOW + 2, 201) == {}
     assert list(watch.slow) == [1]
 
