@@ -138,7 +138,7 @@ def _ranks(holder: Holder, past: Silences, limits: Limits) -> tuple[Rank, ...]:
         now = time.monotonic()
         return tuple(
             _rank(rank, Look(beat, merged([past.get(rank, {}), gaps.all()])), now, limits, load)
-            for rank, (beat, gaps) in enumerate(zip(board.beats(), board.gaps, strict=True))
+            for rank, (beat, gaps) in enumerate(zip(board.beats(), board.silences, strict=True))
         )
     finally:
         board.close()

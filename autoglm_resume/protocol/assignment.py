@@ -61,7 +61,7 @@ class ResumePoint:
     digest: str
     """Of its manifest; empty if it has none yet."""
     seals: tuple[str, ...] = ()
-    """Of every rank's snapshot, where it is to be taken from memory; see sealed.py."""
+    """Of every rank's snapshot, where it is to be taken from memory; see write/in_memory.py."""
 
 
 @dataclass(frozen=True)

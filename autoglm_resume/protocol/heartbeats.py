@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoglm_resume.protocol import silences
-from autoglm_resume.protocol.silences import Gaps
+from autoglm_resume.protocol.silences import SilenceHistogram
 
 _MAGIC = b"autoglm board 2\0"
 _HEADER = struct.Struct("<16sI")
@@ -169,7 +169,9 @@ class Board:
         ]
         view = memoryview(memory)
         first = _FIRST + _RECORD * (2 + world_size)
-        self.gaps = [Gaps(view, first + silences.SIZE * rank) for rank in range(world_size)]
+        self.silences = [
+            SilenceHistogram(view, first + silences.SIZE * rank) for rank in range(world_size)
+        ]
         """How long each rank was silent between beats."""
         view.release()
 
@@ -250,11 +252,11 @@ class Board:
 
     def pulse(self, rank: int) -> Pulse:
         """The rank's own side."""
-        return Pulse(self, self._beats[rank], self.gaps[rank])
+        return Pulse(self, self._beats[rank], self.silences[rank])
 
     def close(self) -> None:
         """Unmap the memory."""
-        for each in self.gaps:
+        for each in self.silences:
             each.release()
         self._memory.close()
 
@@ -262,7 +264,7 @@ class Board:
 class Pulse:
     """A rank's side: writes its own beats, reads the requests."""
 
-    def __init__(self, board: Board, record: _Record, silences: Gaps) -> None:
+    def __init__(self, board: Board, record: _Record, silences: SilenceHistogram) -> None:
         self._board = board
         self._write = record.write
         self._silent = silences.add

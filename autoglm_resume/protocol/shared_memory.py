@@ -105,9 +105,9 @@ def _room_in_cgroup() -> int:
     with contextlib.suppress(OSError, ValueError, IndexError):
         group = Path("/proc/self/cgroup").read_text().strip().splitlines()[-1].split(":", 2)[2]
         home = Path("/sys/fs/cgroup") / group.lstrip("/")
-        for place in (home, Path("/sys/fs/cgroup")):
-            if (place / "memory.max").exists():
-                limit = (place / "memory.max").read_text().strip()
+        for directory in (home, Path("/sys/fs/cgroup")):
+            if (directory / "memory.max").exists():
+                limit = (directory / "memory.max").read_text().strip()
                 if limit != "max":
-                    return int(limit) - int((place / "memory.current").read_text())
+                    return int(limit) - int((directory / "memory.current").read_text())
     return _UNLIMITED

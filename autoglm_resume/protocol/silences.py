@@ -34,7 +34,7 @@ def longest(of: int) -> float:
     return float((1 << bits) - 1 if half or bits < 2 else 3 << (bits - 2)) / 1e9
 
 
-class Gaps:
+class SilenceHistogram:
     """One rank's histogram, at `offset` of writable `memory`."""
 
     def __init__(self, memory: memoryview, offset: int) -> None:

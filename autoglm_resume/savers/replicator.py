@@ -62,7 +62,7 @@ class Copier(threading.Thread):
         self._damaged: frozenset[str] = frozenset()
 
     def notice(self, number: int, hurry: bool) -> None:
-        """Look again; `number` counts the requests, and `hurry` ends a wait for a retry."""
+        """List and copy again; `number` counts the requests, `hurry` ends a wait for a retry."""
         with self._news:
             self._asked = max(self._asked, number)
             self._hurry |= hurry
@@ -94,19 +94,19 @@ class Copier(threading.Thread):
             return self._asked
 
     def forgive(self) -> None:
-        """Look at damaged checkpoints once more: some were repaired."""
+        """List damaged checkpoints once more: some were repaired."""
         self._damaged = frozenset()
 
     def _round(self) -> None:
-        self._look()
+        self._list()
         storage = open_storage(self._target, self._run)
         there = by_checkpoint(storage.names())
         while True:
-            self._look()
+            self._list()
             complete = [id for id in newest_first(self._here) if is_complete(id, self._here, there)]
             waiting = missing(self._here, there)
             ids = complete[:REPORTED]
-            self._tell("looked", replica=self._target, ids=ids, waiting=len(waiting))
+            self._tell("listed", replica=self._target, ids=ids, waiting=len(waiting))
             if not waiting:
                 break
             self._copy(waiting[0], there, storage)
@@ -114,7 +114,7 @@ class Copier(threading.Thread):
         for id in deletions(present, self._here, there):
             storage.remove(id)
 
-    def _look(self) -> None:
+    def _list(self) -> None:
         found = committed(self._store, self._here)
         self._here = {id: copy for id, copy in found.items() if id not in self._damaged}
 

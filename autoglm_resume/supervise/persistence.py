@@ -10,7 +10,7 @@ from autoglm_resume.journal import Event
 from autoglm_resume.supervise.base.context import RunContext
 from autoglm_resume.supervise.core.history import History
 from autoglm_resume.supervise.gate import RunGate
-from autoglm_resume.supervise.services.replicator import FLUSH_SECONDS, Replicas
+from autoglm_resume.supervise.services.replicator import FLUSH_SECONDS, Replicator
 from autoglm_resume.supervise.services.savers import Savers
 
 COMMIT_SECONDS = 60.0
@@ -39,7 +39,7 @@ class Persistence:
         if job.checkpoint.memory:
             log = directory / "savers.log"
             self._savers = Savers(loop, environment, run_id, context.world_size, log, tell, hear)
-        self._replicas = Replicas(
+        self._replicas = Replicator(
             loop,
             environment,
             gate.store.root,

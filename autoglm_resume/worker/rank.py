@@ -26,7 +26,7 @@ from autoglm_resume.errors import Interrupted
 from autoglm_resume.protocol.assignment import ASSIGNMENT, STACKS, Assignment, Source
 from autoglm_resume.protocol.heartbeats import Board, Phase
 from autoglm_resume.worker import imports
-from autoglm_resume.worker.events import Events
+from autoglm_resume.worker.event_log import EventLog
 
 UNDER_TORCHRUN = "--under-torchrun"
 
@@ -72,14 +72,14 @@ def assume(assignment: Assignment, rank: int, environment: Mapping[str, str]) ->
         _kept.append(stacks)  # faulthandler knows only its descriptor
     with contextlib.suppress(OSError, ValueError):
         Board.open(Path(assignment.board)).pulse(rank).phase(Phase.NONE)
-    Events(assignment.events(rank), rank).emit("rank_started", pid=os.getpid())
+    EventLog(assignment.events(rank), rank).emit("rank_started", pid=os.getpid())
 
 
 def run(assignment: Assignment, rank: int) -> int:
     """Run the user's script to its end and return the exit code of this process."""
     code = execute(assignment.source, lambda error: record(assignment, rank, error))
     # Below torchrun nobody but torchrun can reap this process and see its code.
-    Events(assignment.events(rank), rank).emit("rank_ended", code=code)
+    EventLog(assignment.events(rank), rank).emit("rank_ended", code=code)
     return code
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from autoglm_resume.protocol.heartbeats import Pulse
 
 
-class Request(NamedTuple):
+class Due(NamedTuple):
     """What is due now that a step is complete."""
 
     save: bool = False
@@ -27,7 +27,7 @@ class Request(NamedTuple):
 class Requests(Protocol):
     """Asked at every step boundary."""
 
-    def at(self, completed: int) -> Request:
+    def at(self, completed: int) -> Due:
         """What is due after `completed` steps."""
         ...
 
@@ -39,11 +39,11 @@ class FromSupervisor:
         self._pulse = pulse
         self._rank = rank
 
-    def at(self, completed: int) -> Request:
+    def at(self, completed: int) -> Due:
         control = self._pulse.control()
         if control.exit_rank == self._rank and completed >= control.exit_at:
             os._exit(control.exit_code)
-        return Request(completed == control.save_at, completed == control.stop_at)
+        return Due(completed == control.save_at, completed == control.stop_at)
 
 
 class FromClock:
@@ -53,48 +53,48 @@ class FromClock:
         self._every = every_seconds
         self._last = time.monotonic()
 
-    def at(self, completed: int) -> Request:
+    def at(self, completed: int) -> Due:
         now = time.monotonic()
         if self._every is None or now - self._last < self._every:
-            return Request()
+            return Due()
         self._last = now
-        return Request(save=True)
+        return Due(save=True)
 
 
 class FromRankZero:
-    """Several processes under plain torchrun: rank 0 announces, the others look twice a second."""
+    """Several processes under plain torchrun: rank 0 announces, the others check twice a second."""
 
-    LOOK = 0.5
+    CHECK_SECONDS = 0.5
     AHEAD = 3.0
-    """Seconds between announcing and saving, several times what a look may be late."""
+    """Seconds between announcing and saving, several times what a check may be late."""
 
     def __init__(self, rank: int, every_seconds: float | None) -> None:
         self._rank = rank
         self._every = every_seconds
         self._store: Any = dist.distributed_c10d._get_default_store()
-        self._last = self._looked = self._previous = time.monotonic()
+        self._last = self._checked = self._previous = time.monotonic()
         self._fastest = math.inf
         self._save_at = -1
 
-    def at(self, completed: int) -> Request:
+    def at(self, completed: int) -> Due:
         if self._every is None:
-            return Request()
+            return Due()
         now = time.monotonic()
         # By the fastest step of late: others may hurry on while one slow step delays this rank.
         self._fastest = min(now - self._previous, 1.02 * self._fastest)
         self._previous = now
         if self._rank == 0:
             self._announce(completed, now)
-        elif now - self._looked >= self.LOOK:
-            self._looked = now
+        elif now - self._checked >= self.CHECK_SECONDS:
+            self._checked = now
             if self._store.check(["autoglm/save_at"]):
                 self._save_at = int(self._store.get("autoglm/save_at"))
-        return Request(save=completed == self._save_at)
+        return Due(save=completed == self._save_at)
 
     def _announce(self, completed: int, now: float) -> None:
         due = now - self._last >= (self._every or math.inf) and completed > self._save_at
-        # Steps became so fast that the announced one is here before the others can have looked.
-        too_soon = completed == self._save_at and now - self._last < 2 * self.LOOK
+        # Steps became so fast that the announced one is here before the others can have checked.
+        too_soon = completed == self._save_at and now - self._last < 2 * self.CHECK_SECONDS
         if due or too_soon:
             self._last = now
             self._save_at = completed + 2 + math.ceil(self.AHEAD / max(self._fastest, 1e-4))

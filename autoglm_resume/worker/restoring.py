@@ -77,11 +77,11 @@ def _from_memory(
     raise CorruptCheckpoint(f"{point.id}: rank {rank}: its snapshot is not in memory any more")
 
 
-def _require_samples(place: str, state: Mapping[str, Any], world_size: int) -> None:
+def _require_samples(what: str, state: Mapping[str, Any], world_size: int) -> None:
     left = state["size"] - state["consumed"]
     if left < world_size:
         raise WorldSizeMismatch(
-            f"{place}: {left} samples are left in epoch {state['epoch']}, not one for each of"
+            f"{what}: {left} samples are left in epoch {state['epoch']}, not one for each of"
             f" {world_size} ranks",
             hint=f"go on with at most {left} ranks until the next epoch, or from an older"
             " checkpoint (autoglm resume --from STEP)",

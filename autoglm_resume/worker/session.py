@@ -36,10 +36,10 @@ from autoglm_resume.protocol.heartbeats import Board, Phase, Pulse
 from autoglm_resume.protocol.loss_guard import LossGuard
 from autoglm_resume.worker import fitting, hooks, imports, restoring, rng, settings, spare, tracked
 from autoglm_resume.worker.data import ResumableSampler
-from autoglm_resume.worker.events import Events
+from autoglm_resume.worker.event_log import EventLog
 from autoglm_resume.worker.requests import FromClock, FromRankZero, FromSupervisor, Requests
 from autoglm_resume.worker.saving import device_copy
-from autoglm_resume.worker.saving.save_manager import Saves
+from autoglm_resume.worker.saving.save_manager import SaveManager
 
 RNG = restoring.RNG
 LINEAGE = 8
@@ -88,7 +88,7 @@ class Session:
         self._figures: dict[str, Any] = {}
         """Of the last completed step; `_reported_now` of the one that runs."""
         self._reported_now: dict[str, Any] = {}
-        self._events = Events(assignment.events(chosen.rank) if assignment else None, chosen.rank)
+        self._events = EventLog(assignment.events(chosen.rank) if assignment else None, chosen.rank)
         self._pulse = self._find_pulse(assignment)
         self._pulse.phase(Phase.START)
 
@@ -149,7 +149,7 @@ class Session:
             self._events.emit("model", hash=self._structure.hash, model=self._structure.to_json())
         if self._assignment is None:
             self._settings = settings.agreed(self._settings, self._structure)
-        self._saves = Saves(self._settings, self._assignment, self._events, self._pulse)
+        self._saves = SaveManager(self._settings, self._assignment, self._events, self._pulse)
         self._requests = self._find_requests()
         point = self._settings.resume
         if point is not None:
@@ -198,7 +198,7 @@ class Session:
                     staged=spare.staged,
                 )
             self._saves.prepare(self._state, self._identity())
-        self._saves.look()
+        self._saves.take_in()
         assert self._requests is not None
         due = self._requests.at(completed)
         every = self._settings.checkpoint.every_steps

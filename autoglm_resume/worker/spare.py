@@ -20,7 +20,7 @@ from autoglm_resume import linux
 from autoglm_resume.errors import UsageError
 from autoglm_resume.protocol.assignment import Assignment, Source
 from autoglm_resume.worker import imports, rank
-from autoglm_resume.worker.events import Events
+from autoglm_resume.worker.event_log import EventLog
 
 Ready = TypeVar("Ready")
 Result = TypeVar("Result")
@@ -88,7 +88,7 @@ class Spare:
             self._say(op="failed", reason="the script ended without calling autoglm.launch()")
             return 1
         assignment, number = self.identity
-        Events(assignment.events(number), number).emit("rank_ended", code=code)
+        EventLog(assignment.events(number), number).emit("rank_ended", code=code)
         return code
 
     def wait(self) -> None:

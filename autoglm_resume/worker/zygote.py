@@ -38,7 +38,7 @@ ALWAYS = (
 MESSAGE = 1 << 20
 
 
-class Rank(NamedTuple):
+class ForkedRank(NamedTuple):
     """In a forked child: become a rank."""
 
     assignment: Assignment
@@ -85,7 +85,7 @@ class SpareRank(NamedTuple):
         return Spare(link, self.source).live(self.modules, self.log, split=self.split)
 
 
-Role: TypeAlias = "Rank | StoreServer | SpareRank"
+Role: TypeAlias = "ForkedRank | StoreServer | SpareRank"
 
 
 def threads() -> int:
@@ -195,7 +195,7 @@ def serve(control: socket.socket) -> Role | None:
             continue
         else:
             assignment = Assignment.load(Path(request["assignment"]))
-            wanted = [Rank(assignment, rank) for rank in request["ranks"]]
+            wanted = [ForkedRank(assignment, rank) for rank in request["ranks"]]
             role, pids = _fork(assignment.supervisor, wanted)
             if role:
                 control.close()

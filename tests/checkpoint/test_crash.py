@@ -42,7 +42,7 @@ from autoglm_resume.protocol.assignment import Checkpointing
 from autoglm_resume.savers import housekeeping
 from autoglm_resume.supervise.core.history import History
 from autoglm_resume.supervise.gate import RunGate
-from autoglm_resume.worker.events import Events
+from autoglm_resume.worker.event_log import EventLog
 from tests.checkpoint.lossy import (
     Crashed,
     Op,
@@ -125,7 +125,7 @@ class Run:
         """What follows a save, in every rank."""
         how = Checkpointing(dir=str(self.store.root), keep=Keep(last=keep))
         for snapshot in taken:
-            tell = Events(None, snapshot.rank).emit
+            tell = EventLog(None, snapshot.rank).emit
             housekeeping.tidy(self.store, how, snapshot, frozenset(), tell)
 
     def follow(self, id: str) -> None:

@@ -31,10 +31,10 @@ def test_silences_are_counted_under_the_phase_in_which_they_began_and_starts_as_
     pulse.phase(Phase.FORWARD)
     pulse.phase(Phase.BACKWARD)
     pulse.completed(2)
-    counts = {Phase(at): sum(c.values()) for at, c in board.gaps[1].all().items()}
+    counts = {Phase(at): sum(c.values()) for at, c in board.silences[1].all().items()}
     assert counts == {Phase.START: 2, Phase.DATA: 1, Phase.FORWARD: 1, Phase.BACKWARD: 1}
-    assert board.gaps[1].seconds(Phase.START) > 0
-    assert board.gaps[0].all() == {}
+    assert board.silences[1].seconds(Phase.START) > 0
+    assert board.silences[0].all() == {}
     board.close()
 
 

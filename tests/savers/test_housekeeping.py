@@ -14,7 +14,7 @@ from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.part_writer import Saver
 from autoglm_resume.protocol.assignment import Checkpointing
 from autoglm_resume.savers.housekeeping import tidy
-from autoglm_resume.worker.events import Events
+from autoglm_resume.worker.event_log import EventLog
 
 
 def saved(store: Store, step: int, token: str, loss: float) -> Snapshot:
@@ -38,7 +38,7 @@ def left_after(tmp_path: Path, keep: Keep) -> list[str]:
     saved(store, 200, "a1", 2.0)
     last = saved(store, 300, "a1", 2.5)
     how = Checkpointing(str(tmp_path), keep=keep, branches=((100, 1),))
-    tidy(store, how, last, frozenset(), Events(None, 0).emit)
+    tidy(store, how, last, frozenset(), EventLog(None, 0).emit)
     return [path.name for path in store.committed()]
 
 

@@ -58,7 +58,7 @@ def started(tmp_path: Path, target: str) -> Iterator[Process]:
 
 
 def test_it_looks_by_itself_and_then_whenever_it_is_told(started: Process, target: str) -> None:
-    assert started.hear() == {"op": "looked", "replica": target, "ids": [], "waiting": 0}
+    assert started.hear() == {"op": "listed", "replica": target, "ids": [], "waiting": 0}
     assert started.hear() == {"op": "round", "replica": target, "number": 0, "failure": ""}
     started.ask(op="replicate", number=7)
     assert started.round()["number"] == 7

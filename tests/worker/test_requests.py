@@ -11,19 +11,19 @@ import pytest
 import torch.distributed as dist
 
 from autoglm_resume.protocol.heartbeats import Board, Control
-from autoglm_resume.worker.requests import FromClock, FromRankZero, FromSupervisor, Request
+from autoglm_resume.worker.requests import Due, FromClock, FromRankZero, FromSupervisor
 
 
 def test_a_save_and_a_stop_are_due_at_exactly_the_announced_step() -> None:
     board, fd = Board.create(2)
     requests = FromSupervisor(board.pulse(1), 1)
-    assert requests.at(0) == Request(False, False)
+    assert requests.at(0) == Due(False, False)
     board.ask(Control(save_at=5, stop_at=7))
     due = [requests.at(step) for step in range(4, 9)]
-    nothing, save, stop = Request(), Request(save=True), Request(stop=True)
+    nothing, save, stop = Due(), Due(save=True), Due(stop=True)
     assert due == [nothing, save, nothing, stop, nothing]
     board.ask(Control(save_at=9, stop_at=9))
-    assert requests.at(9) == Request(True, True)
+    assert requests.at(9) == Due(True, True)
     board.close()
     os.close(fd)
 
@@ -103,7 +103,7 @@ def two(tmp_path: Path, train: Callable[[int, FromRankZero], list[int]]) -> list
                 dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
                 requests = FromRankZero(rank, every_seconds=0.15)
                 # The real ones are four times as long, in the same proportion.
-                requests.LOOK, requests.AHEAD = 0.12, 0.75
+                requests.CHECK_SECONDS, requests.AHEAD = 0.12, 0.75
                 saves = train(rank, requests)
                 (tmp_path / str(rank)).write_text(json.dumps(saves))
                 dist.barrier()

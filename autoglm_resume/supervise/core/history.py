@@ -16,7 +16,7 @@ from autoglm_resume.supervise.core.diagnosis import Previous
 from autoglm_resume.supervise.core.policy import Ended
 
 Silences: TypeAlias = Mapping[int, Mapping[int, Counts]]
-"""Histograms by rank and phase; see worker/gaps.py."""
+"""Histograms by rank and phase; see protocol/silences.py."""
 
 
 @dataclass(frozen=True)

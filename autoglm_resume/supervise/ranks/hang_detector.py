@@ -87,12 +87,12 @@ class HangDetector:
     def spent(self) -> list[dict[int, float]]:
         """Seconds of each rank so far, by phase."""
         phases = [int(phase) for phase in Phase if phase is not Phase.NONE]
-        return [{phase: rank.seconds(phase) for phase in phases} for rank in self._board.gaps]
+        return [{phase: rank.seconds(phase) for phase in phases} for rank in self._board.silences]
 
     def silences(self) -> dict[int, dict[int, Counts]]:
         """Those of this attempt by rank and phase, for the journal."""
         found = {}
-        for rank, histogram in enumerate(self._board.gaps):
+        for rank, histogram in enumerate(self._board.silences):
             own = {
                 phase: liveness.without_longest(counts, self._waited(rank, Phase(phase)))
                 for phase, counts in histogram.all().items()
@@ -106,7 +106,7 @@ class HangDetector:
 
     def _look(self, rank: int, beat: Beat, now: float, pid: int) -> Look:
         silent = liveness.silence(beat, now) > self._shortest
-        known = merged([self._past.get(rank, {}), self._board.gaps[rank].all()])
+        known = merged([self._past.get(rank, {}), self._board.silences[rank].all()])
         waited = self._waited(rank, beat.phase)
         if not silent:
             return Look(beat, known, waited)

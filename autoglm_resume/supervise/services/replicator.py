@@ -31,7 +31,7 @@ REPAIR_SECONDS = 600.0
 """A repair that takes longer than this is given up; falling back costs steps, but ends."""
 
 
-class Replicas:
+class Replicator:
     """Copies of the checkpoints of one run, kept up to date by a process of its own.
 
     `targets` are absolute paths and `s3://bucket/prefix`; each holds the copies under the name
@@ -42,7 +42,7 @@ class Replicas:
 
     `tell` hears, as (event, fields) for the journal:
         replicated           id, replica, seconds, bytes (those that had to be sent)
-        replica_behind       replica, behind (checkpoints, None before anybody could look), reason;
+        replica_behind       replica, behind (checkpoints, None before anybody could list), reason;
                              once until it has caught up
         replica_caught_up    replica, seconds (since it fell behind)
         replicas_flushed     seconds, behind {replica: checkpoints, None if that is not known}
@@ -141,7 +141,7 @@ class Replicas:
     # What is asked of it
 
     def notice(self) -> None:
-        """A checkpoint was committed, or deleted: look for what there is to do."""
+        """A checkpoint was committed, or deleted: list what there is to do."""
         self._ask("replicate")
         for target in self._targets:
             waiting = self._number - self._rounds.get(target, 0)
@@ -221,12 +221,12 @@ class Replicas:
 
     def _send(self, request: dict[str, Any]) -> None:
         if self._socket is not None:
-            # A full buffer means that it has enough to do; it looks at everything then.
+            # A full buffer means that it has enough to do; it lists everything then.
             with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
                 self._socket.send(json.dumps(request).encode(), socket.MSG_DONTWAIT)
 
     def _unasked(self) -> list[str]:
-        """Targets that have not looked since the last request."""
+        """Targets that have not listed since the last request."""
         return [target for target in self._targets if self._rounds.get(target, 0) < self._number]
 
     def _answer(self, id: str) -> dict[str, Any] | None:
@@ -252,7 +252,7 @@ class Replicas:
     def _heard(self, message: dict[str, Any]) -> None:
         op, target = message.pop("op"), message.get("replica", "")
         match op:
-            case "looked":
+            case "listed":
                 self._complete[target] = frozenset(message["ids"])
                 self._waiting[target] = message["waiting"]
             case "replicated":

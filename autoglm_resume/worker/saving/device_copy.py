@@ -1,7 +1,7 @@
 """Tensors into a slot: what may change soon at once, the rest by a thread beside the training.
 
 Whether a tensor changed meanwhile is told by its version counter, which `tensor.data` goes round,
-and by a look at a few of its bytes before and after.
+and by comparing a few of its bytes before and after.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def safe_until_step(optimizers: Sequence[torch.optim.Optimizer]) -> frozenset[in
     return frozenset(found - {0})
 
 
-class Copier:
+class DeviceCopier:
     """Makes copies, one after the other, on a thread of its own."""
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class Copier:
         into: Sequence[torch.Tensor],
         safe: frozenset[int],
         done: Callable[[Exception | None], None],
-    ) -> Copy:
+    ) -> DeviceCopy:
         """Copy what is not safe, now; the rest once the copy returned is started.
 
         `done` is called in the thread, with None or with what made the copy worthless.
@@ -81,23 +81,23 @@ class Copier:
         later = [pair for pair in pairs if _safe(pair[0][1], safe)]
         chosen = {id(target) for _, target in later}
         _copy([(source, target) for (_, source), target in pairs if id(target) not in chosen])
-        return Copy(later, self._marked(later), done, self._thread)
+        return DeviceCopy(later, self._marked(later), done, self._thread)
 
     def _marked(self, pairs: Sequence[Pair]) -> _Marks:
-        """Of the same tensors as ever, as a rule: finding out where to look is what takes time."""
-        places = tuple(
+        """Of the same tensors as ever, as a rule: finding out where they lie is what takes time."""
+        addresses = tuple(
             (source.data_ptr(), target.data_ptr(), _nbytes(source), _plain(source))
             for (_, source), target in pairs
         )
-        if places not in self._marks:
+        if addresses not in self._marks:
             if len(self._marks) >= 2 * SLOTS:
                 self._marks.clear()
-            self._marks[places] = _Marks(pairs)
-        return self._marks[places]
+            self._marks[addresses] = _Marks(pairs)
+        return self._marks[addresses]
 
 
-class Copy:
-    """One copy, made by a `Copier`; `start` lets the thread copy what is left."""
+class DeviceCopy:
+    """One copy, made by a `DeviceCopier`; `start` lets the thread copy what is left."""
 
     def __init__(
         self,
@@ -154,9 +154,9 @@ class Copy:
 
 
 class _Marks:
-    """A few bytes of each tensor in host memory, its first, middle and last, in one look at all.
+    """A few bytes of each tensor in host memory, its first, middle and last, all of them at once.
 
-    Views of memory that others own: good for as long as the tensors are at the same places.
+    Views of memory that others own: good for as long as the tensors are at the same addresses.
     """
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
@@ -173,7 +173,7 @@ class _Marks:
         return b"".join(self._targets)
 
     def first_difference(self, one: bytes, other: bytes) -> str:
-        """Name of a tensor that looks different."""
+        """Name of a tensor that differs."""
         begin = 0
         for name, width in zip(self._names, self._widths, strict=True):
             end = begin + 3 * width
@@ -186,8 +186,8 @@ class _Marks:
 def _views(tensor: torch.Tensor) -> list[ctypes.Array[ctypes.c_char]]:
     begin, size = tensor.data_ptr(), _nbytes(tensor)
     width = min(MARK, size)
-    places = (begin, begin + (size - width) // 2, begin + size - width)
-    return [(ctypes.c_char * width).from_address(place) for place in places]
+    addresses = (begin, begin + (size - width) // 2, begin + size - width)
+    return [(ctypes.c_char * width).from_address(address) for address in addresses]
 
 
 def _plain(tensor: torch.Tensor) -> bool:

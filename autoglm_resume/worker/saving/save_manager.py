@@ -17,16 +17,16 @@ from autoglm_resume.errors import CheckpointError
 from autoglm_resume.protocol.assignment import Assignment
 from autoglm_resume.protocol.heartbeats import Pulse
 from autoglm_resume.savers import housekeeping
-from autoglm_resume.worker.events import Events
-from autoglm_resume.worker.saving.stager import NoSaver, Outcome, Saving
+from autoglm_resume.worker.event_log import EventLog
+from autoglm_resume.worker.saving.stager import NoSaver, SaveOutcome, Stager
 from autoglm_resume.worker.settings import Settings
 
 
-class Saves:
+class SaveManager:
     """The saves of one session."""
 
     def __init__(
-        self, settings: Settings, assignment: Assignment | None, events: Events, pulse: Pulse
+        self, settings: Settings, assignment: Assignment | None, events: EventLog, pulse: Pulse
     ) -> None:
         self._settings = settings
         self._events = events
@@ -34,30 +34,30 @@ class Saves:
         self._together = assignment is not None
         self._store = Store(Path(settings.checkpoint.dir))
         self._direct: Saver | None = None
-        self._saving: Saving | None = None
+        self._stager: Stager | None = None
         self._failures: dict[str, SaveFailed] = {}
         self._warned = False
         if settings.checkpoint.memory:
             name = assignment.savers[settings.rank] if assignment else None
-            self._saving = Saving(settings, name, pulse.alive)
+            self._stager = Stager(settings, name, pulse.alive)
 
     def held(self, id: str | None) -> Snapshot | None:
         """This rank's snapshot of checkpoint `id`, if it is still in memory."""
         # Without a supervisor the saver is this process's own, and new: no use to wait for it.
-        return self._saving.held(id) if self._saving and self._together else None
+        return self._stager.held(id) if self._stager and self._together else None
 
     def prepare(self, state: Callable[[], State], identity: Identity) -> None:
         """Get ready for saves of states like this one."""
-        if self._saving is not None:
-            self._saving.prepare(state(), identity)
+        if self._stager is not None:
+            self._stager.prepare(state(), identity)
 
-    def look(self) -> None:
+    def take_in(self) -> None:
         """Take in what became of the save under way. Raises SaveFailed if the job wants that."""
-        if self._saving is None:
+        if self._stager is None:
             return
-        for outcome in self._saving.outcomes():
+        for outcome in self._stager.outcomes():
             self._conclude(outcome)
-        self._pulse.saving(self._saving.busy)
+        self._pulse.saving(self._stager.busy)
         if self._settings.checkpoint.on_error == "stop" and self._failures:
             raise next(iter(self._failures.values()))
 
@@ -66,10 +66,10 @@ class Saves:
 
         A save that falls due while the last one is under way in any rank is left out.
         """
-        self.look()
+        self.take_in()
         # Ranks without a supervisor share no board, and no journal tells of a save left out.
         waits = not self._together or self._settings.checkpoint.on_busy == "wait"
-        if self._saving is None or waits:
+        if self._stager is None or waits:
             return True
         save = self._pulse.agree(step)
         if not save and self._settings.rank == 0:
@@ -77,29 +77,29 @@ class Saves:
         return save
 
     def begin(self, state: State, identity: Identity, safe: frozenset[int], began: float) -> None:
-        """Save `state`; see `Saving.begin`. `failure` tells whether that went wrong."""
+        """Save `state`; see `Stager.begin`. `failure` tells whether that went wrong."""
         self._failures.clear()
-        if self._saving is not None:
+        if self._stager is not None:
             try:
-                self._saving.begin(state, identity, safe, began)
+                self._stager.begin(state, identity, safe, began)
             except NoSaver as error:
                 self._warn(str(error))
             else:
-                self._warn(self._saving.short)
+                self._warn(self._stager.short)
                 return
         self._save_directly(state, identity, began)
 
     def start_copy(self) -> None:
         """A forward pass for training begins."""
-        if self._saving is not None:
-            self._saving.start_copy()
+        if self._stager is not None:
+            self._stager.start_copy()
 
     def failure(self, id: str, *, wait: bool = False) -> SaveFailed | None:
         """Why checkpoint `id` failed, if it did; with `wait`, when that is certain."""
-        if self._saving is not None and wait:
-            self._saving.wait()
+        if self._stager is not None and wait:
+            self._stager.wait()
         with contextlib.suppress(SaveFailed):
-            self.look()
+            self.take_in()
         return self._failures.get(id)
 
     def _save_directly(self, state: State, identity: Identity, began: float) -> None:
@@ -109,7 +109,7 @@ class Saves:
         try:
             saved = self._direct.persist(snapshot)
         except SaveFailed as error:
-            self._conclude(Outcome(identity.id, False, str(error)))
+            self._conclude(SaveOutcome(identity.id, False, str(error)))
             return
         blocked = time.monotonic() - began
         housekeeping.announce(self._events.emit, saved, began=began, blocked=blocked)
@@ -120,7 +120,7 @@ class Saves:
             how = self._settings.checkpoint
             housekeeping.tidy(self._store, how, snapshot, stay, self._events.emit)
 
-    def _conclude(self, outcome: Outcome) -> None:
+    def _conclude(self, outcome: SaveOutcome) -> None:
         if outcome.ok:
             return
         failure = SaveFailed(outcome.reason)

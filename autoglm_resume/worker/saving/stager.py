@@ -35,10 +35,10 @@ SPARE = 1 << 16
 """Bytes by which the description of a snapshot may grow, beyond twice its size."""
 PATIENCE = 30.0
 """Seconds after `checkpoint.timeout` in which a saver must answer."""
-LOOK = 1.0
-"""Seconds between two beats while waiting for the saver."""
+BEAT_SECONDS = 1.0
+"""Between two beats while waiting for the saver."""
 
-__all__ = ["NoSaver", "Outcome", "Saving"]
+__all__ = ["NoSaver", "SaveOutcome", "Stager"]
 
 
 class When(enum.IntEnum):
@@ -51,7 +51,7 @@ class When(enum.IntEnum):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SaveOutcome:
     """Of a save that was begun; `reason` says why it failed."""
 
     id: str
@@ -61,7 +61,7 @@ class Outcome:
     """Whether the saver has put it into the journal already."""
 
 
-class Saving:
+class Stager:
     """At most one save is under way. `alive` is called now and then while waiting for it."""
 
     def __init__(self, settings: Settings, name: str | None, alive: Callable[[], None]) -> None:
@@ -71,15 +71,15 @@ class Saving:
         self._client.before_close = self._unmap
         self._count = settings.checkpoint.memory
         self._alive = alive
-        self._copier = device_copy.Copier()
-        self._copy: device_copy.Copy | None = None
+        self._copier = device_copy.DeviceCopier()
+        self._copy: device_copy.DeviceCopy | None = None
         self._under_way: str | None = None
         self._deadline = 0.0
         """Monotonic seconds by which the saver must have said what became of it."""
         self._timeout = settings.checkpoint.options.timeout
-        self._failed: Outcome | None = None
+        self._failed: SaveOutcome | None = None
         """Set by the copying thread."""
-        self._outcomes: list[Outcome] = []
+        self._outcomes: list[SaveOutcome] = []
         self._when = When.NOW
         self._pid = os.getpid()
         self._targets: dict[int, tuple[object, list[torch.Tensor]]] = {}
@@ -103,7 +103,7 @@ class Saving:
         self._poll(0)
         return self._under_way is not None
 
-    def outcomes(self) -> list[Outcome]:
+    def outcomes(self) -> list[SaveOutcome]:
         """What became of saves since the last call."""
         self._poll(0)
         found, self._outcomes = self._outcomes, []
@@ -130,10 +130,10 @@ class Saving:
         held: Message | None = reply["held"]
         self._newest = held["slot"] if held else -1
         if self._copy is None:
-            self._see_under_way(reply["persisting"])
+            self._take_over(reply["persisting"])
         return held
 
-    def _see_under_way(self, id: str | None) -> None:
+    def _take_over(self, id: str | None) -> None:
         self._under_way = id
         self._deadline = self._patience()
 
@@ -193,17 +193,17 @@ class Saving:
                     f"{changed} was changed before optimizer.step(), while it was copied; from now"
                     f" on the state is {later}"
                 )
-                self._failed = Outcome(identity.id, False, reason)
+                self._failed = SaveOutcome(identity.id, False, reason)
             except Exception as other:
                 if isinstance(other, ValueError):  # its description has outgrown the slot
                     self._spare *= 2
-                self._failed = Outcome(identity.id, False, f"{type(other).__name__}: {other}")
+                self._failed = SaveOutcome(identity.id, False, f"{type(other).__name__}: {other}")
 
         self._watch_steps()
         if self._when is When.AT_ONCE:
             safe = frozenset()
         self._copy = self._copier.copy(state.tensors, into, safe, done)
-        self._see_under_way(identity.id)
+        self._take_over(identity.id)
         blocked = time.monotonic() - began
         if self._when is not When.NEXT_PASS:
             self._copy.start()
@@ -235,7 +235,7 @@ class Saving:
         """Return when no save is under way."""
         self.fence()
         while self._under_way is not None and os.getpid() == self._pid:
-            self._poll(LOOK)
+            self._poll(BEAT_SECONDS)
             self._alive()
 
     def _poll(self, seconds: float) -> None:
@@ -254,12 +254,12 @@ class Saving:
                     self._touch()
                 elif message["op"] == "saved" and message["id"] == self._under_way:
                     self._finish(
-                        Outcome(message["id"], message["ok"], message["reason"], told=True)
+                        SaveOutcome(message["id"], message["ok"], message["reason"], told=True)
                     )
         except NoSaver as error:
             self._requested = 0
             if self._under_way is not None and self._copy is None:
-                self._finish(Outcome(self._under_way, False, str(error)))
+                self._finish(SaveOutcome(self._under_way, False, str(error)))
 
     def _lose_patience(self) -> None:
         """With a saver that hangs, in the kernel most likely: it gives up by itself if it can."""
@@ -270,9 +270,9 @@ class Saving:
             with contextlib.suppress(NoSaver):  # its slot will be overwritten
                 self._client.send({"op": "give_up", "id": id})
             reason = f"{id}: its saver has not answered for {seconds:.0f} s"
-            self._finish(Outcome(id, False, reason))
+            self._finish(SaveOutcome(id, False, reason))
 
-    def _finish(self, outcome: Outcome) -> None:
+    def _finish(self, outcome: SaveOutcome) -> None:
         if outcome.id == self._under_way:
             self._under_way = None
             self._outcomes.append(outcome)
@@ -293,13 +293,13 @@ class Saving:
     def _slots(self, state: State, identity: Identity, at: int) -> Slots:
         """Slots with room for `at` bytes of tensors and a description. Raises NoSaver."""
         while self._requested:
-            self._poll(LOOK)
+            self._poll(BEAT_SECONDS)
             self._alive()
         slots = self._client.slots
         if slots is None or slots.size < at + self._spare:
             self._ask(self._needed(state, identity))
             while self._requested:
-                self._poll(LOOK)
+                self._poll(BEAT_SECONDS)
                 self._alive()
             slots = self._client.slots
         if slots is None or slots.count == 0:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from autoglm_resume.journal import Journal, decode, encode, read, stamped
-from autoglm_resume.worker.events import Events
+from autoglm_resume.worker.event_log import EventLog
 
 
 def numbers(path: Path) -> list[int]:
@@ -108,7 +108,7 @@ def test_lines_that_wait_for_room_go_out_when_the_journal_is_closed(
 def test_a_ranks_event_after_a_full_disk_is_not_lost(small_disk: Callable[[int], Path]) -> None:
     disk = small_disk(64)
     path, ballast = disk / "rank-0.events.jsonl", disk / "ballast"
-    events = Events(path, 0)
+    events = EventLog(path, 0)
     events.emit("x", n=0, text="." * 4000)
     fill(ballast)
     events.emit("x", n=1, text="." * 4000)
@@ -123,7 +123,7 @@ def test_events_of_ranks_go_out_at_once_and_whole(tmp_path: Path) -> None:
     for rank in range(4):
         pid = os.fork()
         if pid == 0:
-            events = Events(path, rank)
+            events = EventLog(path, rank)
             for n in range(200):
                 events.emit("x", n=n, text="." * rank * 200)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -137,4 +137,4 @@ def test_events_of_ranks_go_out_at_once_and_whole(tmp_path: Path) -> None:
 
 
 def test_events_without_a_file_go_nowhere() -> None:
-    Events(None, 0).emit("x")
+    EventLog(None, 0).emit("x")

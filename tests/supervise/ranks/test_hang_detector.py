@@ -133,8 +133,8 @@ def test_time_spent_waiting_for_another_rank_is_not_remembered_as_ones_own(
     pulses[0].phase(Phase.BACKWARD)  # rank 1 is still in its forward pass, or evaluates
     watch = HangDetector(board, LIMITS, {})
     assert minutes(watch, {0: busy, 1: busy}, 20) == []
-    board.gaps[0].add(int(Phase.BACKWARD), 20 * SECOND)
-    board.gaps[1].add(int(Phase.FORWARD), 20 * SECOND)
+    board.silences[0].add(int(Phase.BACKWARD), 20 * SECOND)
+    board.silences[1].add(int(Phase.FORWARD), 20 * SECOND)
     seen = watch.silences()
     assert int(Phase.BACKWARD) not in seen[0] or not seen[0][int(Phase.BACKWARD)]
     assert seen[1][int(Phase.FORWARD)][silences.bucket(20 * SECOND)] == 1

@@ -26,7 +26,7 @@ from autoglm_resume.linux import DirectoryWatch
 from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.ranks.fault_injector import flip_a_bit
 from autoglm_resume.supervise.services import replicator
-from autoglm_resume.supervise.services.replicator import Replicas, restore
+from autoglm_resume.supervise.services.replicator import Replicator, restore
 from tests.patience import PATIENCE, soon
 
 RUN = "run"
@@ -40,12 +40,12 @@ class Watched:
         self.log = directory / "replicator.log"
         self.loop = loop
         self.told: list[tuple[str, dict[str, Any]]] = []
-        self.replicas: Replicas
+        self.replicas: Replicator
         self._saver = Saver(self.store, Options(compress="off"))
         self._weight = torch.zeros(1)
 
     def start(self, *targets: str, policy: Any = "local") -> None:
-        self.replicas = Replicas(
+        self.replicas = Replicator(
             self.loop,
             os.environ,
             self.store.root,
@@ -173,7 +173,7 @@ def test_what_earlier_events_say_counts_before_a_replica_can_be_asked(
 ) -> None:
     id = checkpoint_id(10, "a0")
     target = str(tmp_path / "missing")
-    handle = Replicas(
+    handle = Replicator(
         loop, {}, tmp_path, RUN, [target], "all", tmp_path / "log", print, {target: [id]}
     )
     assert handle.counts(id)
@@ -291,9 +291,9 @@ class TestTroubles:
         code = f"""
 import os, pathlib
 from autoglm_resume.supervise.base.event_loop import EventLoop
-from autoglm_resume.supervise.services.replicator import Replicas
+from autoglm_resume.supervise.services.replicator import Replicator
 root = pathlib.Path({str(tmp_path)!r})
-handle = Replicas(
+handle = Replicator(
     EventLoop(), os.environ, root / "checkpoints", "run", [{str(directory)!r}], "local",
     root / "log", lambda event, **fields: None,
 )
@@ -313,7 +313,7 @@ os.kill(os.getpid(), 9)
         self, loop: EventLoop, tmp_path: Path
     ) -> None:
         with pytest.raises(UsageError, match="expected an absolute path"):
-            Replicas(loop, {}, tmp_path, RUN, ["relative"], "local", tmp_path / "log", print)
+            Replicator(loop, {}, tmp_path, RUN, ["relative"], "local", tmp_path / "log", print)
 
 
 class TestRepair:

@@ -15,7 +15,13 @@ from autoglm_resume.checkpoint.format.snapshot import ALIGNMENT, layout
 from autoglm_resume.checkpoint.state import restore
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.worker.saving import device_copy
-from autoglm_resume.worker.saving.device_copy import Changed, Copier, Copy, safe_until_step, targets
+from autoglm_resume.worker.saving.device_copy import (
+    Changed,
+    DeviceCopier,
+    DeviceCopy,
+    safe_until_step,
+    targets,
+)
 from tests.worker.alone import checkpoints, end_process, lonely
 
 Named = list[tuple[str, torch.Tensor]]
@@ -24,7 +30,7 @@ Named = list[tuple[str, torch.Tensor]]
 Said = list[tuple[Exception | None, threading.Thread]]
 
 
-def made(tensors: Named, safe: list[torch.Tensor]) -> tuple[Copy, list[torch.Tensor]]:
+def made(tensors: Named, safe: list[torch.Tensor]) -> tuple[DeviceCopy, list[torch.Tensor]]:
     said: Said = []
 
     def done(error: Exception | None) -> None:
@@ -32,15 +38,15 @@ def made(tensors: Named, safe: list[torch.Tensor]) -> tuple[Copy, list[torch.Ten
 
     _, end = layout(tensor.numel() * tensor.element_size() for _, tensor in tensors)
     into = targets(tensors, memoryview(bytearray(end + ALIGNMENT)))
-    copy = Copier().copy(tensors, into, frozenset(tensor.data_ptr() for tensor in safe), done)
+    copy = DeviceCopier().copy(tensors, into, frozenset(tensor.data_ptr() for tensor in safe), done)
     OUTCOMES[copy] = said
     return copy, into
 
 
-OUTCOMES: weakref.WeakKeyDictionary[Copy, Said] = weakref.WeakKeyDictionary()
+OUTCOMES: weakref.WeakKeyDictionary[DeviceCopy, Said] = weakref.WeakKeyDictionary()
 
 
-def run(copy: Copy) -> Exception | None:
+def run(copy: DeviceCopy) -> Exception | None:
     """To its end; what became of it."""
     copy.start()
     copy.wait()
@@ -153,7 +159,7 @@ def test_a_change_behind_autograds_back_is_noticed_too() -> None:
 
 
 def test_the_next_copies_look_at_the_tensors_that_are_there_then() -> None:
-    copier, weight = Copier(), torch.randn(1000)
+    copier, weight = DeviceCopier(), torch.randn(1000)
     for grown in range(6):
         sources = [
             ("w", weight),
@@ -260,15 +266,15 @@ def test_what_is_changed_behind_our_back_fails_that_save_and_no_later_one(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     training = Training(1000)
-    begun: Callable[[Copy], None] = Copy.start
+    begun: Callable[[DeviceCopy], None] = DeviceCopy.start
 
-    def start(copy: Copy) -> None:
+    def start(copy: DeviceCopy) -> None:
         if training.session.step == 2:
             with torch.no_grad():
                 training.model.weight.mul_(2)
         begun(copy)
 
-    monkeypatch.setattr(device_copy.Copy, "start", start)
+    monkeypatch.setattr(device_copy.DeviceCopy, "start", start)
     for _ in range(4):
         training.step()
     end_process()
@@ -279,7 +285,7 @@ def test_what_is_changed_behind_our_back_fails_that_save_and_no_later_one(
 
 
 def test_a_copy_is_made_even_when_the_interpreter_is_shutting_down() -> None:
-    weight, copier = torch.ones(1000), Copier()
+    weight, copier = torch.ones(1000), DeviceCopier()
     copier._thread.shutdown()
     into, said = torch.zeros(1000), list[Exception | None]()
     copy = copier.copy([("w", weight)], [into], frozenset([weight.data_ptr()]), said.append)

@@ -16,18 +16,18 @@ from autoglm_resume.checkpoint.state.capture import Identity
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.protocol.assignment import Checkpointing
 from autoglm_resume.worker.saving import stager as module
-from autoglm_resume.worker.saving.stager import Saving
+from autoglm_resume.worker.saving.stager import Stager
 from autoglm_resume.worker.settings import Settings
 
-Make = Callable[..., Saving]
+Make = Callable[..., Stager]
 
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Make]:
-    def saving(timeout: float = 600.0) -> Saving:
+    def saving(timeout: float = 600.0) -> Stager:
         checkpoint = Checkpointing(str(tmp_path), options=Options("off", timeout=timeout))
         settings = Settings(0, 1, checkpoint, None, True, (), "a0", None)
-        return Saving(settings, None, lambda: None)
+        return Stager(settings, None, lambda: None)
 
     yield saving
     for saver in psutil.Process().children():
@@ -35,7 +35,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
         saver.wait()
 
 
-def begin(saving: Saving, step: int) -> str:
+def begin(saving: Stager, step: int) -> str:
     state = capture.gather({"m": {"w": torch.full((1000,), float(step))}})
     identity = Identity(checkpoint_id(step, "a0"), 0, 1)
     saving.begin(state, identity, frozenset(), 0.0)
@@ -59,7 +59,7 @@ def test_a_saver_that_hangs_is_not_waited_for_for_ever(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "PATIENCE", 0.0)
-    monkeypatch.setattr(module, "LOOK", 0.01)
+    monkeypatch.setattr(module, "BEAT_SECONDS", 0.01)
     saving = make(timeout=0.1)
     begin(saving, 1)
     saving.wait()

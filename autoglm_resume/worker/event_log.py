@@ -10,7 +10,7 @@ from typing import Any
 from autoglm_resume.journal import encode, stamped
 
 
-class Events:
+class EventLog:
     """Appends events to a file; without one (no supervisor) they go nowhere."""
 
     def __init__(self, path: Path | None, rank: int) -> None:
