@@ -15,6 +15,7 @@ from autoglm_resume.checkpoint.format.ids import is_id
 from autoglm_resume.checkpoint.format.manifest import MANIFEST
 from autoglm_resume.checkpoint.format.part import Part
 from autoglm_resume.checkpoint.format.tables import Tensor
+from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.gate import Check, Expectation, Facts, Verdict, judge
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import CheckpointError, UsageError
@@ -152,7 +153,7 @@ def inspect(
     target: Target, path: Path, expected: Expectation | None, progress: Progress | None = None
 ) -> Inspection:
     """One checkpoint; with `progress`, every byte of it is read and checked."""
-    facts = target.store.examine(path, deep=progress is not None, progress=progress)
+    facts = examine(target.store, path, deep=progress is not None, progress=progress)
     parts = facts.parts if facts.integrity.ok else _parts(target.store, facts)
     return Inspection(facts, judged(facts, expected), parts, _chain(target.store, facts))
 
@@ -163,7 +164,7 @@ def verdicts(
     """Of all checkpoints of `target`, newest first; with `progress`, every byte is read."""
     found = []
     for path in target.paths:
-        facts = target.store.examine(path, deep=progress is not None, progress=progress)
+        facts = examine(target.store, path, deep=progress is not None, progress=progress)
         if facts.integrity.ok or path.exists():  # else the run has retired it in the meantime
             found.append(judged(facts, expected))
     return found

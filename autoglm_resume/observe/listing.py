@@ -13,6 +13,8 @@ from autoglm_resume.checkpoint.format.ids import newer, recency, step_of
 from autoglm_resume.checkpoint.format.manifest import Manifest
 from autoglm_resume.checkpoint.replicas.plan import newest_counting
 from autoglm_resume.checkpoint.store import retention
+from autoglm_resume.checkpoint.store.commit import whole
+from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.gate import Facts, Verdict
 from autoglm_resume.checkpoint.store.retention import Candidate, Keep
 from autoglm_resume.checkpoint.store.store import REASON
@@ -77,7 +79,7 @@ def of(target: Target, keep: Keep | None, now: float) -> Listing:
     found: list[tuple[Facts, Verdict]] = []
     with Progress("reading", inspection.stored_bytes(target, target.paths)) as progress:
         for path in target.paths:
-            facts = target.store.examine(path, progress=progress)
+            facts = examine(target.store, path, progress=progress)
             if facts.integrity.ok or path.exists():  # else the run has retired it by now
                 found.append((facts, inspection.judged(facts, expected)))
     kept = _kept(target, found, keep, now) if keep else {}
@@ -103,7 +105,7 @@ def _kept(
     # What the gate would not take now is not ours to delete, nor is what it needs.
     others = [facts for facts, verdict in found if not inspection.sound(verdict)]
     protected: dict[str, str] = {}
-    for facts in (*others, *target.store.whole()):
+    for facts in (*others, *whole(target.store)):
         protected.update((id, f"needed by {facts.id}") for id in _needs(facts, candidates))
     protected |= _newest_that_counts(target.run, [c.id for c in candidates if not c.given_up])
     protected |= _accepted_last(target.run)

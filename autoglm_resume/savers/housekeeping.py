@@ -12,10 +12,11 @@ from autoglm_resume.checkpoint.format.ids import newer
 from autoglm_resume.checkpoint.format.manifest import MANIFEST
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.store import retention
+from autoglm_resume.checkpoint.store.commit import commit
 from autoglm_resume.checkpoint.store.gate import superseded
 from autoglm_resume.checkpoint.store.retention import Candidate
 from autoglm_resume.checkpoint.store.store import Store
-from autoglm_resume.checkpoint.write.part_writer import Saved
+from autoglm_resume.checkpoint.write.part_writer import Saved, forsake
 from autoglm_resume.errors import CheckpointError
 from autoglm_resume.protocol.assignment import Checkpointing
 
@@ -57,7 +58,7 @@ def tidy(store: Store, how: Checkpointing, snapshot: Snapshot, stay: Set[str], t
     for id in reversed(snapshot.lineage[1:]):
         with suppress(OSError):  # whole, but it cannot be committed now: a full disk
             if not _whole(store, id):
-                store.forsake(id, snapshot.rank)
+                forsake(store, id, snapshot.rank)
     if snapshot.rank == 0:
         for id in _retire(store, how, snapshot, stay):
             tell("pruned", id=id)
@@ -66,7 +67,7 @@ def tidy(store: Store, how: Checkpointing, snapshot: Snapshot, stay: Set[str], t
 def _whole(store: Store, id: str) -> bool:
     """Whether nothing but a manifest was missing of checkpoint `id`, which has one now."""
     with suppress(CheckpointError):
-        return not store.directory(id).is_dir() or store.commit(id) is not None
+        return not store.directory(id).is_dir() or commit(store, id) is not None
     return False
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from autoglm_resume.checkpoint.format.ids import step_of
 from autoglm_resume.checkpoint.storage import storage
+from autoglm_resume.checkpoint.store.commit import whole
 from autoglm_resume.checkpoint.store.gate import Choice, Verdict, superseded
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import AutoglmError, NoAcceptableCheckpoint, UsageError
@@ -161,7 +162,7 @@ def _require_step(store: Store, step: int, branches: Iterable[tuple[int, int]]) 
 
     Those of `branches` that were given up do not count, as the gate does not take them.
     """
-    names = [path.name for path in store.committed()] + [facts.id for facts in store.whole()]
+    names = [path.name for path in store.committed()] + [facts.id for facts in whole(store)]
     there = {step_of(name) for name in names if superseded(name, branches) is None}
     if step in there:
         return

@@ -12,6 +12,8 @@ from typing import Any
 import torch.distributed as dist
 
 from autoglm_resume.checkpoint.format.structure import Structure
+from autoglm_resume.checkpoint.store.commit import complete, sweep
+from autoglm_resume.checkpoint.store.examine import candidates
 from autoglm_resume.checkpoint.store.gate import Expectation, choose
 from autoglm_resume.checkpoint.store.retention import Keep
 from autoglm_resume.checkpoint.store.store import Store
@@ -98,11 +100,11 @@ def _choose(
 ) -> ResumePoint | NoAcceptableCheckpoint | None:
     store = Store(Path(settings.checkpoint.dir))
     with directory_lock.settled(store.root):
-        store.complete()
+        complete(store)
         if settings.world_size == 1 or dist.is_initialized():
-            store.sweep()  # the other ranks wait for this answer, so nothing is being written
+            sweep(store)  # the other ranks wait for this answer, so nothing is being written
     expectation = Expectation(settings.world_size, model.hash if model else None, model)
-    choice = choose(store.candidates(), expectation)
+    choice = choose(candidates(store), expectation)
     if choice.accepted is not None and choice.accepted.manifest is not None:
         accepted = choice.accepted
         return ResumePoint(accepted.id, accepted.step, choice.accepted.manifest.digest)

@@ -32,6 +32,8 @@ from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.replicas import mirror, repair
 from autoglm_resume.checkpoint.state import capture, restore
 from autoglm_resume.checkpoint.storage.storage import open_storage
+from autoglm_resume.checkpoint.store.commit import abandoned, complete, sweep
+from autoglm_resume.checkpoint.store.examine import candidates
 from autoglm_resume.checkpoint.store.retention import Keep
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write import pack_writer
@@ -173,7 +175,7 @@ def save_and_retire(run: Run) -> None:
         else:
             run.save(TAKEN[step])
             run.tidy(TAKEN[step], keep=2)
-    run.store.sweep()
+    sweep(run.store)
 
 
 def quarantine_and_go_on(run: Run) -> None:
@@ -264,13 +266,13 @@ class Recording:
         """What a supervisor does after the crash has to find everything that was promised."""
         store, replica = Store(place / "store"), Store(place / "replica" / "run")
         before = {path.name for path in store.committed()} - promised.damaged
-        store.complete()
+        complete(store)
         content = committed(store)
-        store.sweep()
+        sweep(store)
         if committed(store) != content:
             return "the sweep removed something good"
-        if store.uncommitted() or store.abandoned():
-            return f"the sweep left {store.uncommitted() or store.abandoned()}"
+        if store.uncommitted() or abandoned(store):
+            return f"the sweep left {store.uncommitted() or abandoned(store)}"
         return self._trusted(
             store, replace(promised, saved=promised.saved | before)
         ) or self._trusted(replica, Promised(promised.copied))
@@ -322,7 +324,7 @@ class Promised:
 def trusted(store: Store, promised: Promised) -> str:
     """A checkpoint that has a manifest is whole, what was promised is there, the newest loads."""
     good = []
-    for facts in store.candidates(deep=True):
+    for facts in candidates(store, deep=True):
         if facts.integrity.ok:
             good.append(facts)
         elif facts.id not in promised.damaged:

@@ -25,6 +25,8 @@ from torch.distributed.fsdp import fully_shard
 from autoglm_resume.checkpoint.dcp import Reader, Writer, directory_of, newest
 from autoglm_resume.checkpoint.dcp.metadata import from_json, key_of, to_json
 from autoglm_resume.checkpoint.format.part import pack_file, part_file
+from autoglm_resume.checkpoint.store.commit import complete
+from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import CorruptCheckpoint, UsageError
 from tests.checkpoint.ranks import DIED, ranks
@@ -174,7 +176,7 @@ def test_what_was_saved_is_loaded(tmp_path: Path, compress: str) -> None:
     assert equal(found, state(1))
     assert found["step"] == 1
     assert found["optimizer"]["betas"] == (0.9, 0.95)
-    facts = Store(tmp_path).examine(path, deep=True)
+    facts = examine(Store(tmp_path), path, deep=True)
     assert facts.integrity.ok
     assert (facts.stored < 0.99 * facts.raw) == (compress != "off")
 
@@ -290,7 +292,7 @@ def test_replicated_tensors_are_stored_once_and_shared_out(tmp_path: Path) -> No
         assert equal(load(tmp_path / "step-100", state(2)), state(1))
 
     ranks(tmp_path, 2, train)
-    facts = Store(tmp_path).examine(tmp_path / ID, deep=True)
+    facts = examine(Store(tmp_path), tmp_path / ID, deep=True)
     assert facts.integrity.ok
     once = sum(t.numel() * t.element_size() for t in tensors(state(1)))
     assert once < facts.raw < once + 20_000
@@ -369,10 +371,10 @@ def test_a_death_before_the_commit_leaves_nothing_that_counts(tmp_path: Path) ->
     store = Store(tmp_path)
     assert (tmp_path / ID / pack_file(0)).exists()
     assert not store.committed()
-    assert not store.complete()
+    assert not complete(store)
     save(tmp_path / "step-100", seed=3)  # by one rank, in the same place
     assert equal(load(tmp_path / "step-100", state(2)), state(3))
-    assert store.examine(tmp_path / ID, deep=True).integrity.ok
+    assert examine(store, tmp_path / ID, deep=True).integrity.ok
 
 
 def test_cached_plans_make_good_checkpoints(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES
 from autoglm_resume.checkpoint.state import capture, restore
 from autoglm_resume.checkpoint.store import retention
+from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.retention import Candidate, Keep
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write import chunk_ownership, pack_writer, part_writer
@@ -99,7 +100,7 @@ def test_every_kept_checkpoint_of_a_series_restores_bit_by_bit_with_few_others(
         assert {path.name for path in store.committed()} == set(held)
         for id, expected in held.items():
             assert_holds(store, id, expected)
-            assert store.examine(store.directory(id), deep=True).integrity.ok
+            assert examine(store, store.directory(id), deep=True).integrity.ok
     assert "delta4" in codecs
     assert len(held) < 7
 
@@ -180,7 +181,7 @@ def test_a_bad_base_is_blamed_by_its_own_file(store: Store) -> None:
     with pytest.raises(CorruptCheckpoint) as caught:
         restore.read(store, store.directory(parts[2].id), 0)
     assert caught.value.message.startswith(f"{pack}: m/")
-    facts = store.examine(store.directory(parts[2].id))
+    facts = examine(store, store.directory(parts[2].id))
     assert not facts.integrity.ok
     assert facts.integrity.problem.startswith(f"{pack}: ")
 
@@ -213,7 +214,7 @@ def test_what_all_ranks_hold_is_stored_once_and_each_restores_all_of_it(store: S
         held[manifest.id] = each
         assert not [name for name in files_in(store.root) if name.startswith(".tmp-")]
     for id, each in held.items():
-        assert store.examine(store.directory(id), deep=True).integrity.ok
+        assert examine(store, store.directory(id), deep=True).integrity.ok
         for rank, tensors in enumerate(each):
             assert_holds(store, id, tensors, rank)
 

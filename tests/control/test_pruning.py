@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from autoglm_resume import journal
+from autoglm_resume.checkpoint.store.examine import candidates
 from autoglm_resume.checkpoint.store.retention import Best, Keep
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.control import pruning
@@ -45,7 +46,7 @@ def prune(path: Path, keep: Keep) -> list[int]:
 def test_what_no_rule_keeps_is_deleted_and_the_rest_is_whole(run: Path) -> None:
     assert prune(run, Keep(last=1, best=Best("loss", 1))) == [40, 30, 20]
     store = Store(run / "checkpoints")
-    assert all(facts.integrity.ok for facts in store.candidates(deep=True))
+    assert all(facts.integrity.ok for facts in candidates(store, deep=True))
     assert prune(run, Keep(last=1)) == [40]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from autoglm_resume.checkpoint.format.ids import checkpoint_id, is_id
+from autoglm_resume.checkpoint.store.examine import candidates
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import UsageError
 
@@ -50,7 +51,7 @@ def newest(root: AnyPath) -> Path | None:
     One whose files were not touched since they were read back is trusted; others are read whole.
     Ask on one rank and tell the others, lest they find different ones.
     """
-    for facts in Store(Path(root)).candidates():
+    for facts in candidates(Store(Path(root))):
         parts = facts.manifest.parts if facts.manifest else ()
         if facts.integrity.ok and any(METADATA in part.objects for part in parts):
             return Path(facts.path)

@@ -44,6 +44,7 @@ from autoglm_resume.checkpoint.format.snapshot import Snapshot, TensorBytes
 from autoglm_resume.checkpoint.format.tables import Pack
 from autoglm_resume.checkpoint.state import tree
 from autoglm_resume.checkpoint.state.capture import torch_versions
+from autoglm_resume.checkpoint.store.commit import commit
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.pack_writer import THREADS, Item, Packer, chunks_of
 from autoglm_resume.checkpoint.write.part_writer import (
@@ -161,13 +162,13 @@ class Writer(StorageWriter):
         trees = {**written.snapshot.trees, METADATA: to_json(metadata, homes)}
         written = replace(written, snapshot=replace(written.snapshot, trees=trees))
 
-        def commit() -> None:
+        def finished() -> None:
             if not (path / part_file(self._rank)).exists():
                 _write_part(path, written)
-            if Store(path.parent).commit(path.name) is None:
+            if commit(Store(path.parent), path.name) is None:
                 raise CorruptCheckpoint(f"{path}: expected the parts of all ranks, found some gone")
 
-        retried(commit, path / MANIFEST, 0, Event())
+        retried(finished, path / MANIFEST, 0, Event())
 
     def _write(
         self, path: Path, planned: Mapping[str, WriteItem], planner: SavePlanner, world_size: int

@@ -11,6 +11,7 @@ from autoglm_resume.checkpoint.format.manifest import MANIFEST
 from autoglm_resume.checkpoint.format.part import pack_file
 from autoglm_resume.checkpoint.replicas.plan import Copy, in_order, uploads
 from autoglm_resume.checkpoint.storage.storage import Storage
+from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import CheckpointError, CorruptCheckpoint
 
@@ -52,7 +53,7 @@ def replicate(
     todo = uploads(id, here, there)
     for each in dict.fromkeys(each for each, _ in todo):
         path = store.directory(each)
-        facts = store.examine(path)
+        facts = examine(store, path)
         if not facts.integrity.ok:
             if not path.exists():  # retired while it was looked at, which is no damage
                 raise FileNotFoundError(errno.ENOENT, "deleted in the meantime", str(path))

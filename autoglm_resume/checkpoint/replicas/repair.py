@@ -24,7 +24,7 @@ from autoglm_resume.checkpoint.format.part import Part
 from autoglm_resume.checkpoint.format.tables import Chunk
 from autoglm_resume.checkpoint.replicas.plan import by_run
 from autoglm_resume.checkpoint.storage.storage import Storage, open_storage
-from autoglm_resume.checkpoint.store.store import Store
+from autoglm_resume.checkpoint.store.store import Store, expect
 from autoglm_resume.errors import CheckpointError, CorruptCheckpoint
 
 _T = TypeVar("_T")
@@ -181,16 +181,16 @@ class _Mender:
 def _manifest(path: Path, id: str, known: str | None) -> Manifest:
     with verify.reading(path):
         manifest = Manifest.decode(path.read_bytes(), str(path))
-    _expect(path, "id", id, manifest.id)
+    expect(path, "id", id, manifest.id)
     if known is not None:
-        _expect(path, "digest", known, manifest.digest)
+        expect(path, "digest", known, manifest.digest)
     return manifest
 
 
 def _part(path: Path, ref: PartRef) -> Part:
     with verify.reading(path):
         data = path.read_bytes()
-    _expect(path, "digest", ref.digest, digest(data))
+    expect(path, "digest", ref.digest, digest(data))
     return Part.decode(data, str(path))
 
 
@@ -203,19 +203,19 @@ def prove_pack(path: Path, part: Part, bases: Reader) -> None:
     with verify.reading(path):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        _expect(path, "bytes", part.stored, os.fstat(fd).st_size)
+        expect(path, "bytes", part.stored, os.fstat(fd).st_size)
 
         def prove(number: int, buffer: memoryview) -> None:
             index, chunk = own[number]
             target, stored = buffer[: chunk.raw], memoryview(bytearray(chunk.stored))
             with verify.reading(path):
                 count = verify.read_exactly(fd, stored, chunk.offset)
-            _expect(path, f"bytes of chunk {index}", chunk.stored, count)
+            expect(path, f"bytes of chunk {index}", chunk.stored, count)
             try:
                 codec.decode(chunk.codec, stored, target, _base(part, chunk, bases))
             except CorruptCheckpoint as error:
                 raise CorruptCheckpoint(f"{path}: chunk {index}: {error.message}") from None
-            _expect(path, f"chunk {index}", chunk.digest, digest(target))
+            expect(path, f"chunk {index}", chunk.digest, digest(target))
 
         largest = max((chunk.raw for _, chunk in own), default=0)
         verify.on_threads(len(own), prove, lambda: memoryview(bytearray(largest)))
@@ -230,8 +230,3 @@ def _base(part: Part, chunk: Chunk, bases: Reader) -> memoryview | None:
     data = memoryview(bytearray(base.raw))
     bases.read(part, base, data, f"chunk {chunk.base}")
     return data
-
-
-def _expect(file: Path, what: str, expected: object, found: object) -> None:
-    if expected != found:
-        raise CorruptCheckpoint(f"{file}: {what}: expected {expected}, found {found}")

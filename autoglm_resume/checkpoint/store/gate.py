@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import PurePath
 from typing import Literal, TypeAlias
 
 from autoglm_resume.checkpoint.format import renaming
@@ -74,6 +75,31 @@ class Facts:
     manifest: Manifest | None = None
     parts: tuple[Part, ...] = field(default=(), repr=False)
     """As far as they could be read."""
+
+    @classmethod
+    def of(
+        cls,
+        path: PurePath,
+        manifest: Manifest | None,
+        parts: Sequence[Part],
+        integrity: Integrity,
+    ) -> Facts:
+        """Of the checkpoint at `path`; `manifest` is None where that cannot be read."""
+        id = path.name
+        return cls(
+            id=id,
+            step=manifest.step if manifest else step_of(id) if is_id(id) else 0,
+            path=str(path),
+            created=manifest.created if manifest else 0.0,
+            world_size=manifest.world_size if manifest else None,
+            model_hash=manifest.model_hash if manifest else None,
+            model=next((part.model for part in parts if part.model), None),
+            integrity=integrity,
+            raw=manifest.raw if manifest else 0,
+            stored=manifest.stored if manifest else 0,
+            manifest=manifest,
+            parts=tuple(parts),
+        )
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 from autoglm_resume.checkpoint.format.ids import recency
 from autoglm_resume.checkpoint.format.manifest import MANIFEST, Manifest
+from autoglm_resume.checkpoint.store.commit import abandoned, complete, sweep, whole
 from autoglm_resume.checkpoint.store.gate import (
     Choice,
     Expectation,
@@ -96,7 +97,7 @@ class Gatekeeper:
         self._complete()
         if in_memory is not None and (Path(in_memory.path) / MANIFEST).exists():
             in_memory = None  # it is on storage by now
-        found = self.store.abandoned()
+        found = abandoned(self.store)
         self._abandoned = [p for p in found if in_memory is None or p.name != in_memory.id]
         choice = self._mended(self.judge(in_memory=in_memory), in_memory)
         accepted = agree({HERE: choice.verdicts})
@@ -118,13 +119,13 @@ class Gatekeeper:
     def clean(self) -> None:
         """Remove what was abandoned when the gate was passed; ranks may run by now."""
         with contextlib.suppress(OSError):
-            self.store.sweep(self._abandoned)
+            sweep(self.store, self._abandoned)
         self._abandoned = []
 
     def judge(self, *, every: bool = False, in_memory: Facts | None = None) -> Choice:
         """Verdicts, without changing anything."""
         # What fits was committed just now; what is whole and does not fit is still somebody's.
-        unfit = [f for f in self.store.whole() if not could_fit(f.manifest, self._expectation)]
+        unfit = [f for f in whole(self.store) if not could_fit(f.manifest, self._expectation)]
         committed = map(self._proofs.facts, self.store.committed())
         here = [] if in_memory is None else [in_memory]
         candidates = heapq.merge(here, unfit, committed, key=lambda f: recency(f.id), reverse=True)
@@ -174,7 +175,7 @@ class Gatekeeper:
 
     def _complete(self) -> None:
         try:
-            manifests = self.store.complete(lambda m: could_fit(m, self._expectation))
+            manifests = complete(self.store, lambda m: could_fit(m, self._expectation))
         except OSError as error:
             # Only what was not committed yet is lost by going on, as with any other crash.
             text = f"{self.store.root}: could not commit what is there: {error}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from autoglm_resume import files
+from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.gate import Facts
 from autoglm_resume.checkpoint.store.store import Store
 
@@ -26,7 +27,7 @@ class Proofs:
         known = self._known.get(path)
         if known is not None and known[0] == self._stats(path, known[1]):
             return known[1]
-        facts = replace(self._store.examine(path), parts=())
+        facts = replace(examine(self._store, path), parts=())
         if facts.integrity.ok:
             here = {p: v for p, v in self._known.items() if p.exists()}
             self._known = {**here, path: (self._stats(path, facts), facts)}

@@ -32,7 +32,8 @@ from autoglm_resume.checkpoint.format.tables import (
     object_digest,
     object_of,
 )
-from autoglm_resume.checkpoint.store.store import Store
+from autoglm_resume.checkpoint.store.commit import commit
+from autoglm_resume.checkpoint.store.store import Store, entries
 from autoglm_resume.checkpoint.write import chunk_ownership
 from autoglm_resume.checkpoint.write.pack_writer import THREADS, Item, Packer, items_of
 from autoglm_resume.checkpoint.write.reuse import Previous, Sharing, Table
@@ -123,7 +124,7 @@ class Saver:
         else:
             make_directory(directory)
             part = self._write(snapshot, items, pool, directory, abandoned)
-        manifest = self.store.commit(snapshot.id)
+        manifest = commit(self.store, snapshot.id)
         if manifest is not None and self._share:
             with suppress(OSError):
                 chunk_ownership.retract(directory, snapshot.world_size)
@@ -255,6 +256,19 @@ def make_directory(directory: Path) -> None:
     directory.mkdir(exist_ok=True)
     # By every rank, because the one that made it may die before this.
     files.sync_directory(root)
+
+
+def forsake(store: Store, id: str, rank: int) -> None:
+    """Remove `rank`'s part of a checkpoint that never came about; a committed one stays."""
+    directory = store.directory(id)
+    if directory.is_dir() and not (directory / MANIFEST).exists():
+        # And what a saver that was killed left under temporary names.
+        mine = (part_file(rank), pack_file(rank), chunk_ownership.claim_file(rank))
+        for path in entries(directory):
+            if path.name.endswith(mine):
+                path.unlink(missing_ok=True)
+        with suppress(OSError):  # other ranks may still have theirs
+            directory.rmdir()
 
 
 def discard(*paths: Path) -> None:

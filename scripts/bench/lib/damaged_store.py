@@ -135,14 +135,16 @@ class Trial:
             return Outcome(*failure.args)
 
     def _judge(self, touched: set[str]) -> Outcome:
+        from autoglm_resume.checkpoint.store.examine import examine
+
         intact: dict[str, bool] = {}
         problem = ""
         for id in self.ids:
             # The others are what they were, and only need to be recognised.
             concerned = not touched.isdisjoint(self.needs[id])
             intact[id] = not concerned or self.loads(id) == ""
-            examine = partial(self.store.examine, self.store.root / id, deep=concerned)
-            facts = self.guarded(examine)
+            asked = partial(examine, self.store, self.store.root / id, deep=concerned)
+            facts = self.guarded(asked)
             if facts.integrity.ok and not intact[id]:
                 raise Failure(MISSED, f"{id}: examined as good, and cannot be loaded")
             if not facts.integrity.ok and intact[id] and id not in touched:

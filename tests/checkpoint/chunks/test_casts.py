@@ -22,6 +22,7 @@ from autoglm_resume.checkpoint.format.snapshot import Snapshot, TensorBytes
 from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES
 from autoglm_resume.checkpoint.interop import bundle
 from autoglm_resume.checkpoint.state import capture, reshard, restore, tree
+from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.part_writer import Saved, Saver
 from autoglm_resume.checkpoint.write.reuse import Previous
@@ -181,7 +182,7 @@ def bytes_in(states: Any) -> list[bytes]:
 def assert_holds(store: Store, part: Part, expected: dict[str, Any]) -> None:
     path = store.directory(part.id)
     assert bytes_in(restore.read(store, path, part.rank).states) == bytes_in(expected)
-    facts = store.examine(path, deep=True)
+    facts = examine(store, path, deep=True)
     assert facts.integrity.ok, facts.integrity.problem
 
 
@@ -276,7 +277,7 @@ def test_a_damaged_master_is_noticed_whichever_of_the_two_is_read(store: Store) 
                 reader.read(part, chunks[name], target, name)
     with pytest.raises(CorruptCheckpoint, match=rf"^{pack}: "):
         restore.read(store, path, 0)
-    facts = store.examine(path, deep=True)
+    facts = examine(store, path, deep=True)
     assert facts.integrity.problem.startswith(f"{pack}: ")
 
 

@@ -18,6 +18,7 @@ from autoglm_resume.checkpoint.format.options import Options
 from autoglm_resume.checkpoint.format.part import Part
 from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES, Chunk
 from autoglm_resume.checkpoint.state import capture
+from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.part_writer import Saver
 from autoglm_resume.errors import CheckpointError, CorruptCheckpoint
@@ -108,7 +109,7 @@ def test_what_is_in_quarantine_still_finds_what_it_needs_beside_it(store: Store)
     moved = store.quarantine(second.name, "a test")
     assert pack_path(moved, part, part.packs[0]) == moved / part.pack
     assert pack_path(moved, part, part.packs[1]) == first / part.pack
-    assert store.examine(moved, deep=True).integrity.ok
+    assert examine(store, moved, deep=True).integrity.ok
 
 
 def flip(file: Path) -> None:

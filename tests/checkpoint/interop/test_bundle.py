@@ -24,6 +24,7 @@ from autoglm_resume.checkpoint.format.part import pack_file
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.interop import bundle, formats
 from autoglm_resume.checkpoint.state import capture
+from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.part_writer import Saver
 from autoglm_resume.errors import AutoglmError, CorruptCheckpoint, UsageError
@@ -101,7 +102,7 @@ def back(source: Path, out: Path, step: int | None = None) -> Path:
     assert (manifest.raw, manifest.stored) == (original.raw, original.stored)
     assert (manifest.metrics, manifest.versions) == (original.metrics, original.versions)
     assert (manifest.rng, manifest.data) == (original.rng, original.data)
-    assert store.examine(path, deep=True).integrity.ok
+    assert examine(store, path, deep=True).integrity.ok
     return path
 
 

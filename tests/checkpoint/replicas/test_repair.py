@@ -17,6 +17,7 @@ from autoglm_resume.checkpoint.replicas.plan import by_checkpoint, is_complete
 from autoglm_resume.checkpoint.replicas.repair import repair, restore_missing
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.checkpoint.storage.storage import Directory, Storage, open_storage
+from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.part_writer import Saver
 from autoglm_resume.errors import CheckpointError, CorruptCheckpoint
@@ -175,7 +176,7 @@ def test_a_damaged_file_is_replaced_by_a_good_copy(
     damage(store.directory(id) / file)
     assert repair(store, newest.name, [replica]) == [store.directory(id) / file]
     assert bytes_of(store.root) == before
-    assert store.examine(newest, deep=True).integrity.ok
+    assert examine(store, newest, deep=True).integrity.ok
     assert repair(store, newest.name, [replica]) == []
 
 
@@ -241,7 +242,7 @@ class TestRestore:
         assert is_complete(newest, here, by_checkpoint(replica.names()))
         assert set(here) == {newest, *here[newest].needs}
         assert bytes_of(empty.root).items() <= bytes_of(store.root).items()
-        assert empty.examine(empty.directory(newest), deep=True).integrity.ok
+        assert examine(empty, empty.directory(newest), deep=True).integrity.ok
 
     def test_a_newest_one_that_no_target_has_whole_is_passed_over(
         self, store: Store, replica: Storage, target: str, tmp_path: Path
@@ -309,4 +310,4 @@ def test_everything_works_the_same_over_s3(
     restored = restore_missing(empty, [s3.url])
     assert restored is not None
     assert (restored.run, restored.id) == (RUN, newest.name)
-    assert empty.examine(empty.directory(newest.name), deep=True).integrity.ok
+    assert examine(empty, empty.directory(newest.name), deep=True).integrity.ok

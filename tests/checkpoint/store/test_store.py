@@ -14,6 +14,8 @@ import pytest
 from autoglm_resume import files
 from autoglm_resume.checkpoint.format.manifest import MANIFEST, Parent
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
+from autoglm_resume.checkpoint.store.commit import commit, complete, sweep
+from autoglm_resume.checkpoint.store.examine import candidates, examine
 from autoglm_resume.checkpoint.store.gate import Expectation, choose
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.part_writer import Saver
@@ -37,7 +39,7 @@ def damage(file: Path, place: int = 20) -> None:
 def test_a_store_that_is_not_there_is_empty(store: Store) -> None:
     assert store.committed() == store.uncommitted() == store.quarantined() == []
     assert store.latest() is None
-    assert list(store.candidates()) == store.complete() == store.sweep() == []
+    assert list(candidates(store)) == complete(store) == sweep(store) == []
     assert not store.root.exists()
 
 
@@ -47,7 +49,7 @@ def test_only_a_manifest_makes_a_checkpoint(store: Store, snaps: Snaps, save: An
     (store.root / "notes").mkdir()
     assert [p.name for p in store.committed()] == [STEP_1]
     assert [p.name for p in store.uncommitted()] == [STEP_2]
-    assert store.commit(STEP_2) is None
+    assert commit(store, STEP_2) is None
 
 
 def test_the_newest_has_the_highest_step_then_the_highest_attempt(store: Store, save: Any) -> None:
@@ -55,7 +57,7 @@ def test_the_newest_has_the_highest_step_then_the_highest_attempt(store: Store, 
         save(store, step, token=token)
     order = ["step-0000000010.a0", "step-0000000003.f00", "step-0000000002.a10"]
     assert [p.name for p in store.committed()][:3] == order
-    assert [f.id for f in store.candidates()][:3] == order
+    assert [f.id for f in candidates(store)][:3] == order
 
 
 def test_each_checkpoint_names_the_one_before(store: Store, save: Any) -> None:
@@ -86,7 +88,7 @@ def test_a_commit_first_commits_what_only_lacks_its_manifest(store: Store, save:
     save(store, 3, lineage=[STEP_2, STEP_1])
     chain = [store.load_manifest(path).parent for path in store.committed()]
     assert [parent and parent.id for parent in chain] == [STEP_2, STEP_1, None]
-    assert all(facts.integrity.ok for facts in store.candidates())
+    assert all(facts.integrity.ok for facts in candidates(store))
 
 
 def test_any_order_of_the_ranks_gives_the_same_manifest(tmp_path: Path, snaps: Snaps) -> None:
@@ -95,9 +97,9 @@ def test_any_order_of_the_ranks_gives_the_same_manifest(tmp_path: Path, snaps: S
         store = Store(tmp_path / str(number))
         taken = snaps(1, ranks=3, width=4)
         for rank in order:
-            assert store.commit(STEP_1) is None
+            assert commit(store, STEP_1) is None
             Saver(store, share=False).persist(taken[rank])
-        manifest = store.commit(STEP_1)
+        manifest = commit(store, STEP_1)
         assert manifest is not None
         assert manifest == store.load_manifest(store.directory(STEP_1))
         made.add(tuple(tuple(part.objects.items()) for part in manifest.parts))
@@ -110,7 +112,7 @@ def test_committing_twice_gives_the_same_bytes(store: Store, save: Any) -> None:
     file = store.directory(STEP_2) / MANIFEST
     before = file.read_bytes()
     file.unlink()
-    assert [m.id for m in store.complete()] == [STEP_2]
+    assert [m.id for m in complete(store)] == [STEP_2]
     assert file.read_bytes() == before
 
 
@@ -135,12 +137,12 @@ def test_parts_that_cannot_belong_together_are_not_committed(
 
     mixed(three)
     with pytest.raises(CorruptCheckpoint):
-        store.commit(STEP_1)
-    assert store.complete() == []
+        commit(store, STEP_1)
+    assert complete(store) == []
     shutil.rmtree(target)
     # A rank that missed an announced save names other ancestors, and fits all the same.
     mixed(other)
-    manifest = store.commit(STEP_1)
+    manifest = commit(store, STEP_1)
     assert manifest is not None
     assert manifest.parent is None
 
@@ -152,38 +154,38 @@ def test_a_damaged_part_is_never_committed(store: Store, save: Any, name: str) -
     file = store.directory(STEP_1) / name
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(CorruptCheckpoint, match=name):
-        store.commit(STEP_1)
-    assert store.complete() == []
+        commit(store, STEP_1)
+    assert complete(store) == []
     assert store.latest() is None
 
 
 def test_an_untouched_pack_is_trusted_and_a_copied_one_is_read(store: Store, save: Any) -> None:
     save(store, 1)
     path = store.directory(STEP_1)
-    assert store.examine(path).integrity.how == "fingerprint"
+    assert examine(store, path).integrity.how == "fingerprint"
     done: list[int] = []
-    deep = store.examine(path, deep=True, progress=done.append)
+    deep = examine(store, path, deep=True, progress=done.append)
     assert (deep.integrity.ok, deep.integrity.how, sum(done)) == (True, "content", deep.stored)
     copy = store.root / "copy" / STEP_1
     shutil.copytree(path, copy)
-    assert store.examine(copy).integrity.how == "content"
-    assert store.examine(copy).integrity.ok
+    assert examine(store, copy).integrity.how == "content"
+    assert examine(store, copy).integrity.ok
     damage(copy / "rank-00001.pack")
-    problem = store.examine(copy).integrity.problem
+    problem = examine(store, copy).integrity.problem
     # Two threads read: either comes to it first, or to the cast that is made of it.
     assert re.search(r"rank-00001\.pack: chunk \d: expected blake3:.* at offset 0\)", problem)
 
 
 def test_facts_tell_the_gate_everything(store: Store, save: Any) -> None:
     save(store, 1)
-    (facts,) = store.candidates()
+    (facts,) = candidates(store)
     assert (facts.id, facts.step, facts.world_size, facts.created) == (STEP_1, 1, 2, 1_700_000_001)
     assert facts.model is not None
     assert facts.model_hash == facts.model.hash
     assert facts.manifest is not None
     assert facts.raw == facts.manifest.raw > facts.stored > 0
     expectation = Expectation(2, facts.model_hash, facts.model)
-    assert choose(store.candidates(), expectation).accepted == facts
+    assert choose(candidates(store), expectation).accepted == facts
 
 
 def test_a_torn_manifest_is_latest_but_never_accepted(store: Store, save: Any) -> None:
@@ -192,7 +194,7 @@ def test_a_torn_manifest_is_latest_but_never_accepted(store: Store, save: Any) -
     file = store.directory(STEP_2) / MANIFEST
     file.write_bytes(file.read_bytes()[:100])
     assert store.latest() == store.directory(STEP_2)
-    choice = choose(store.candidates(), Expectation(2))
+    choice = choose(candidates(store), Expectation(2))
     assert choice.accepted is not None
     assert choice.accepted.id == STEP_1
     assert choice.verdicts[0].corrupt
@@ -203,7 +205,7 @@ def test_a_newer_format_is_refused_but_not_called_corrupt(store: Store, save: An
     save(store, 1)
     file = store.directory(STEP_1) / MANIFEST
     file.write_text(file.read_text().replace('"format": 2', '"format": 3'))
-    choice = choose(store.candidates(), Expectation(2))
+    choice = choose(candidates(store), Expectation(2))
     assert choice.accepted is None
     assert not choice.verdicts[0].corrupt
     assert "format 2" in choice.verdicts[0].reason
@@ -213,7 +215,7 @@ def test_a_newer_format_is_refused_but_not_called_corrupt(store: Store, save: An
 def test_a_file_without_permission_is_not_called_corrupt(store: Store, save: Any) -> None:
     save(store, 1)
     (store.directory(STEP_1) / "rank-00000.json").chmod(0)
-    (facts,) = store.candidates()
+    (facts,) = candidates(store)
     assert facts.integrity.unreadable
 
 
@@ -223,11 +225,11 @@ def test_a_checkpoint_under_another_name_or_with_another_parent_is_found_out(
     save(store, 1)
     save(store, 2, lineage=[STEP_1])
     shutil.copytree(store.directory(STEP_2), store.directory(STEP_3))
-    assert f"id: expected {STEP_3}" in store.examine(store.directory(STEP_3)).integrity.problem
+    assert f"id: expected {STEP_3}" in examine(store, store.directory(STEP_3)).integrity.problem
     store.delete(STEP_1)
-    assert store.examine(store.directory(STEP_2)).integrity.ok, "an old parent may be deleted"
+    assert examine(store, store.directory(STEP_2)).integrity.ok, "an old parent may be deleted"
     save(store, 1, width=8)
-    problem = store.examine(store.directory(STEP_2)).integrity.problem
+    problem = examine(store, store.directory(STEP_2)).integrity.problem
     assert f"parent {STEP_1}: expected blake3:" in problem
 
 
@@ -243,7 +245,7 @@ def test_quarantine_keeps_the_bytes_and_says_why(store: Store, save: Any) -> Non
     assert store.committed() == store.uncommitted() == []
     assert store.quarantined() == sorted(set(places))
     assert len(places) == 3
-    assert store.sweep() == []
+    assert sweep(store) == []
     assert len(store.quarantined()) == 3
 
 
@@ -254,15 +256,15 @@ def test_a_sweep_removes_what_was_never_finished_and_nothing_else(
     Saver(store, share=False).persist(snaps(2)[0])
     (store.directory(STEP_1) / f"{files.TEMPORARY}9-manifest.json").write_text("half")
     (store.root / "README").write_text("mine")
-    assert len(store.sweep()) == 2
+    assert len(sweep(store)) == 2
     assert sorted(p.name for p in store.root.iterdir()) == ["README", STEP_1]
-    assert store.examine(store.directory(STEP_1), deep=True).integrity.ok
+    assert examine(store, store.directory(STEP_1), deep=True).integrity.ok
 
 
 def test_a_path_that_is_no_checkpoint_is_a_problem_and_not_an_error(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("x")
     for path in (tmp_path, file, tmp_path / "absent"):
-        facts = Store(tmp_path).examine(path, deep=True)
+        facts = examine(Store(tmp_path), path, deep=True)
         assert not facts.integrity.ok
         assert "manifest.json: expected a file, found none" in facts.integrity.problem

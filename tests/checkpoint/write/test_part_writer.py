@@ -16,6 +16,7 @@ from autoglm_resume.checkpoint.format.options import Options
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES
 from autoglm_resume.checkpoint.state import capture, restore
+from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write import pack_writer
 from autoglm_resume.checkpoint.write.part_writer import SaveFailed, Saver
@@ -85,7 +86,7 @@ def test_packs_of_several_windows_come_back(
     store = Store(tmp_path)
     taken = capture.take({"m": {"w": weight}}, id=checkpoint_id(1, "a0"), rank=0, world_size=1)
     Saver(store, share=False).persist(taken)
-    assert store.examine(store.directory(taken.id), deep=True).integrity.ok
+    assert examine(store, store.directory(taken.id), deep=True).integrity.ok
     assert torch.equal(restore.read(store, store.directory(taken.id), 0).states["m"]["w"], weight)
 
 
@@ -102,7 +103,7 @@ def test_a_full_disk_fails_the_save_and_leaves_the_one_before(
         assert f"{taken.id}/rank-0000{taken.rank}.pack" in caught.value.message
     assert files_in(store.directory("step-0000000002.a0")) == []
     assert store.latest() == store.directory(old)
-    assert store.examine(store.directory(old), deep=True).integrity.ok
+    assert examine(store, store.directory(old), deep=True).integrity.ok
     new = save(store, 3)
     assert store.latest() == store.directory(new)
 
@@ -129,7 +130,7 @@ def test_a_disk_that_fills_up_leaves_nothing_or_what_only_lacks_its_manifest(
         ballast.unlink()
     assert [] in left
     assert all(names in ([], ["rank-00000.json", "rank-00000.pack"]) for names in left)
-    assert store.examine(directory, deep=True).integrity.ok
+    assert examine(store, directory, deep=True).integrity.ok
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path, snaps: Snaps) -> None:
@@ -169,6 +170,6 @@ def test_ranks_that_save_at_the_same_instant_agree_on_one_manifest(
         for process in ranks:
             process.join()
         assert [process.exitcode for process in ranks] == [0] * 4
-        facts = store.examine(store.committed()[0], deep=True)
+        facts = examine(store, store.committed()[0], deep=True)
         assert (facts.step, facts.integrity.problem) == (step, "")
     assert not list(tmp_path.rglob(".tmp-*"))

@@ -19,6 +19,7 @@ from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.format.options import Options
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.checkpoint.storage.storage import SEGMENT_BYTES, open_storage
+from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.part_writer import Saver
 from autoglm_resume.errors import NoAcceptableCheckpoint, UsageError
@@ -325,9 +326,9 @@ class TestRepair:
         digest = run.store.load_manifest(path).digest
         before = (path / "rank-00000.pack").read_bytes()
         flip_a_bit(path / "rank-00000.pack")
-        assert not run.store.examine(path).integrity.ok
+        assert not examine(run.store, path).integrity.ok
         assert run.replicas.repair(id, digest) == [f"{id}/rank-00000.pack"]
-        assert run.store.examine(path).integrity.ok
+        assert examine(run.store, path).integrity.ok
         assert (path / "rank-00000.pack").read_bytes() == before
         (said,) = run.heard("repaired")
         assert (said["id"], said["files"]) == (id, [f"{id}/rank-00000.pack"])
@@ -379,7 +380,7 @@ class TestRestore:
         found = restore(os.environ, root, [target])
         assert found is not None
         assert (found.run, found.id) == (RUN, newest)
-        assert Store(root).examine(root / newest).integrity.ok
+        assert examine(Store(root), root / newest).integrity.ok
 
     def test_nothing_to_restore_is_not_an_error_but_no_answer_is(
         self, tmp_path: Path, directory: Path

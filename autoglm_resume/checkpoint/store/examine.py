@@ -1,0 +1,77 @@
+"""What is found out about a committed checkpoint: everything that the gate wants to know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from autoglm_resume.checkpoint.chunks import verify
+from autoglm_resume.checkpoint.chunks.reader import Reader, pack_path
+from autoglm_resume.checkpoint.chunks.verify import Progress
+from autoglm_resume.checkpoint.format.manifest import MANIFEST, Manifest, needs_of
+from autoglm_resume.checkpoint.format.part import Part
+from autoglm_resume.checkpoint.store.gate import Facts, Integrity
+from autoglm_resume.checkpoint.store.store import Store, expect
+from autoglm_resume.errors import CheckpointError, CorruptCheckpoint
+
+
+def examine(
+    store: Store, path: Path, *, deep: bool = False, progress: Progress | None = None
+) -> Facts:
+    """Everything the gate wants to know; what is wrong is in `integrity`, never raised.
+
+    A pack whose stat fingerprint is what the saver recorded after reading it back is trusted;
+    otherwise, or with `deep`, every chunk is read and checked. `progress` gets bytes done.
+    """
+    manifest: Manifest | None = None
+    parts: list[Part] = []
+    how: Literal["fingerprint", "content"] = "fingerprint"
+    problem, unreadable = "", False
+    try:
+        manifest = store.load_manifest(path)
+        expect(path / MANIFEST, "id", path.name, manifest.id)
+        _check_chain(path, manifest)
+        for ref in manifest.parts:
+            parts.append(store.part(path, manifest, ref))
+        for part in parts:
+            if deep or not _untouched(path, part):
+                how = "content"
+                with Reader(path, parts) as reader:
+                    verify.on_one_part(part, reader.read, progress)
+        expect(path / MANIFEST, "needs", manifest.needs, needs_of(parts))
+    except CheckpointError as error:
+        problem, unreadable = error.message, not isinstance(error, CorruptCheckpoint)
+    return Facts.of(path, manifest, parts, Integrity(not problem, how, problem, unreadable))
+
+
+def candidates(
+    store: Store, *, deep: bool = False, progress: Progress | None = None
+) -> Iterator[Facts]:
+    """Facts of the committed checkpoints, newest first, each found out when asked for."""
+    for path in store.committed():
+        yield examine(store, path, deep=deep, progress=progress)
+
+
+def _untouched(path: Path, part: Part) -> bool:
+    """Whether all packs of `part` are what they were when they were verified."""
+    for pack in part.packs:
+        file = pack_path(path, part, pack)
+        with verify.reading(file):
+            if verify.fingerprint(file) != pack.fingerprint:
+                return False
+    return True
+
+
+def _check_chain(path: Path, manifest: Manifest) -> None:
+    """The parent, if it is still there and readable, must be the one that was recorded."""
+    if manifest.parent is None:
+        return
+    file = path.parent / manifest.parent.id / MANIFEST
+    try:
+        parent = Manifest.decode(file.read_bytes(), str(file))
+    except (OSError, CheckpointError):
+        # Its own troubles are its own verdict.
+        return
+    if parent.id == manifest.parent.id:  # else it is not in its place, which is its own trouble too
+        expect(path / MANIFEST, f"parent {parent.id}", manifest.parent.digest, parent.digest)
