@@ -28,11 +28,11 @@ from autoglm_resume.cli import (
     verify,
 )
 from autoglm_resume.cli.guard import guarded
-from autoglm_resume.cli.light import Command, Group
+from autoglm_resume.cli.light import Command, CommandGroup
 
 app = typer.Typer(
     name="autoglm",
-    cls=Group,
+    cls=CommandGroup,
     help="torchrun that survives: launches your training, notices every way it can die, and "
     "brings it back from the latest checkpoint that was proven good.",
     epilog="Data goes to standard output, everything else to standard error. Exit codes: 0 done, "
@@ -63,7 +63,9 @@ def _main(
 ) -> None: ...
 
 
-_inspect = typer.Typer(cls=Group, help="Look into files that autoglm wrote.", no_args_is_help=True)
+_inspect = typer.Typer(
+    cls=CommandGroup, help="Look into files that autoglm wrote.", no_args_is_help=True
+)
 _inspect.command(
     "ckpt",
     cls=Command,
@@ -72,7 +74,7 @@ _inspect.command(
     context_settings=inspect.SETTINGS,
 )(guarded(inspect.ckpt))
 
-_slurm = typer.Typer(cls=Group, help="Run a job under Slurm.", no_args_is_help=True)
+_slurm = typer.Typer(cls=CommandGroup, help="Run a job under Slurm.", no_args_is_help=True)
 _slurm.command("submit", cls=Command, epilog=slurm.EXAMPLES)(guarded(slurm.submit))
 
 app.command("run", cls=Command, epilog=run.EXAMPLES)(guarded(run.run))

@@ -20,7 +20,7 @@ class Command(TyperCommand):
         return _false_by_default(super().get_help_option(ctx))
 
 
-class Group(TyperGroup):
+class CommandGroup(TyperGroup):
     """A group of commands that imports nothing for its flags."""
 
     def get_help_option(self, ctx: typer.Context) -> Any:  # type: ignore[override]

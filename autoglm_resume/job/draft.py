@@ -23,7 +23,7 @@ _TEXTS: Final = ("name", "args", "env")
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where a key and its value stand, and how that place sorts among the others."""
 
     order: tuple[int, ...]
@@ -37,7 +37,7 @@ class Draft:
 
     source: str
     data: dict[str, Any] = field(default_factory=dict)
-    places: dict[Keys, Place] = field(default_factory=dict)
+    places: dict[Keys, Location] = field(default_factory=dict)
     problems: dict[str, tuple[int, ...]] = field(default_factory=dict)  # line → order
     overrides: int = 0
 
@@ -63,7 +63,7 @@ class Draft:
         """Take the job from the file, or raise UsageError if it is no YAML mapping at all."""
         node = _compose(_read(path, self.source), self.source)
         start = f"{self.source}:1:1"
-        self.places[()] = Place((1, 1), start, start)
+        self.places[()] = Location((1, 1), start, start)
         if not isinstance(node, yaml.MappingNode):
             raise UsageError(f"{start}: expected a mapping of keys such as `script: train.py`")
         self.data = _Conversion(self, self.source).mapping(node, ())
@@ -85,7 +85,7 @@ class Draft:
             return
         for place in [place for place in self.places if place[: len(keys)] == keys]:
             del self.places[place]
-        self.places[keys] = Place(order, label, label)
+        self.places[keys] = Location(order, label, label)
         inner = self.data
         for n, key in enumerate(keys[:-1], start=1):
             if not isinstance(inner.get(key), dict):
@@ -199,12 +199,12 @@ class _Conversion:
     def _remember(self, key: yaml.Node, value: yaml.Node, keys: Keys) -> None:
         if self.source:
             at_key, at_value = self._mark(key), self._mark(value)
-            self.draft.places[keys] = Place(at_key.order, at_key.key, at_value.value)
+            self.draft.places[keys] = Location(at_key.order, at_key.key, at_value.value)
 
-    def _mark(self, node: yaml.Node) -> Place:
+    def _mark(self, node: yaml.Node) -> Location:
         line, column = node.start_mark.line + 1, node.start_mark.column + 1
         where = f"{self.source}:{line}:{column}"
-        return Place((line, column), where, where)
+        return Location((line, column), where, where)
 
     def _scalar(self, node: yaml.Node, keys: Keys) -> Any:
         tag = node.tag.rpartition(":")[2]

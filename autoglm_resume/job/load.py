@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from autoglm_resume.checkpoint.store import retention
 from autoglm_resume.job import checkpoint
-from autoglm_resume.job.draft import Draft, Keys, Place
+from autoglm_resume.job.draft import Draft, Keys, Location
 from autoglm_resume.job.paths import Paths
 from autoglm_resume.job.spec import Job, sections
 
@@ -49,7 +49,7 @@ def from_snapshot(
 
     Raises UsageError if it is not a complete job, for instance one of another version.
     """
-    return _validated(Draft(source, dict(data), {(): Place((), source, source)}))
+    return _validated(Draft(source, dict(data), {(): Location((), source, source)}))
 
 
 def keep_option(text: str) -> retention.Keep:
@@ -66,7 +66,7 @@ def keep_option(text: str) -> retention.Keep:
 
 def keep_of(written: object, source: str) -> retention.Keep:
     """What `written`, the value of `checkpoint.keep` in `source`, asks for. Raises UsageError."""
-    place = Place((), source, source)
+    place = Location((), source, source)
     return _kept(Draft(source, {"checkpoint": {"keep": written}}, {(): place}))
 
 

@@ -19,7 +19,13 @@ from autoglm_resume.supervise.base import machine
 from autoglm_resume.supervise.base.assign import environment, world_size
 from autoglm_resume.supervise.base.gpu_exclusion import VISIBLE, without
 from autoglm_resume.supervise.base.run_directory import RunDirectory
-from autoglm_resume.supervise.core.checks import Check, Facts, Needs, judge, judge_system
+from autoglm_resume.supervise.core.checks import (
+    MachineCheck,
+    MachineFacts,
+    Needs,
+    judge,
+    judge_system,
+)
 from autoglm_resume.supervise.core.history import recall
 from autoglm_resume.supervise.preflight import (
     collective_round,
@@ -37,7 +43,7 @@ Verdict = Literal["ok", "warning", "wrong", "unknown"]
 class Finding:
     """A check and how serious it is for this job."""
 
-    check: Check
+    check: MachineCheck
     verdict: Verdict
 
 
@@ -67,7 +73,7 @@ def examine(job: Job | None) -> list[Finding]:
         disk = preflight.free(home)
         if job is not None and run is not None:
             needed = preflight.needs(job, Store(home), None, preflight.last_written(run.journal))
-    facts = Facts(
+    facts = MachineFacts(
         now=time.time(),
         gpus=looked,
         driver=driver,
@@ -111,11 +117,11 @@ def _environment(job: Job | None) -> dict[str, str]:
     return environment(job) if job else dict(os.environ)
 
 
-def _expected(check: Check) -> str:
+def _expected(check: MachineCheck) -> str:
     return f"expected: {check.expected}" if check.expected else ""
 
 
-def verdict(check: Check, guards: Guards) -> Verdict:
+def verdict(check: MachineCheck, guards: Guards) -> Verdict:
     """How serious a check is, by the job's switches."""
     if check.ok is None:
         return "unknown"

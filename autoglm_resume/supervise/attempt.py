@@ -71,7 +71,7 @@ class Attempt:
         heartbeat = context.job.heartbeat
         self._limits = Limits(heartbeat.timeout, heartbeat.startup)
         self._seen = Observed()
-        self._pace = liveness.Pace()
+        self._rate = liveness.StepRate()
         self._stragglers = Stragglers()
         self._control = Control()
         self._stop_deadline: float | None = None
@@ -133,7 +133,7 @@ class Attempt:
         return self._control.save_at
 
     def _announce(self, what: str) -> None:
-        step = liveness.agreed_step(self._node.beats(), self._pace.seconds)
+        step = liveness.agreed_step(self._node.beats(), self._rate.seconds)
         self._change(lambda control: replace(control, **{what: step}))
 
     def _change(self, change: Callable[[Control], Control]) -> None:
@@ -145,7 +145,7 @@ class Attempt:
         beats = self._node.beats()
         first = max(beats, key=lambda beat: beat.step)
         if first.first_step_time:
-            self._pace.see(first.step, first.time / 1e9)
+            self._rate.see(first.step, first.time / 1e9)
         # A rank that was faster than the announcement has passed the step: name a later one.
         if self._control.stop_at >= 0 and first.step > self._control.stop_at:
             self._announce("stop_at")
@@ -156,7 +156,7 @@ class Attempt:
         if first.step >= 0:
             self._context.screen.status(
                 first.step,
-                rate=self._pace.rate,
+                rate=self._rate.rate,
                 loss=beats[0].loss,
                 last_checkpoint=self._seen.checkpointed,
                 attempt=self._order.number,

@@ -25,7 +25,14 @@ from autoglm_resume.supervise.evidence import stacks
 from autoglm_resume.supervise.evidence.collect import Witness, agent_said, gather
 from autoglm_resume.supervise.node import Launched, Listener, Order
 from autoglm_resume.supervise.persistence import Persistence
-from autoglm_resume.supervise.ranks.group import AGENT, Exit, Group, children, end_orphans, reap
+from autoglm_resume.supervise.ranks.group import (
+    AGENT,
+    Exit,
+    WorkerGroup,
+    children,
+    end_orphans,
+    reap,
+)
 from autoglm_resume.supervise.ranks.hang_detector import HangDetector
 from autoglm_resume.supervise.ranks.launcher import StartUp
 from autoglm_resume.supervise.ranks.launchers import LAUNCHERS
@@ -195,7 +202,7 @@ class _Ranks:
         self.board = board
         heartbeat = context.job.heartbeat
         self.detector = HangDetector(board, Limits(heartbeat.timeout, heartbeat.startup), past)
-        self.group = Group(context.loop, self._exited)
+        self.group = WorkerGroup(context.loop, self._exited)
         self.ends = ScriptEnds(heartbeat.timeout)
         self.witness: Witness | None = None
         self.unknown: frozenset[int] = frozenset()

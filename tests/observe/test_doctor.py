@@ -10,26 +10,26 @@ from autoglm_resume.job.spec import Job
 from autoglm_resume.observe import doctor
 from autoglm_resume.observe.doctor import Finding
 from autoglm_resume.supervise.base.run_directory import RunDirectory
-from autoglm_resume.supervise.core.checks import Check
+from autoglm_resume.supervise.core.checks import MachineCheck
 from tests.observe.runs import checkpoint, directory, killed_once
 
 
 @pytest.mark.parametrize(
     ("check", "guards", "verdict"),
     [
-        (Check("disk", True, "", guard="disk"), {}, "ok"),
-        (Check("gpus", None, "", guard="gpus"), {"gpus": "strict"}, "unknown"),
-        (Check("disk", False, "", guard="disk"), {}, "warning"),
-        (Check("disk", False, "", guard="disk"), {"disk": "strict"}, "wrong"),
-        (Check("disk", False, "", guard="disk", refuses=True), {"disk": "off"}, "wrong"),
-        (Check("storage /a", False, "", guard="storage"), {}, "wrong"),
-        (Check("replica /b", False, ""), {}, "warning"),
-        (Check("collective round", False, "", guard="collective"), {}, "wrong"),
-        (Check("torch", False, ""), {}, "wrong"),
+        (MachineCheck("disk", True, "", guard="disk"), {}, "ok"),
+        (MachineCheck("gpus", None, "", guard="gpus"), {"gpus": "strict"}, "unknown"),
+        (MachineCheck("disk", False, "", guard="disk"), {}, "warning"),
+        (MachineCheck("disk", False, "", guard="disk"), {"disk": "strict"}, "wrong"),
+        (MachineCheck("disk", False, "", guard="disk", refuses=True), {"disk": "off"}, "wrong"),
+        (MachineCheck("storage /a", False, "", guard="storage"), {}, "wrong"),
+        (MachineCheck("replica /b", False, ""), {}, "warning"),
+        (MachineCheck("collective round", False, "", guard="collective"), {}, "wrong"),
+        (MachineCheck("torch", False, ""), {}, "wrong"),
     ],
 )
 def test_how_serious_it_is_the_job_decides(
-    check: Check, guards: dict[str, str], verdict: str, tmp_path: Path
+    check: MachineCheck, guards: dict[str, str], verdict: str, tmp_path: Path
 ) -> None:
     finding = Finding(check, doctor.verdict(check, job(tmp_path, guards=guards).guards))
     assert finding.verdict == verdict
@@ -86,6 +86,6 @@ def test_a_port_in_use_is_told_unless_the_run_itself_may_use_it(tmp_path: Path) 
 
 
 def test_what_is_wrong_is_shown_with_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
-    doctor.show([Finding(Check("x", False, "2", "3", "count again"), "wrong")])
+    doctor.show([Finding(MachineCheck("x", False, "2", "3", "count again"), "wrong")])
     line = capsys.readouterr().out.splitlines()[1]
     assert line.split() == ["x", "2", "wrong", "expected:", "3;", "count", "again"]

@@ -19,7 +19,7 @@ OPEN_FILES = 4096
 
 
 @dataclass(frozen=True)
-class Check:
+class MachineCheck:
     """One verdict."""
 
     name: str
@@ -47,7 +47,7 @@ class Process:
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuFacts:
     """One that the ranks would use; sizes in bytes."""
 
     name: str
@@ -64,7 +64,7 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Place:
+class StorageAnswer:
     """A directory or bucket that was asked for."""
 
     target: str
@@ -97,12 +97,12 @@ class Needs:
 
 
 @dataclass(frozen=True)
-class Facts:
+class MachineFacts:
     """What was found. What was not looked for is None, and is not judged."""
 
     now: float | None = None
     """Unix seconds."""
-    gpus: tuple[Gpu, ...] | None = None
+    gpus: tuple[GpuFacts, ...] | None = None
     driver: str = ""
     """Why GPUs could not be asked."""
     memory: int | None = None
@@ -110,7 +110,7 @@ class Facts:
     disk: int | None = None
     port_owner: str | None = None
     """Empty: the fixed port is free."""
-    places: tuple[Place, ...] = ()
+    places: tuple[StorageAnswer, ...] = ()
     leftovers: tuple[str, ...] | None = None
     """Processes that an earlier supervisor of this run left behind."""
     collective: tuple[str, float] | None = None
@@ -132,7 +132,7 @@ class System:
     """What autoglm uses of the kernel: why not, empty if it works."""
 
 
-def judge(facts: Facts, needs: Needs) -> list[Check]:
+def judge(facts: MachineFacts, needs: Needs) -> list[MachineCheck]:
     """Every verdict that `facts` allow, in the order in which a start would need them."""
     return [
         *_leftovers(facts),
@@ -146,17 +146,19 @@ def judge(facts: Facts, needs: Needs) -> list[Check]:
     ]
 
 
-def judge_system(system: System) -> Iterator[Check]:
+def judge_system(system: System) -> Iterator[MachineCheck]:
     """What `autoglm doctor` says of the machine itself."""
-    yield Check("python", True, system.python, "3.10 or newer")
+    yield MachineCheck("python", True, system.python, "3.10 or newer")
     versions = dict(system.versions)
     error = versions.pop("error", "")
     found = error or ", ".join(f"{name} {version}" for name, version in versions.items())
-    yield Check("torch", not error, found, "an importable torch", "install torch, or repair it")
+    yield MachineCheck(
+        "torch", not error, found, "an importable torch", "install torch, or repair it"
+    )
     for name, reason in system.features.items():
         hint = "a newer kernel, or a container that allows it"
-        yield Check(name, not reason, reason or "works", "works", hint)
-    yield Check(
+        yield MachineCheck(name, not reason, reason or "works", "works", hint)
+    yield MachineCheck(
         "open files",
         system.open_files >= OPEN_FILES,
         f"{system.open_files:,} per process",
@@ -164,12 +166,12 @@ def judge_system(system: System) -> Iterator[Check]:
         "raise it with `ulimit -n`, or in limits.conf: loader workers use many",
     )
     for name, limit in system.limits.items():
-        yield Check(f"{name} limit", True, limit)
+        yield MachineCheck(f"{name} limit", True, limit)
 
 
-def _leftovers(facts: Facts) -> Iterator[Check]:
+def _leftovers(facts: MachineFacts) -> Iterator[MachineCheck]:
     if facts.leftovers is not None:
-        yield Check(
+        yield MachineCheck(
             "leftovers",
             not facts.leftovers,
             "; ".join(facts.leftovers) or "none",
@@ -178,14 +180,16 @@ def _leftovers(facts: Facts) -> Iterator[Check]:
         )
 
 
-def _gpus(facts: Facts) -> Iterator[Check]:
+def _gpus(facts: MachineFacts) -> Iterator[MachineCheck]:
     if facts.gpus is None:
         if facts.driver:
-            yield Check("gpus", None, facts.driver, "answers of the driver", "try nvidia-smi")
+            yield MachineCheck(
+                "gpus", None, facts.driver, "answers of the driver", "try nvidia-smi"
+            )
         return
     broken = [f"{gpu.name}: {trouble}" for gpu in facts.gpus if (trouble := _trouble(gpu))]
     answering = [gpu for gpu in facts.gpus if not gpu.error]
-    yield Check(
+    yield MachineCheck(
         "gpus",
         not broken,
         "; ".join(broken) or (f"{len(answering)}, healthy" if answering else "none"),
@@ -196,7 +200,7 @@ def _gpus(facts: Facts) -> Iterator[Check]:
     if not answering:
         return
     taken = [text for gpu in answering if (text := _taken(gpu))]
-    yield Check(
+    yield MachineCheck(
         "gpu memory",
         not taken,
         "; ".join(taken) or "free",
@@ -206,7 +210,7 @@ def _gpus(facts: Facts) -> Iterator[Check]:
     )
 
 
-def _trouble(gpu: Gpu) -> str:
+def _trouble(gpu: GpuFacts) -> str:
     if gpu.error:
         return gpu.error
     if gpu.remap_failed:
@@ -216,7 +220,7 @@ def _trouble(gpu: Gpu) -> str:
     return ""
 
 
-def _taken(gpu: Gpu) -> str:
+def _taken(gpu: GpuFacts) -> str:
     others = [process for process in gpu.processes if not process.ours]
     ours = sum(process.bytes or 0 for process in gpu.processes if process.ours)
     used = gpu.used - ours
@@ -226,14 +230,14 @@ def _taken(gpu: Gpu) -> str:
     return f"{gpu.name}: {used / GIB:.1f} of {gpu.total / GIB:.1f} GiB used by {who or 'others'}"
 
 
-def _memory(facts: Facts, needs: Needs) -> Iterator[Check]:
+def _memory(facts: MachineFacts, needs: Needs) -> Iterator[MachineCheck]:
     if facts.memory is not None:
         free = f"{facts.memory / GIB:.2f} GiB free"
         if needs.snapshot is None:
-            yield Check("host memory", True, free, "not measured yet: no checkpoint")
+            yield MachineCheck("host memory", True, free, "not measured yet: no checkpoint")
         elif needs.slots:
             needed = needs.slots * needs.snapshot
-            yield Check(
+            yield MachineCheck(
                 "host memory",
                 facts.memory >= needed,
                 free,
@@ -243,7 +247,7 @@ def _memory(facts: Facts, needs: Needs) -> Iterator[Check]:
                 "memory",
             )
     if facts.shm is not None:
-        yield Check(
+        yield MachineCheck(
             "/dev/shm",
             facts.shm >= SHM_BYTES,
             f"{facts.shm / GIB:.2f} GiB free",
@@ -253,7 +257,7 @@ def _memory(facts: Facts, needs: Needs) -> Iterator[Check]:
         )
 
 
-def _disk(facts: Facts, needs: Needs) -> Iterator[Check]:
+def _disk(facts: MachineFacts, needs: Needs) -> Iterator[MachineCheck]:
     if facts.disk is None:
         return
     least, why = needs.free_disk, "guards.free_disk"
@@ -263,7 +267,7 @@ def _disk(facts: Facts, needs: Needs) -> Iterator[Check]:
         if coming * needs.stored > least:
             least = coming * needs.stored
             why = f"the next {coming} checkpoints" if coming > 1 else "the next checkpoint"
-    yield Check(
+    yield MachineCheck(
         "disk",
         facts.disk >= least,
         f"{facts.disk / GIB:.2f} GiB free",
@@ -275,9 +279,9 @@ def _disk(facts: Facts, needs: Needs) -> Iterator[Check]:
     )
 
 
-def _port(facts: Facts, needs: Needs) -> Iterator[Check]:
+def _port(facts: MachineFacts, needs: Needs) -> Iterator[MachineCheck]:
     if facts.port_owner is not None:
-        yield Check(
+        yield MachineCheck(
             "port",
             not facts.port_owner,
             facts.port_owner or "free",
@@ -286,11 +290,11 @@ def _port(facts: Facts, needs: Needs) -> Iterator[Check]:
         )
 
 
-def _clock(facts: Facts, needs: Needs) -> Iterator[Check]:
+def _clock(facts: MachineFacts, needs: Needs) -> Iterator[MachineCheck]:
     if facts.now is None or needs.written is None:
         return
     behind = needs.written - facts.now
-    yield Check(
+    yield MachineCheck(
         "clock",
         behind <= CLOCK_SECONDS,
         f"{behind:.0f} s behind"
@@ -302,8 +306,8 @@ def _clock(facts: Facts, needs: Needs) -> Iterator[Check]:
     )
 
 
-def _place(place: Place) -> Check:
-    return Check(
+def _place(place: StorageAnswer) -> MachineCheck:
+    return MachineCheck(
         f"{'replica' if place.replica else 'storage'} {place.target}",
         not place.error,
         place.error or f"answered in {place.seconds * 1e3:.0f} ms",
@@ -313,10 +317,10 @@ def _place(place: Place) -> Check:
     )
 
 
-def _collective(facts: Facts, needs: Needs) -> Iterator[Check]:
+def _collective(facts: MachineFacts, needs: Needs) -> Iterator[MachineCheck]:
     if facts.collective is not None:
         error, seconds = facts.collective
-        yield Check(
+        yield MachineCheck(
             "collective round",
             not error,
             error or f"{needs.ranks} processes in {seconds:.1f} s, imports included",

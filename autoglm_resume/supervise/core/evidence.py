@@ -66,7 +66,7 @@ class RankEvidence:
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuErrors:
     """A GPU at the end of an attempt."""
 
     index: int
@@ -95,7 +95,7 @@ class Machine:
     """Processes of the ranks' cgroups that the kernel killed for lack of memory."""
     kernel: tuple[str, ...] | None = None
     """Lines of its log that can bear on a rank's end."""
-    gpus: tuple[Gpu, ...] | None = None
+    gpus: tuple[GpuErrors, ...] | None = None
     spaces: tuple[Space, ...] = ()
 
 

@@ -139,7 +139,7 @@ def agreed_step(beats: Sequence[Beat], step_seconds: float, ahead: float = 0.25)
 
 
 @dataclass
-class Pace:
+class StepRate:
     """How fast steps complete, from looks at the beats."""
 
     step: int = -1

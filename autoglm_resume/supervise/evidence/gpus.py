@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from autoglm_resume.supervise.base import nvml
-from autoglm_resume.supervise.core.evidence import Gpu
+from autoglm_resume.supervise.core.evidence import GpuErrors
 
 DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
 """One of these is there where a driver is."""
@@ -22,7 +22,7 @@ class Gpus:
     """
 
     def __init__(self) -> None:
-        self._before: list[Gpu] | None = None
+        self._before: list[GpuErrors] | None = None
         self._open = contextlib.ExitStack()
         self._library: Any = None
         self._asking: threading.Thread | None = None
@@ -30,7 +30,7 @@ class Gpus:
             self._asking = threading.Thread(target=self._begin, daemon=True)
             self._asking.start()
 
-    def since(self) -> tuple[Gpu, ...] | None:
+    def since(self) -> tuple[GpuErrors, ...] | None:
         """Their state, and errors since the beginning; None where no driver answers."""
         if self._asking is None:
             return None
@@ -55,16 +55,18 @@ class Gpus:
         self._open.close()
 
 
-def compared(before: Gpu, now: Gpu | None) -> Gpu:
+def compared(before: GpuErrors, now: GpuErrors | None) -> GpuErrors:
     """`now` with the errors since `before`; one that is not there any more is lost."""
     if now is None or now.lost:
-        return Gpu(before.index, before.bus, lost=True)
+        return GpuErrors(before.index, before.bus, lost=True)
     if before.uncorrected is None or now.uncorrected is None:
-        return Gpu(before.index, before.bus)
-    return Gpu(before.index, before.bus, uncorrected=max(0, now.uncorrected - before.uncorrected))
+        return GpuErrors(before.index, before.bus)
+    return GpuErrors(
+        before.index, before.bus, uncorrected=max(0, now.uncorrected - before.uncorrected)
+    )
 
 
-def _read(library: Any) -> list[Gpu] | None:
+def _read(library: Any) -> list[GpuErrors] | None:
     """Every GPU, with all its ECC errors since the driver was loaded; None if it does not say."""
     try:
         found = (_gpu(library, index) for index in range(library.nvmlDeviceGetCount()))
@@ -73,7 +75,7 @@ def _read(library: Any) -> list[Gpu] | None:
         return None
 
 
-def _gpu(library: Any, index: int) -> Gpu | None:
+def _gpu(library: Any, index: int) -> GpuErrors | None:
     """One GPU, None if it is not there any more."""
     try:
         handle = library.nvmlDeviceGetHandleByIndex(index)
@@ -82,6 +84,6 @@ def _gpu(library: Any, index: int) -> Gpu | None:
         return None
     bus = bus.decode() if isinstance(bus, bytes) else bus
     try:
-        return Gpu(index, bus, uncorrected=nvml.uncorrected(library, handle))
+        return GpuErrors(index, bus, uncorrected=nvml.uncorrected(library, handle))
     except library.NVMLError_GpuIsLost:
-        return Gpu(index, bus, lost=True)
+        return GpuErrors(index, bus, lost=True)

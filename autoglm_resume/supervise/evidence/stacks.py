@@ -15,7 +15,7 @@ from pathlib import Path
 
 from autoglm_resume.protocol.assignment import RANK, STACKS
 from autoglm_resume.supervise.base.event_loop import EventLoop
-from autoglm_resume.supervise.ranks.group import Group
+from autoglm_resume.supervise.ranks.group import WorkerGroup
 
 PATIENCE = 1.0
 """Seconds for all ranks to write them; one in uninterruptible sleep never does."""
@@ -29,7 +29,7 @@ _CUT = "  ..."
 
 
 def collect(
-    loop: EventLoop, group: Group, ranks: Sequence[int], path: Callable[[int], Path]
+    loop: EventLoop, group: WorkerGroup, ranks: Sequence[int], path: Callable[[int], Path]
 ) -> dict[int, tuple[str, ...]]:
     """Ask `ranks` for their stacks, to be found at `path(rank)`; returns those of main threads.
 

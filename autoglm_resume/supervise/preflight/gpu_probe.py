@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from autoglm_resume.supervise.base import nvml
-from autoglm_resume.supervise.core.checks import Gpu, Process
+from autoglm_resume.supervise.core.checks import GpuFacts, Process
 from autoglm_resume.supervise.preflight.leftovers import name_of
 
 
-def look(ours: Callable[[int], bool], listed: str | None) -> tuple[tuple[Gpu, ...] | None, str]:
+def look(
+    ours: Callable[[int], bool], listed: str | None
+) -> tuple[tuple[GpuFacts, ...] | None, str]:
     """(the GPUs in `listed`, why they could not be asked). `ours` tells processes of this run.
 
     `listed` is CUDA_VISIBLE_DEVICES as the ranks get it, None where they see every GPU.
@@ -26,10 +28,10 @@ def look(ours: Callable[[int], bool], listed: str | None) -> tuple[tuple[Gpu, ..
     except nvml.missing():
         return ((), "") if not names or names[0] in ("", "-1") else (None, "there is no driver")
     except nvml.error() as error:
-        return (Gpu("driver", str(error)),), ""
+        return (GpuFacts("driver", str(error)),), ""
 
 
-def _gpu(library: Any, name: str, ours: Callable[[int], bool]) -> Gpu:
+def _gpu(library: Any, name: str, ours: Callable[[int], bool]) -> GpuFacts:
     try:
         if name.isdecimal():
             handle = library.nvmlDeviceGetHandleByIndex(int(name))
@@ -37,7 +39,7 @@ def _gpu(library: Any, name: str, ours: Callable[[int], bool]) -> Gpu:
             handle = library.nvmlDeviceGetHandleByUUID(name)
         memory = library.nvmlDeviceGetMemoryInfo(handle)
     except library.NVMLError as error:
-        return Gpu(f"GPU {name}", str(error))
+        return GpuFacts(f"GPU {name}", str(error))
 
     def ask(function: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -47,7 +49,7 @@ def _gpu(library: Any, name: str, ours: Callable[[int], bool]) -> Gpu:
 
     errors = ask(lambda handle: nvml.uncorrected(library, handle))
     rows = ask(library.nvmlDeviceGetRemappedRows)
-    return Gpu(
+    return GpuFacts(
         f"GPU {name}",
         "",
         int(memory.total),

@@ -25,7 +25,7 @@ from autoglm_resume.protocol.shared_memory import room
 from autoglm_resume.supervise.base.assign import environment, world_size
 from autoglm_resume.supervise.base.gpu_exclusion import VISIBLE
 from autoglm_resume.supervise.base.run_directory import RunDirectory
-from autoglm_resume.supervise.core.checks import Check, Facts, Gpu, Needs, judge
+from autoglm_resume.supervise.core.checks import GpuFacts, MachineCheck, MachineFacts, Needs, judge
 from autoglm_resume.supervise.preflight import collective_round, gpu_probe, leftovers
 from autoglm_resume.supervise.preflight.storage_probe import StorageProbe
 
@@ -47,7 +47,7 @@ class Preflight:
         self._reach: StorageProbe | None = None
         # The driver's first answer takes up to seconds, and one that is stuck gives none.
         self._looking = threading.Thread(target=self._look, daemon=True)
-        self._looked: tuple[Gpu, ...] | None = None
+        self._looked: tuple[GpuFacts, ...] | None = None
         self._driver = ""
 
     @property
@@ -65,7 +65,7 @@ class Preflight:
         # One that is strict was asked before anything else.
         storage = [str(self._job.checkpoint.dir)] if guards.storage == "lenient" else []
         self._reach = StorageProbe(storage, replicas)
-        facts = Facts(leftovers=self._end_leftovers(), shm=shared_memory())
+        facts = MachineFacts(leftovers=self._end_leftovers(), shm=shared_memory())
         if guards.gpus != "off" or guards.gpu_memory != "off":
             self._looking.start()
         if guards.collective != "off":
@@ -80,7 +80,7 @@ class Preflight:
         the run has come further than a refusal would bring it.
         """
         first, self._started = not self._started, True
-        facts = Facts(now=time.time(), disk=free(store.root))
+        facts = MachineFacts(now=time.time(), disk=free(store.root))
         if first:  # later the snapshots are in memory already
             facts = replace(facts, memory=room(), gpus=self._gpus(), driver=self._driver)
         self._act(judge(facts, needs(self._job, store, resume, self._written)), refuse=first)
@@ -90,13 +90,13 @@ class Preflight:
             lambda pid: leftovers.belongs(pid, self._run.path), environment(self._job).get(VISIBLE)
         )
 
-    def _gpus(self) -> tuple[Gpu, ...] | None:
+    def _gpus(self) -> tuple[GpuFacts, ...] | None:
         """What the driver said meanwhile."""
         if self._looking.ident is None:  # nobody wants to know
             return None
         self._looking.join(DRIVER_SECONDS)
         if self._looking.is_alive():
-            return (Gpu("driver", f"no answer within {DRIVER_SECONDS:.0f} s"),)
+            return (GpuFacts("driver", f"no answer within {DRIVER_SECONDS:.0f} s"),)
         return self._looked
 
     def _end_leftovers(self) -> tuple[str, ...]:
@@ -108,7 +108,7 @@ class Preflight:
             self._tell("warning", text=text)
         return tuple(names[process.pid] for process in left)
 
-    def _act(self, checks: Iterable[Check], *, refuse: bool) -> None:
+    def _act(self, checks: Iterable[MachineCheck], *, refuse: bool) -> None:
         for check in checks:
             strictness = getattr(self._job.guards, check.guard) if check.guard else "lenient"
             if check.ok is not False or strictness == "off":
@@ -129,10 +129,10 @@ def require_storage(job: Job) -> None:
     if job.guards.storage == "strict":
         places = StorageProbe([str(job.checkpoint.dir)]).answers()
         if places[0].hung:  # what else may be wrong with it is said better by who uses it
-            raise refusal(judge(Facts(places=places), Needs(1))[0])
+            raise refusal(judge(MachineFacts(places=places), Needs(1))[0])
 
 
-def refusal(check: Check) -> UsageError:
+def refusal(check: MachineCheck) -> UsageError:
     """Of what a strict guard found."""
     return UsageError(
         f"guards.{check.guard}: {sentence(check)}",
@@ -140,7 +140,7 @@ def refusal(check: Check) -> UsageError:
     )
 
 
-def sentence(check: Check) -> str:
+def sentence(check: MachineCheck) -> str:
     """What was expected, and what was found."""
     return f"{check.name}: expected {check.expected}, found {check.found}"
 

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
-from autoglm_resume.supervise.core.checks import Place
+from autoglm_resume.supervise.core.checks import StorageAnswer
 
 SECONDS = 10.0
 
@@ -53,7 +53,7 @@ class StorageProbe:
         """Of children that hang in the kernel: they cannot be ended, and nobody may wait for it."""
         return frozenset(process.pid for *_, process in self._asked if process.poll() is None)
 
-    def answers(self, within: float = SECONDS) -> tuple[Place, ...]:
+    def answers(self, within: float = SECONDS) -> tuple[StorageAnswer, ...]:
         """What each said."""
         deadline = self._began + within
         ended: dict[int, float] = {}
@@ -80,7 +80,9 @@ class StorageProbe:
                     process.wait(0.1)
             assert process.stderr is not None
             process.stderr.close()
-            places.append(Place(target, error, ended.get(n, within), replica, n not in ended))
+            places.append(
+                StorageAnswer(target, error, ended.get(n, within), replica, n not in ended)
+            )
         return tuple(places)
 
 

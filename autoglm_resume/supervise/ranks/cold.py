@@ -11,7 +11,7 @@ from autoglm_resume.protocol.assignment import Assignment, Endpoint
 from autoglm_resume.supervise.base.context import RunContext
 from autoglm_resume.supervise.base.machine import free_port
 from autoglm_resume.supervise.base.spawn import HOME
-from autoglm_resume.supervise.ranks.group import Group
+from autoglm_resume.supervise.ranks.group import WorkerGroup
 from autoglm_resume.supervise.ranks.launcher import Preview, StartUp
 
 
@@ -36,7 +36,7 @@ class Cold:
     def rendezvous(self, fixed: int | None) -> Endpoint:
         return Endpoint(free_port(fixed), served=False)
 
-    def start(self, assignment: Assignment, group: Group) -> None:
+    def start(self, assignment: Assignment, group: WorkerGroup) -> None:
         if not self._stops:
             for rank, pid in self.spawn(assignment, range(assignment.world_size)).items():
                 group.add(rank, pid)

@@ -39,7 +39,7 @@ class Exit:
     by_us: bool
 
 
-class Group:
+class WorkerGroup:
     """Processes keyed by rank; pidfds tell when one ends, and no pid is ever signalled after that.
 
     A process that we do not own (a rank below torchrun) is watched all the same; only its exit

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 from autoglm_resume.job.spec import Job
 from autoglm_resume.protocol.assignment import Assignment, Endpoint
 from autoglm_resume.supervise.base.context import RunContext
-from autoglm_resume.supervise.ranks.group import Group
+from autoglm_resume.supervise.ranks.group import WorkerGroup
 
 
 class StartUp(NamedTuple):
@@ -55,7 +55,7 @@ class Launcher(Protocol):
         """
         ...
 
-    def start(self, assignment: Assignment, group: Group) -> None:
+    def start(self, assignment: Assignment, group: WorkerGroup) -> None:
         """Start every rank into `group`, unless a stop is asked for first."""
         ...
 

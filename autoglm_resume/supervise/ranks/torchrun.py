@@ -14,7 +14,7 @@ from autoglm_resume.protocol.assignment import ASSIGNMENT, Assignment, Endpoint
 from autoglm_resume.supervise.base.context import RunContext
 from autoglm_resume.supervise.base.machine import free_port
 from autoglm_resume.supervise.base.spawn import HOME
-from autoglm_resume.supervise.ranks.group import AGENT, Group
+from autoglm_resume.supervise.ranks.group import AGENT, WorkerGroup
 from autoglm_resume.supervise.ranks.launcher import Preview, StartUp
 
 _TIED = """
@@ -49,7 +49,7 @@ class Torchrun:
     def rendezvous(self, fixed: int | None) -> Endpoint:
         return Endpoint(free_port(fixed), served=True)
 
-    def start(self, assignment: Assignment, group: Group) -> None:
+    def start(self, assignment: Assignment, group: WorkerGroup) -> None:
         if self._stops:
             return
         with torchrun_log(assignment).open("ab") as output:

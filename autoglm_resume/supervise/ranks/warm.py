@@ -13,10 +13,10 @@ from autoglm_resume.supervise.base.assign import source
 from autoglm_resume.supervise.base.context import RunContext
 from autoglm_resume.supervise.base.machine import free_port
 from autoglm_resume.supervise.ranks.cold import Cold
-from autoglm_resume.supervise.ranks.group import Group, end_orphans
+from autoglm_resume.supervise.ranks.group import WorkerGroup, end_orphans
 from autoglm_resume.supervise.ranks.launcher import Preview, StartUp
 from autoglm_resume.supervise.ranks.spares import Spares
-from autoglm_resume.supervise.ranks.zygote import State, StoreProcess, Zygote
+from autoglm_resume.supervise.ranks.zygote import StoreProcess, Zygote, ZygoteState
 
 
 class Warm:
@@ -79,7 +79,7 @@ class Warm:
             return Endpoint(self._serving[-1].port, served=True)
         return Endpoint(free_port(fixed), served=False)
 
-    def start(self, assignment: Assignment, group: Group) -> None:
+    def start(self, assignment: Assignment, group: WorkerGroup) -> None:
         ranks = range(assignment.world_size)
         self._settle()
         if self._stops:
@@ -133,7 +133,9 @@ class Warm:
         """Wait until there is a zygote that can fork, or none."""
 
         def settled() -> bool:
-            return bool(self._stops) or self._zygote is None or self._zygote.state is State.READY
+            return (
+                bool(self._stops) or self._zygote is None or self._zygote.state is ZygoteState.READY
+            )
 
         if not self._loop.wait(settled, time.monotonic() + self.PATIENCE) and self._zygote:
             self._zygote.give_up(f"it was silent for {self.PATIENCE:.0f} s")

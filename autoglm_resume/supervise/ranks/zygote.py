@@ -26,7 +26,7 @@ PATIENCE = 5.0
 """Seconds for a fork, which takes milliseconds."""
 
 
-class State(enum.Enum):
+class ZygoteState(enum.Enum):
     """What a zygote can do now."""
 
     BUSY = "busy"
@@ -68,7 +68,7 @@ class Zygote:
         self._requests: list[dict[str, Any]] = []
         self._asked = ""
         """What it is doing now."""
-        self.state = State.BUSY
+        self.state = ZygoteState.BUSY
         self.unfit_module: str | None = None
         self._reply: dict[str, Any] | None = None
         self._introduced = False
@@ -107,11 +107,13 @@ class Zygote:
 
     def fork(self, assignment: Path, ranks: Sequence[int]) -> dict[int, int] | None:
         """Pids of freshly forked ranks; None if the zygote is not or no longer able to."""
-        if self.state is not State.READY:
+        if self.state is not ZygoteState.READY:
             return None
         self._reply = None
         self._ask({"op": "fork", "assignment": str(assignment), "ranks": list(ranks)})
-        if not self._loop.wait(lambda: self.state is not State.BUSY, time.monotonic() + PATIENCE):
+        if not self._loop.wait(
+            lambda: self.state is not ZygoteState.BUSY, time.monotonic() + PATIENCE
+        ):
             self.give_up(f"it did not fork within {PATIENCE:.0f} s")
             return None
         if self._reply is None or self._reply["op"] != "forked":
@@ -120,7 +122,7 @@ class Zygote:
 
     def close(self) -> None:
         """End the process."""
-        if self.state is not State.GONE:
+        if self.state is not ZygoteState.GONE:
             self._end()
 
     def _ask(self, request: dict[str, Any]) -> None:
@@ -128,9 +130,9 @@ class Zygote:
         self._send_next()
 
     def _send_next(self) -> None:
-        if self.state is not State.READY or not self._requests:
+        if self.state is not ZygoteState.READY or not self._requests:
             return
-        self.state = State.BUSY
+        self.state = ZygoteState.BUSY
         request = self._requests.pop(0)
         self._asked = request["op"]
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -154,7 +156,7 @@ class Zygote:
             self.give_up(f"it cannot fork safely: {reply['reason']}{after}")
             return
         self._reply = reply
-        self.state, self._asked = State.READY, ""
+        self.state, self._asked = ZygoteState.READY, ""
         self._send_next()
         if reply["op"] == "store" and reply["port"]:
             self._opened(StoreProcess(reply["pid"], reply["port"]))
@@ -172,7 +174,7 @@ class Zygote:
         self._lost()
 
     def _end(self) -> None:
-        self.state, self._asked = State.GONE, ""
+        self.state, self._asked = ZygoteState.GONE, ""
         self._loop.forget(self._socket)
         self._socket.close()
         self._process.kill()

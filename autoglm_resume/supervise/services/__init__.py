@@ -1,3 +1,4 @@
-"""The supervisor's handles on the processes beside the ranks: savers, replicator, notifier.
-Each starts its process, talks to it, starts it again when it dies, and ends it.
+"""The supervisor's handles on processes that work beside the ranks.
+
+Each is restarted when it dies, and training never waits for one.
 """

@@ -15,7 +15,7 @@ from autoglm_resume.protocol.silences import Counts
 from autoglm_resume.supervise.core.liveness import (
     Limits,
     Look,
-    Pace,
+    StepRate,
     agreed_step,
     expected,
     health,
@@ -254,7 +254,7 @@ def test_an_agreed_step_lies_ahead_of_every_rank(steps: list[int], step_seconds:
 
 
 def test_a_pace_is_that_of_the_last_looks_that_differed() -> None:
-    pace = Pace()
+    pace = StepRate()
     assert (pace.rate, pace.seconds) == (0.0, 0.0)
     pace.see(10, 100.0)
     assert pace.rate == 0.0

@@ -11,7 +11,7 @@ from autoglm_resume.protocol.heartbeats import Beat, Phase
 from autoglm_resume.supervise.core.diagnosis import Previous, conclude
 from autoglm_resume.supervise.core.evidence import (
     ErrorRecord,
-    Gpu,
+    GpuErrors,
     Machine,
     RankEvidence,
     Refusal,
@@ -181,7 +181,7 @@ def test_a_file_cut_short_on_a_full_disk_is_a_full_disk() -> None:
 
 
 XID = "NVRM: Xid (PCI:0000:3B:00): 79, {}GPU has fallen off the bus."
-GPUS = (Gpu(0, "00000000:3A:00.0"), Gpu(1, "00000000:3B:00.0"))
+GPUS = (GpuErrors(0, "00000000:3A:00.0"), GpuErrors(1, "00000000:3B:00.0"))
 CUDA = "CUDA error: an illegal memory access was encountered"
 
 
@@ -193,9 +193,9 @@ CUDA = "CUDA error: an illegal memory access was encountered"
         (Machine(kernel=(XID.format("pid=100, "),), gpus=GPUS[:1]), Kind.GPU_FAULT),
         # A GPU that is none of ours.
         (Machine(kernel=(XID.format("pid=7, "),), gpus=GPUS[:1]), Kind.EXCEPTION),
-        (Machine(gpus=(Gpu(0, "x"), Gpu(1, "y", lost=True))), Kind.GPU_FAULT),
-        (Machine(gpus=(Gpu(0, "x", uncorrected=1),)), Kind.GPU_FAULT),
-        (Machine(gpus=(Gpu(0, "x", uncorrected=0), Gpu(1, "y"))), Kind.EXCEPTION),
+        (Machine(gpus=(GpuErrors(0, "x"), GpuErrors(1, "y", lost=True))), Kind.GPU_FAULT),
+        (Machine(gpus=(GpuErrors(0, "x", uncorrected=1),)), Kind.GPU_FAULT),
+        (Machine(gpus=(GpuErrors(0, "x", uncorrected=0), GpuErrors(1, "y"))), Kind.EXCEPTION),
         (Machine(kernel=(), gpus=()), Kind.EXCEPTION),
     ],
 )

@@ -16,7 +16,7 @@ import pytest
 
 from autoglm_resume.protocol.assignment import Assignment, Checkpointing, Source
 from autoglm_resume.protocol.heartbeats import NEVER
-from autoglm_resume.supervise.core.evidence import Gpu, RankEvidence, Refusal
+from autoglm_resume.supervise.core.evidence import GpuErrors, RankEvidence, Refusal
 from autoglm_resume.supervise.evidence import gpus
 from autoglm_resume.supervise.evidence.collect import (
     KernelLog,
@@ -321,8 +321,10 @@ def test_without_counters_the_source_is_missing(tmp_path: Path) -> None:
 
 
 def test_gpus_are_compared_with_what_they_were() -> None:
-    before = Gpu(0, "bus", uncorrected=3)
-    assert gpus.compared(before, Gpu(0, "bus", uncorrected=5)) == Gpu(0, "bus", uncorrected=2)
-    assert gpus.compared(before, Gpu(0, "bus")) == Gpu(0, "bus")
-    assert gpus.compared(before, None) == Gpu(0, "bus", lost=True)
-    assert gpus.compared(before, Gpu(0, "bus", lost=True)) == Gpu(0, "bus", lost=True)
+    before = GpuErrors(0, "bus", uncorrected=3)
+    assert gpus.compared(before, GpuErrors(0, "bus", uncorrected=5)) == GpuErrors(
+        0, "bus", uncorrected=2
+    )
+    assert gpus.compared(before, GpuErrors(0, "bus")) == GpuErrors(0, "bus")
+    assert gpus.compared(before, None) == GpuErrors(0, "bus", lost=True)
+    assert gpus.compared(before, GpuErrors(0, "bus", lost=True)) == GpuErrors(0, "bus", lost=True)

@@ -10,7 +10,7 @@ import pytest
 from autoglm_resume.linux import DirectoryWatch
 from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.evidence import stacks
-from autoglm_resume.supervise.ranks.group import Group
+from autoglm_resume.supervise.ranks.group import WorkerGroup
 
 WHOLE = """\
 Thread 0x00007f5eb69566c0 (most recent call first):
@@ -56,11 +56,11 @@ dream()
 
 
 @pytest.fixture
-def watched(tmp_path: Path) -> Iterator[tuple[EventLoop, Group]]:
+def watched(tmp_path: Path) -> Iterator[tuple[EventLoop, WorkerGroup]]:
     loop, watch = EventLoop(), DirectoryWatch()
     watch.add(tmp_path)
     loop.watch(watch, lambda: list(watch.changed()) and None)
-    group = Group(loop, lambda *_: None)
+    group = WorkerGroup(loop, lambda *_: None)
     yield loop, group
     group.stop(0.0)
     watch.close()
@@ -69,7 +69,7 @@ def watched(tmp_path: Path) -> Iterator[tuple[EventLoop, Group]]:
 @pytest.mark.parametrize("how", ["time.sleep(1000)", "sum(range(10**13))"])
 @pytest.mark.parametrize("stopped", [False, True])
 def test_ranks_tell_where_they_sleep_hold_the_lock_or_are_stopped(
-    watched: tuple[EventLoop, Group], tmp_path: Path, how: str, stopped: bool
+    watched: tuple[EventLoop, WorkerGroup], tmp_path: Path, how: str, stopped: bool
 ) -> None:
     loop, group = watched
     (tmp_path / "dreams.py").write_text(SLEEPS.format(how))
@@ -89,7 +89,7 @@ def test_ranks_tell_where_they_sleep_hold_the_lock_or_are_stopped(
 
 
 def test_one_that_does_not_answer_is_not_waited_for_long(
-    watched: tuple[EventLoop, Group], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    watched: tuple[EventLoop, WorkerGroup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop, group = watched
     monkeypatch.setattr(stacks, "PATIENCE", 0.05)

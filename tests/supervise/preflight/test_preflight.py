@@ -16,7 +16,7 @@ from autoglm_resume.job.spec import Job
 from autoglm_resume.protocol.assignment import ResumePoint
 from autoglm_resume.supervise.base.gpu_exclusion import VISIBLE, excluding, without
 from autoglm_resume.supervise.base.run_directory import RunDirectory
-from autoglm_resume.supervise.core.checks import Gpu
+from autoglm_resume.supervise.core.checks import GpuFacts
 from autoglm_resume.supervise.preflight import collective_round, gpu_probe, preflight
 from autoglm_resume.supervise.preflight.preflight import Preflight
 from tests.observe.runs import checkpoint, directory, killed_once
@@ -79,9 +79,11 @@ def test_a_gpu_that_was_left_out_is_not_asked_again(
     asked = Asked(tmp_path, gpus="strict")
     wanted: list[str | None] = []
 
-    def look(ours: Callable[[int], bool], listed: str | None) -> tuple[tuple[Gpu, ...], str]:
+    def look(ours: Callable[[int], bool], listed: str | None) -> tuple[tuple[GpuFacts, ...], str]:
         wanted.append(listed)
-        return tuple(Gpu(f"GPU {n}", "broken" if n == "1" else "") for n in listed.split(",")), ""  # type: ignore[union-attr]
+        return tuple(
+            GpuFacts(f"GPU {n}", "broken" if n == "1" else "") for n in listed.split(",")
+        ), ""  # type: ignore[union-attr]
 
     monkeypatch.setattr(gpu_probe, "look", look)  # a broken GPU cannot be had
     monkeypatch.setenv(VISIBLE, "0,1,2")

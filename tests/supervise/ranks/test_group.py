@@ -13,7 +13,7 @@ import pytest
 
 from autoglm_resume.errors import Unkillable
 from autoglm_resume.supervise.base.event_loop import EventLoop
-from autoglm_resume.supervise.ranks.group import Exit, Group
+from autoglm_resume.supervise.ranks.group import Exit, WorkerGroup
 from tests.patience import soon
 
 Start = Callable[[str], int]
@@ -49,8 +49,8 @@ def ends() -> list[tuple[int, Exit]]:
 
 
 @pytest.fixture
-def group(loop: EventLoop, ends: list[tuple[int, Exit]]) -> Group:
-    return Group(loop, lambda rank, how: ends.append((rank, how)))
+def group(loop: EventLoop, ends: list[tuple[int, Exit]]) -> WorkerGroup:
+    return WorkerGroup(loop, lambda rank, how: ends.append((rank, how)))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,11 @@ def group(loop: EventLoop, ends: list[tuple[int, Exit]]) -> Group:
     ],
 )
 def test_an_exit_is_the_true_one(
-    group: Group, loop: EventLoop, start: Start, code: str, expected: tuple[int | None, int | None]
+    group: WorkerGroup,
+    loop: EventLoop,
+    start: Start,
+    code: str,
+    expected: tuple[int | None, int | None],
 ) -> None:
     began = time.monotonic()
     group.add(4, start(code))
@@ -78,7 +82,7 @@ def test_an_exit_is_the_true_one(
 
 
 def test_exits_keep_their_order_and_are_told_once(
-    group: Group, loop: EventLoop, start: Start, ends: list[tuple[int, Exit]]
+    group: WorkerGroup, loop: EventLoop, start: Start, ends: list[tuple[int, Exit]]
 ) -> None:
     for rank in range(3):
         group.add(rank, start(QUIET))
@@ -91,7 +95,7 @@ def test_exits_keep_their_order_and_are_told_once(
     assert group.alive == []
 
 
-def test_a_group_that_ends_on_sigterm_needs_no_grace(group: Group, start: Start) -> None:
+def test_a_group_that_ends_on_sigterm_needs_no_grace(group: WorkerGroup, start: Start) -> None:
     for rank in range(3):
         group.add(rank, start(QUIET))
     began = time.monotonic()
@@ -100,7 +104,7 @@ def test_a_group_that_ends_on_sigterm_needs_no_grace(group: Group, start: Start)
     assert {(how.signal, how.by_us) for how in group.exits.values()} == {(signal.SIGTERM, True)}
 
 
-def test_who_ignores_sigterm_is_killed_after_the_grace(group: Group, start: Start) -> None:
+def test_who_ignores_sigterm_is_killed_after_the_grace(group: WorkerGroup, start: Start) -> None:
     group.add(0, start(STUBBORN))
     group.add(1, start(QUIET))
     began = time.monotonic()
@@ -110,13 +114,13 @@ def test_who_ignores_sigterm_is_killed_after_the_grace(group: Group, start: Star
     assert group.exits[1].signal == signal.SIGTERM
 
 
-def test_without_grace_everybody_is_killed_at_once(group: Group, start: Start) -> None:
+def test_without_grace_everybody_is_killed_at_once(group: WorkerGroup, start: Start) -> None:
     group.add(0, start(QUIET))
     group.stop(0.0)
     assert group.exits[0].signal == signal.SIGKILL
 
 
-def test_a_stopped_process_is_ended_by_sigterm(group: Group, start: Start) -> None:
+def test_a_stopped_process_is_ended_by_sigterm(group: WorkerGroup, start: Start) -> None:
     pid = start(QUIET)
     os.kill(pid, signal.SIGSTOP)
     group.add(0, pid)
@@ -126,7 +130,7 @@ def test_a_stopped_process_is_ended_by_sigterm(group: Group, start: Start) -> No
     assert group.exits[0].signal == signal.SIGTERM
 
 
-def test_a_stopped_process_that_ignores_sigterm_is_killed(group: Group, start: Start) -> None:
+def test_a_stopped_process_that_ignores_sigterm_is_killed(group: WorkerGroup, start: Start) -> None:
     pid = start(STUBBORN)
     os.kill(pid, signal.SIGSTOP)
     group.add(0, pid)
@@ -134,7 +138,7 @@ def test_a_stopped_process_that_ignores_sigterm_is_killed(group: Group, start: S
     assert group.exits[0].signal == signal.SIGKILL
 
 
-def test_who_lingers_may_end_by_itself_after_the_others(group: Group, start: Start) -> None:
+def test_who_lingers_may_end_by_itself_after_the_others(group: WorkerGroup, start: Start) -> None:
     rank = start(QUIET)
     agent = start(
         "import os, select, signal; signal.signal(15, signal.SIG_IGN); "
@@ -148,14 +152,16 @@ def test_who_lingers_may_end_by_itself_after_the_others(group: Group, start: Sta
     assert group.exits[0].order == 0
 
 
-def test_who_lingers_too_long_is_killed(group: Group, start: Start) -> None:
+def test_who_lingers_too_long_is_killed(group: WorkerGroup, start: Start) -> None:
     group.add(-1, start(QUIET))
     group.add(0, start(QUIET))
     group.stop(0.1, linger=frozenset([-1]))
     assert group.exits[-1].signal == signal.SIGKILL
 
 
-def test_an_exit_before_the_stop_is_not_ours(group: Group, loop: EventLoop, start: Start) -> None:
+def test_an_exit_before_the_stop_is_not_ours(
+    group: WorkerGroup, loop: EventLoop, start: Start
+) -> None:
     group.add(0, start("raise SystemExit(3)"))
     assert loop.wait(lambda: not group.alive, soon())
     group.add(1, start(QUIET))
@@ -164,7 +170,7 @@ def test_an_exit_before_the_stop_is_not_ours(group: Group, loop: EventLoop, star
 
 
 def test_a_process_that_is_not_ours_is_watched_without_its_code(
-    group: Group, loop: EventLoop, start: Start, tmp_path: Path
+    group: WorkerGroup, loop: EventLoop, start: Start, tmp_path: Path
 ) -> None:
     middle = subprocess.Popen(
         [
@@ -188,7 +194,7 @@ def test_a_process_that_is_not_ours_is_watched_without_its_code(
 
 
 def test_a_process_that_is_gone_already_has_ended(
-    group: Group, ends: list[tuple[int, Exit]], loop: EventLoop
+    group: WorkerGroup, ends: list[tuple[int, Exit]], loop: EventLoop
 ) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
@@ -203,7 +209,7 @@ def descriptors() -> set[str]:
 
 def test_no_descriptor_is_left_open(loop: EventLoop, start: Start) -> None:
     before = descriptors()
-    group = Group(loop, lambda *_: None)
+    group = WorkerGroup(loop, lambda *_: None)
     pid = start("pass")
     opened = descriptors()
     group.add(0, pid)
@@ -287,7 +293,7 @@ def frozen() -> Iterator[Callable[[int], None]]:
 
 
 def test_a_process_that_is_stuck_in_the_kernel_is_named_and_not_waited_for_for_ever(
-    group: Group,
+    group: WorkerGroup,
     start: Start,
     frozen: Callable[[int], None],
     monkeypatch: pytest.MonkeyPatch,
