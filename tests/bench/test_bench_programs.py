@@ -23,9 +23,11 @@ def common(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)
-def test_every_program_has_the_common_options(program: Path) -> None:
-    shown = subprocess.run([sys.executable, program, "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0
+def test_every_program_says_what_it_does_without_an_environment(program: Path) -> None:
+    # -S: nothing but the standard library, as of a python3 in which nothing is installed.
+    command = [sys.executable, "-S", program, "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, env={})
+    assert shown.returncode == 0, shown.stderr
     assert all(option in shown.stdout for option in ("--quick", "--seed", "--json"))
     assert program.stat().st_mode & 0o111
 
@@ -45,6 +47,16 @@ def test_a_failed_check_is_written_down_and_is_exit_code_1(
         {"name": "x", "measured": measured, "required": 3, "unit": "us", "ok": code == 0}
     ]
     assert written["machine"]["cores"] >= 1
+
+
+def test_another_checkout_has_to_be_set_up(common: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="scripts/setup-venv"):
+        common.python_of(tmp_path)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    assert common.python_of(tmp_path) == str(python)
+    assert common.autoglm(str(python))[0] == str(python)
 
 
 def test_lines_that_a_kill_cut_short_are_left_out(common: ModuleType, tmp_path: Path) -> None:

@@ -33,15 +33,17 @@ WORK = REPOSITORY / ".bench"
 """Everything a program here leaves behind."""
 
 
-def ready() -> None:
-    """Return in a Python that has autoglm and torch: this one, or else the one of `.venv`."""
-    if importlib.util.find_spec("autoglm_resume") and importlib.util.find_spec("torch"):
+def _in_project_python() -> None:
+    """Return in a Python that has this autoglm and torch: this one, or else the one of `.venv`."""
+    package = importlib.util.find_spec("autoglm_resume")
+    here = package is not None and Path(package.origin or "").is_relative_to(REPOSITORY)
+    if here and importlib.util.find_spec("torch"):
         return
     python = REPOSITORY / ".venv" / "bin" / "python"
     if Path(sys.prefix) == python.parent.parent:
         sys.exit(f"{python}: autoglm_resume cannot be imported; remove .venv and try again")
-    say("setting up .venv")
-    set_up = ["bash", "-c", 'extra=; source "$0"', str(REPOSITORY / "scripts" / "setup-venv")]
+    # With what the tests need, too: one set-up serves both, and `corruption` wants safetensors.
+    set_up = ["bash", "-c", 'extra=test; source "$0"', str(REPOSITORY / "scripts" / "setup-venv")]
     if code := subprocess.run(set_up, stdout=sys.stderr).returncode:
         sys.exit(code)
     os.execv(python, [str(python), *sys.argv])
@@ -50,7 +52,11 @@ def ready() -> None:
 def arguments(
     description: str | None, add: Callable[[argparse.ArgumentParser], object] | None = None
 ) -> argparse.Namespace:
-    """The command line that every program has, and what `add` adds to it."""
+    """The command line that every program has, and what `add` adds to it.
+
+    Returns in a Python that has all that the project needs, so a program imports nothing else
+    before; only `--help` is answered by any.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -60,6 +66,7 @@ def arguments(
     if add is not None:
         add(parser)
     chosen = parser.parse_args()
+    _in_project_python()
     if chosen.json is not None:
         chosen.json = chosen.json.absolute()
     return chosen
@@ -180,12 +187,20 @@ def _line(path: str, name: str) -> str:
 # Processes
 
 
-def autoglm() -> list[str]:
-    """The `autoglm` command of this Python, installed or not."""
-    installed = Path(sys.executable).with_name("autoglm")
+def autoglm(python: str = sys.executable) -> list[str]:
+    """The `autoglm` command of a Python, installed or not."""
+    installed = Path(python).with_name("autoglm")
     if installed.exists():
         return [str(installed)]
-    return [sys.executable, "-c", "from autoglm_resume.cli.app import main; main()"]
+    return [python, "-c", "from autoglm_resume.cli.app import main; main()"]
+
+
+def python_of(checkout: Path) -> str:
+    """The Python of another checkout. Exits where it was not set up."""
+    python = checkout.resolve() / ".venv" / "bin" / "python"
+    if not python.exists():
+        sys.exit(f"no {python}: expected a checkout in which scripts/setup-venv was run")
+    return str(python)
 
 
 def environment() -> dict[str, str]:

@@ -6,7 +6,6 @@ are told to, flushed to the disk, under the name of the step.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from concurrent.futures import Future
@@ -252,10 +251,3 @@ CONTENDERS = {
     "dlrover": DlRover,
     "autoglm": Autoglm,
 }
-
-
-def installed() -> list[str]:
-    """Those that can be run here."""
-    # Version 0.6.1 does not bring all that it imports.
-    there = all(importlib.util.find_spec(name) for name in ("dlrover", "grpc"))
-    return [name for name in CONTENDERS if there or name != "dlrover"]

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from lib import common, peers
@@ -30,10 +29,10 @@ OWN = ("detect", "stop", "gate", "fork")
 class Hurt:
     """The run."""
 
-    def __init__(self, system: str, scenario: str, packages: Path | None) -> None:
-        self.system, self.scenario = system, scenario
-        directory = common.fresh_directory(f"recovery/{scenario}-{system.replace(', ', '-')}")
-        self.place = peers.Place(directory, packages, STEPS, EVERY)
+    def __init__(self, name: str, system: peers.System, scenario: str) -> None:
+        self.name, self.system, self.scenario = name, system, scenario
+        directory = common.fresh_directory(f"recovery/{scenario}-{name.replace(', ', '-')}")
+        self.place = peers.Place(directory, system.python, STEPS, EVERY)
         self._lines = common.Lines(self.place.marks)
         self._journal = common.Lines(directory / "run" / "events.jsonl")
         self._pids: dict[int, int] = {}
@@ -41,8 +40,7 @@ class Hurt:
 
     def recover(self) -> dict[str, Any]:
         """Seconds after the injection at which all ranks reached each mark. Raises Stuck."""
-        starts = {**peers.OURS, **peers.THEIRS}
-        process = starts[self.system](self.place)
+        process = self.system.start(self.place)
         try:
             self._wait(self._ready, "the moment to strike", process)
             struck = time.monotonic()
@@ -56,7 +54,7 @@ class Hurt:
             if line["what"] in MARKS and (line["what"] != "step" or line["step"] == self._first()):
                 found[line["what"]] = max(line["mono"] - struck, found.get(line["what"], 0.0))
         result = {"seconds": found["step"], "marks": found, "resumed_at": self._first()}
-        if self.system in peers.OURS:
+        if self.system.ours:
             self._journal.new()
             result["supervisor"] = own = share(self._journal.all, struck)
             for mark, moment in found.items():  # a spare did some of it before
@@ -66,7 +64,7 @@ class Hurt:
     def _wait(
         self, condition: Callable[[], bool], what: str, process: subprocess.Popen[bytes]
     ) -> None:
-        text = f"{what} under {self.system}"
+        text = f"{what} under {self.name}"
         patience = PATIENCE[self.scenario]
         common.wait_for(condition, text, process, self.place.output, patience, pause=0.005)
 
@@ -82,7 +80,7 @@ class Hurt:
         if len(steps) < peers.RANKS or not saved or min(steps.values()) < saved + BEYOND:
             return False
         ready = sum(event["event"] == "spare_ready" for event in self._journal.all)
-        return self.system != peers.SPARES or ready >= peers.RANKS
+        return ready >= peers.RANKS or self.system.start != peers.start_autoglm_with_spares
 
     def _saved(self) -> int:
         """Step of the newest checkpoint, 0 without one."""
@@ -105,7 +103,7 @@ class Hurt:
         if len(stepped) < peers.RANKS:
             return False
         if self._first() == 1:
-            raise common.Stuck(f"{self.system} began anew instead of at its checkpoint")
+            raise common.Stuck(f"{self.name} began anew instead of at its checkpoint")
         return True
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import shlex
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lib import common
+from lib import common, peer_setup
 
 RANKS = 2
 TIMEOUT = 10.0
@@ -26,12 +26,6 @@ _LIMIT = f"--timeout={TIMEOUT}"
 HEARTBEAT = 3.0
 """Seconds for ft_launcher without a heartbeat: five times the longest gap, which is its own factor.
 The longest here is a save and the step after it, of 0.5 s together."""
-PACKAGES = (
-    "nvidia-resiliency-ext==0.4.1 defusedxml dlrover==0.6.1 deprecated wrapt requests idna urllib3 "
-    "charset-normalizer certifi grpcio protobuf kubernetes six python-dateutil websocket-client "
-    "google-auth requests-oauthlib oauthlib durationpy cachetools rsa pyasn1 pyasn1-modules"
-)
-"""Of the peers, to be installed with `--no-deps --target DIR`; torch and pynvml are there."""
 
 Start = Callable[["Place"], subprocess.Popen[bytes]]
 
@@ -41,7 +35,7 @@ class Place:
     """Where a run lives, and what it is to do."""
 
     directory: Path
-    peers: Path | None
+    python: str
     steps: int
     every: int
     """Steps between checkpoints."""
@@ -58,23 +52,36 @@ class Place:
         return self.directory / "checkpoint.pt"
 
     @property
+    def flushed(self) -> Path:
+        """Where lm-resiliency puts what it has in memory."""
+        return self.directory / "flushed"
+
+    @property
     def output(self) -> Path:
         """What the command prints."""
         return self.directory / "output"
 
-    def script(self, *more: str) -> list[str]:
-        """The script with torch.save, and its arguments."""
+    def script(self, *more: str, library: str = "torch") -> list[str]:
+        """The script, and its arguments."""
+        checkpoint = self.checkpoint if library == "torch" else self.flushed
         return [
-            *(str(common.SCRIPTS / "train_20m.py"), "--library=torch", f"--marks={self.marks}"),
-            *(f"--steps={self.steps}", f"--every={self.every}", f"--checkpoint={self.checkpoint}"),
-            *more,
+            *(str(common.SCRIPTS / "train_20m.py"), f"--library={library}"),
+            *(f"--marks={self.marks}", f"--steps={self.steps}", f"--every={self.every}"),
+            *(f"--checkpoint={checkpoint}", *more),
         ]
 
 
 def start_torchrun(place: Place) -> subprocess.Popen[bytes]:
     """As its users start it; without the variable torch 2.13 often cannot restart at all."""
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    launcher = (place.python, "-m", "torch.distributed.run", "--standalone")
     return _spawn(place, [*launcher, *_restarts(), *place.script(_LIMIT)])
+
+
+def start_lm_resiliency(place: Place) -> subprocess.Popen[bytes]:
+    """Under plain torchrun: its rendezvous backend does not register with torch 2.13."""
+    launcher = (place.python, "-m", "torch.distributed.run", "--standalone")
+    script = place.script(_LIMIT, library="lm-resiliency")
+    return _spawn(place, [*launcher, *_restarts(), *script])
 
 
 def start_ft_launcher(place: Place) -> subprocess.Popen[bytes]:
@@ -89,7 +96,7 @@ def start_ft_launcher(place: Place) -> subprocess.Popen[bytes]:
     }
     module = "from nvidia_resiliency_ext.fault_tolerance.launcher import main; main()"
     command = [
-        *(sys.executable, "-c", module, "--standalone", "--monitor-interval=0.05"),
+        *(place.python, "-c", module, "--standalone", "--monitor-interval=0.05"),
         *("--workers-stop-timeout=1", "--ft-restart-policy=any-failed", *_restarts()),
         *(f"--ft-{name}={value}" for name, value in options.items()),
         *place.script("--heartbeats"),
@@ -103,11 +110,11 @@ def start_dlrover(place: Place) -> subprocess.Popen[bytes]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     master = [
-        *(sys.executable, "-m", "dlrover.python.master.main", "--platform=local", "--node_num=1"),
+        *(place.python, "-m", "dlrover.python.master.main", "--platform=local", "--node_num=1"),
         *("--job_name=bench", f"--port={port}"),
     ]
     module = "from dlrover.trainer.torch.main import main; main()"
-    agent = [sys.executable, "-c", module, "--nnodes=1", "--monitor-interval=0.1", *_restarts()]
+    agent = [place.python, "-c", module, "--nnodes=1", "--monitor-interval=0.1", *_restarts()]
     both = f"{shlex.join(master)} & exec {shlex.join(agent + place.script(_LIMIT))}"
     return _spawn(place, ["sh", "-c", both], DLROVER_MASTER_ADDR=f"127.0.0.1:{port}")
 
@@ -122,7 +129,7 @@ def start_autoglm(place: Place, **fields: Any) -> subprocess.Popen[bytes]:
         checkpoint={"every": {"steps": place.every}},
         **fields,
     )
-    return common.spawn([*common.autoglm(), "run", str(job)], place.output)
+    return common.spawn([*common.autoglm(place.python), "run", str(job)], place.output)
 
 
 def start_autoglm_with_spares(place: Place) -> subprocess.Popen[bytes]:
@@ -130,25 +137,64 @@ def start_autoglm_with_spares(place: Place) -> subprocess.Popen[bytes]:
     return start_autoglm(place, spares=RANKS)
 
 
+@dataclass(frozen=True)
+class System:
+    """One of those that are compared."""
+
+    start: Start
+    peer: peer_setup.Peer | None = None
+    """Whose package it needs."""
+    ours: bool = False
+    python: str = sys.executable
+    version: str = ""
+
+
 AUTOGLM, SPARES = "autoglm", "autoglm, 2 spares"
-OURS: dict[str, Start] = {AUTOGLM: start_autoglm, SPARES: start_autoglm_with_spares}
-THEIRS: dict[str, Start] = {
-    "torchrun": start_torchrun,
-    "ft_launcher": start_ft_launcher,
-    "dlrover-run": start_dlrover,
+TORCHRUN = "torchrun"
+OURS = {
+    AUTOGLM: System(start_autoglm, ours=True),
+    SPARES: System(start_autoglm_with_spares, ours=True),
 }
-MODULES = {"ft_launcher": "nvidia_resiliency_ext", "dlrover-run": "dlrover"}
+THEIRS = {
+    TORCHRUN: System(start_torchrun),
+    "ft_launcher": System(start_ft_launcher, peer_setup.NVRX),
+    "dlrover-run": System(start_dlrover, peer_setup.DLROVER),
+    "lm-resiliency": System(start_lm_resiliency, peer_setup.LM_RESILIENCY),
+}
 
 
-def missing(name: str, peers: Path | None) -> str:
-    """Why a system cannot be started here; empty if it can."""
-    module = MODULES.get(name)
-    if module is None or importlib.util.find_spec(module):
-        return ""
-    if peers is not None and (peers / module).is_dir():
-        return ""
-    where = f"in {peers}" if peers else "and no --peers DIR given"
-    return f"no package {module} {where}: pip install --no-deps --target DIR {PACKAGES}"
+def of_checkout(checkout: Path) -> dict[str, System]:
+    """Ours, as another checkout has it, under the name of its directory."""
+    python = common.python_of(checkout)
+    return {
+        name.replace("autoglm", checkout.resolve().name, 1): replace(system, python=python)
+        for name, system in OURS.items()
+    }
+
+
+def set_up(systems: Mapping[str, System]) -> tuple[dict[str, System], dict[str, str]]:
+    """Those that can be started here, and of the others why not."""
+    there, out = {}, {}
+    for name, system in systems.items():
+        there[name] = system
+        if system.peer is not None:
+            try:
+                found = peer_setup.set_up(system.peer)
+            except peer_setup.NotInstalled as error:
+                del there[name]
+                out[name] = f"{system.peer.package} cannot be installed: {error}"
+            else:
+                version = f"{system.peer.package} {found.version}"
+                there[name] = replace(system, python=found.python, version=version)
+    there[TORCHRUN] = replace(there[TORCHRUN], version=f"torch {metadata.version('torch')}")
+    return there, out
+
+
+def print_versions(systems: Mapping[str, System]) -> None:
+    """Below a table: of which version the others are."""
+    for name, system in systems.items():
+        if system.version:
+            print(f"  {name}: {system.version}")
 
 
 def end(process: subprocess.Popen[bytes], pids: Sequence[int] = ()) -> None:
@@ -172,8 +218,4 @@ def _restarts() -> list[str]:
 
 
 def _spawn(place: Place, command: Sequence[str], **more: str) -> subprocess.Popen[bytes]:
-    variables = {**more, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    if place.peers is not None:
-        paths = [str(place.peers), os.environ.get("PYTHONPATH", "")]
-        variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    return common.spawn(command, place.output, **variables)
+    return common.spawn(command, place.output, **more, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")

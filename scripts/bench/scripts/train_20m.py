@@ -1,8 +1,8 @@
 """A GPT-like decoder of 20 million parameters: what `recovery`, `goodput` and `overhead` train.
 
 The same model, data and step whichever library makes the checkpoints: `torch` (torch.save and
-torch.load, as scripts for torchrun do) or `autoglm`. Every mark is a line of JSON with the time by
-CLOCK_MONOTONIC, appended to the file of marks by one write.
+torch.load, as scripts for torchrun do), `lm-resiliency` or `autoglm`. Every mark is a line of JSON
+with the time by CLOCK_MONOTONIC, appended to the file of marks by one write.
 """
 
 from __future__ import annotations
@@ -91,11 +91,11 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) ->
 
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--library", choices=("autoglm", "torch"), required=True)
+parser.add_argument("--library", choices=("autoglm", "torch", "lm-resiliency"), required=True)
 parser.add_argument("--marks", type=Path, required=True)
 parser.add_argument("--steps", type=int, required=True)
-parser.add_argument("--every", type=int, default=5, help="steps between checkpoints (torch)")
-parser.add_argument("--checkpoint", type=Path, help="file of the checkpoint (torch)")
+parser.add_argument("--every", type=int, default=5, help="steps between checkpoints (not autoglm)")
+parser.add_argument("--checkpoint", type=Path, help="file (torch) or directory (lm-resiliency)")
 parser.add_argument("--timeout", type=float, help="seconds, of the process group")
 parser.add_argument("--heartbeats", action="store_true", help="to NVIDIA's ft_launcher")
 args = parser.parse_args()
@@ -128,6 +128,8 @@ def train(ready: tuple[Decoder, torch.optim.Optimizer]) -> None:
         for step in session.steps(args.steps):
             train_step(model, optimizer, step)
             mark("step", step=step + 1)
+    elif args.library == "lm-resiliency":
+        with_lm_resiliency(model, optimizer, limit)
     else:
         with_torch_save(model, decoder, optimizer)
     mark("done", digest=digest(decoder))
@@ -160,6 +162,30 @@ def with_torch_save(model: nn.Module, decoder: Decoder, optimizer: torch.optim.O
             torch.save(state, args.checkpoint.with_suffix(".new"))
             args.checkpoint.with_suffix(".new").replace(args.checkpoint)
             mark("saved", step=step + 1, blocked=time.monotonic() - began)
+
+
+def with_lm_resiliency(
+    model: nn.Module, optimizer: torch.optim.Optimizer, limit: timedelta | None
+) -> None:
+    """As its users do; its detection needs NCCL. It saves in a hook of the optimizer."""
+    from lm_resiliency import InMemoryCkptConfig, enable_resiliency
+
+    handle = enable_resiliency(
+        model,
+        optimizer,
+        interval=args.every,
+        enable_detection=False,
+        group=dist.new_group(backend="gloo", timeout=limit),
+        checkpoint=InMemoryCkptConfig(disk_folder=str(args.checkpoint), run_id="bench"),
+    )
+    mark("load")
+    for step in range(handle.step_count, args.steps):
+        train_step(model, optimizer, step)
+        mark("step", step=step + 1)
+        # A save is sure to have its copy at the peer only when the next one begins.
+        if (step + 1) % args.every == 0 and step + 1 > args.every and dist.get_rank() == 0:
+            mark("saved", step=step + 1)
+    handle.close()
 
 
 def heartbeats() -> Callable[[], None]:
