@@ -96,6 +96,14 @@ class S3Server:
         }
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The list of runs that tests start is none of this user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture
 def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     """A running server, with an environment that leads to it."""
