@@ -47,6 +47,19 @@ def read(path: Path) -> list[Event]:
         return []
 
 
+def read_end(path: Path, limit: int) -> tuple[list[Event], bool]:
+    """The events in the last `limit` bytes of a journal, and whether these are all."""
+    try:
+        with path.open("rb") as file:
+            begin = max(0, file.seek(0, os.SEEK_END) - limit)
+            file.seek(begin)
+            if begin:
+                file.readline()
+            return list(decode(file.read())), not begin
+    except FileNotFoundError:
+        return [], True
+
+
 class Journal:
     """The one writer of a journal.
 

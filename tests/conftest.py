@@ -38,9 +38,10 @@ class S3Server:
     """A real S3 server over a directory, which can be killed and brought back."""
 
     url = f"s3://{BUCKET}/some/prefix"
+    access: tuple[str, ...] = ("--auth-key", "key,secret")
 
     def __init__(self, rclone: str, directory: Path) -> None:
-        self._rclone = rclone
+        self.rclone = rclone
         self._directory = directory
         self._process: subprocess.Popen[str] | None = None
         self._port = 0
@@ -55,7 +56,7 @@ class S3Server:
         assert self._process is None
         self._process = subprocess.Popen(
             [
-                *(self._rclone, "serve", "s3", "--config", "", "--auth-key", "key,secret"),
+                *(self.rclone, "serve", "s3", "--config", "", *self.access),
                 *("--addr", f"127.0.0.1:{self._port}", *options, str(self._directory)),
             ],
             stderr=subprocess.PIPE,
@@ -88,12 +89,24 @@ class S3Server:
         assert self._process is not None
         self._process.send_signal(signal.SIGCONT)
 
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
     def environment(self) -> dict[str, str]:
         return {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._port}",
+            "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": "key",
             "AWS_SECRET_ACCESS_KEY": "secret",
         }
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The list of runs that tests start is none of this user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
 
 
 @pytest.fixture

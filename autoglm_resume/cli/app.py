@@ -20,6 +20,7 @@ from autoglm_resume.cli import (
     prune,
     resume,
     run,
+    runs,
     save,
     schema,
     slurm,
@@ -80,6 +81,7 @@ _slurm.command("submit", cls=Command, epilog=slurm.EXAMPLES)(guarded(slurm.submi
 app.command("run", cls=Command, epilog=run.EXAMPLES)(guarded(run.run))
 app.command("resume", cls=Command, epilog=resume.EXAMPLES)(guarded(resume.resume))
 app.command("status", cls=Command, epilog=status.EXAMPLES)(guarded(status.status))
+app.command("runs", cls=Command, epilog=runs.EXAMPLES)(guarded(runs.runs))
 app.command("explain", cls=Command, epilog=explain.EXAMPLES)(guarded(explain.explain))
 app.command("logs", cls=Command, epilog=logs.EXAMPLES)(guarded(logs.logs))
 app.command("save", cls=Command, epilog=save.EXAMPLES)(guarded(save.save))

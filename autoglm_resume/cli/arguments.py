@@ -11,7 +11,7 @@ Run = Annotated[
     typer.Argument(
         metavar="RUN",
         show_default=False,
-        help="A run directory or a job file. Default: the newest run under ./runs.",
+        help="A run directory or a job file. Default: the newest in ./runs or started from here.",
     ),
 ]
 """Resolved by `target.run`."""

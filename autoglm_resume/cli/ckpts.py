@@ -9,7 +9,7 @@ import typer
 EXAMPLES = """
 \b
 Examples:
-  autoglm ckpts                          the newest run under ./runs
+  autoglm ckpts                          the newest run from here
   autoglm ckpts runs/quickstart
   autoglm ckpts /backup/checkpoints --json | jq '.checkpoints[] | select(.accepted) | .id'
 """

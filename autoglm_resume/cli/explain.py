@@ -11,7 +11,7 @@ from autoglm_resume.cli.arguments import Run
 EXAMPLES = """
 \b
 Examples:
-  autoglm explain                       the newest run under ./runs
+  autoglm explain                       the newest run from here
   autoglm explain runs/quickstart --attempt 3
   autoglm explain job.yaml --json | jq '.attempts[].recovery | select(.) | .kind'
 """

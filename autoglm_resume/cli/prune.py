@@ -48,7 +48,7 @@ def prune(
     from autoglm_resume.control import pruning
     from autoglm_resume.observe import inspection, listing
 
-    found = inspection.find_all(target.checkpoints(what))
+    found = inspection.find_all(target.checkpoints(what, acts=True))
     if keep is None:
         rules = pruning.rules(found)
     else:

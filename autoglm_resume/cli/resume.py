@@ -12,7 +12,7 @@ from autoglm_resume.errors import UsageError
 EXAMPLES = """
 \b
 Examples:
-  autoglm resume                  the newest run under ./runs
+  autoglm resume                  the newest in ./runs, or the one from here
   autoglm resume runs/quickstart
   autoglm resume job.yaml
   autoglm resume runs/quickstart --from 120     branches off there; newer checkpoints stay
@@ -47,7 +47,7 @@ def resume(
     from autoglm_resume.observe.live import Screen
     from autoglm_resume.supervise import start
 
-    found = target.run(run)
+    found = target.run(run, acts=True)
     screen = Screen(found.job().get("logs", {}).get("console", "all"), json=json)
     with report.afterwards(found.path, screen, json=json):
         return start.resume(found.path, screen, step)

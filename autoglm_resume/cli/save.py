@@ -8,7 +8,7 @@ from autoglm_resume.errors import AutoglmError
 EXAMPLES = """
 \b
 Examples:
-  autoglm save                    the newest run under ./runs
+  autoglm save                    the newest in ./runs, or the one from here
   autoglm save runs/quickstart && autoglm ckpts runs/quickstart
 """
 
@@ -20,7 +20,7 @@ def save(
     from autoglm_resume.cli import target
     from autoglm_resume.control import saving
 
-    found = target.run(run)
+    found = target.run(run, acts=True)
     holder = found.holder()
     if holder is None:
         raise AutoglmError(

@@ -9,7 +9,7 @@ import typer
 EXAMPLES = """
 \b
 Examples:
-  autoglm status                  the newest run under ./runs
+  autoglm status                  the newest run from here
   autoglm status runs             all runs in a directory, one line each
   autoglm status job.yaml --json | jq .goodput
 """

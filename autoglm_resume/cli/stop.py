@@ -7,7 +7,7 @@ from autoglm_resume.cli.arguments import Run
 EXAMPLES = """
 \b
 Examples:
-  autoglm stop                    the newest run under ./runs
+  autoglm stop                    the newest in ./runs, or the one from here
   autoglm stop runs/quickstart
   autoglm resume runs/quickstart  goes on from there
 """
@@ -20,7 +20,7 @@ def stop(
     from autoglm_resume.cli import target
     from autoglm_resume.control import stopping
 
-    found = target.run(run)
+    found = target.run(run, acts=True)
     holder = found.holder()
     if holder is None:
         print(f"{found.path}: not running")

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from autoglm_resume.errors import UsageError
+from autoglm_resume.errors import AutoglmError, UsageError
+from autoglm_resume.supervise.base import bounded, run_list
 from autoglm_resume.supervise.base.run_directory import RunDirectory
+from autoglm_resume.supervise.base.run_list import ListedRun
 
 RUNS = "runs"
+MOST_NAMED = 10
 
 
-def run(given: str | None) -> RunDirectory:
-    """A run directory, the run of a job file, or the newest run under ./runs.
+def run(given: str | None, *, acts: bool = False) -> RunDirectory:
+    """A run directory, the run of a job file, or, unnamed, the newest run from here.
 
-    Raises UsageError if there is none.
+    That is one in ./runs, or one that was started from the working directory or below; a command
+    that `acts` on a run takes the latter only where no other run is. Raises UsageError if there is
+    none, or one has to be named.
     """
     if given is None:
-        return newest(Path(RUNS))
+        return _unnamed(acts=acts)
     path = Path(given)
     if path.suffix in (".yaml", ".yml") and path.is_file():
         from autoglm_resume.job.load import load
@@ -34,7 +42,7 @@ def run(given: str | None) -> RunDirectory:
     if not path.exists():
         raise UsageError(
             f"{given}: no such run directory or job file",
-            hint="`autoglm status runs` lists the runs in ./runs",
+            hint="`autoglm runs` lists all runs that you started",
         )
     raise UsageError(
         f"{given}: expected a run directory (with job.json) or a job file (.yaml)",
@@ -49,22 +57,72 @@ def runs_in(given: str | None) -> list[RunDirectory]:
     return runs(Path(given))
 
 
-def checkpoints(given: str | None) -> Path:
+def checkpoints(given: str | None, *, acts: bool = False) -> Path:
     """Where the checkpoints are that `given` means; a path that is no job file means itself."""
     if given is None or given.endswith((".yaml", ".yml")):
-        return run(given).path
+        return run(given, acts=acts).path
     return Path(given)
 
 
-def newest(directory: Path) -> RunDirectory:
-    """The run in `directory` whose journal changed last. Raises UsageError if there is none."""
-    found = runs(directory)
-    if not found:
+def _unnamed(*, acts: bool) -> RunDirectory:
+    here = runs(Path(RUNS))
+    paths = {run.path.resolve(): run for run in here}
+    listed = run_list.read()
+    elsewhere, silent = _present([run for run in listed if run.path not in paths])
+    if here:
+        starts = {run.path: run.started for run in listed}
+        begun = max(starts.get(path, _last_active(run)) for path, run in paths.items())
+        if not elsewhere or begun >= elsewhere[0].started:
+            return here[0]
+    if not elsewhere:
         raise UsageError(
-            f"{directory.absolute()}: no run there",
-            hint="name a run directory or a job file, or start one with: autoglm run JOB.yaml",
+            f"{Path.cwd()}: no run there: none in ./{RUNS}, none that was started from here",
+            hint="name a run directory or a job file, or start one with: autoglm run JOB.yaml; "
+            "`autoglm runs` lists those started elsewhere",
         )
-    return found[0]
+    if acts and len(here) + len(elsewhere) > 1:
+        raise _ambiguous([*(run.path for run in elsewhere), *(run.path for run in here)])
+    newest = elsewhere[0]
+    if newest in silent:
+        raise AutoglmError(
+            f"{newest.path}: no answer within {bounded.PATIENCE:.0f} s; is its file system there?",
+            hint="`autoglm runs` lists the others",
+        )
+    print(
+        f"autoglm: the {'' if acts else 'newest '}run from here: {_near(newest.path)}",
+        file=sys.stderr,
+    )
+    return RunDirectory(newest.path)
+
+
+def _present(listed: Sequence[ListedRun]) -> tuple[list[ListedRun], list[ListedRun]]:
+    """(those of the working directory that are not gone, those of them that do not answer)."""
+    with suppress(FileNotFoundError):  # nothing was started from a directory that is gone
+        cwd = Path.cwd()
+        listed = [run for run in listed if run.is_of(cwd)]
+        there = bounded.ask(lambda run: RunDirectory(run.path).exists, listed)
+        for number, run in enumerate(listed):
+            if there.get(number) is False:
+                run_list.forget(run)
+        present = [run for number, run in enumerate(listed) if there.get(number) is not False]
+        return present, [run for number, run in enumerate(listed) if number not in there]
+    return [], []
+
+
+def _ambiguous(candidates: Sequence[Path]) -> UsageError:
+    named = "".join(f"\n  {_near(path)}" for path in candidates[:MOST_NAMED])
+    more = len(candidates) - MOST_NAMED
+    rest = f"\n  and {more} more, see: autoglm runs" if more > 0 else ""
+    return UsageError(
+        f"expected the name of a run, because {len(candidates)} are from here:{named}{rest}",
+        hint="name the one that is meant",
+    )
+
+
+def _near(path: Path) -> str:
+    """As short as it can be typed from here."""
+    cwd = Path.cwd()
+    return str(path.relative_to(cwd)) if path.is_relative_to(cwd) else str(path)
 
 
 def runs(directory: Path) -> list[RunDirectory]:

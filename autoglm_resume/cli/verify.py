@@ -9,7 +9,7 @@ import typer
 EXAMPLES = """
 \b
 Examples:
-  autoglm verify                             the newest run under ./runs
+  autoglm verify                             the newest run from here
   autoglm verify runs/quickstart
   autoglm verify /backup/checkpoints --json
 """

@@ -164,7 +164,7 @@ class Checkpoint(Section):
         tuple[Annotated[str, BeforeValidator(as_replica)], ...], BeforeValidator(as_list)
     ] = Field(
         default=(),
-        description="Where copies go: directories, or `s3://bucket/prefix`.",
+        description="Where copies go: directories, `s3://bucket/prefix`, `gs://…` or `az://…`.",
     )
     commit: Annotated[Literal["local", "quorum", "all"], one_of("local", "quorum", "all")] = Field(
         default="local",

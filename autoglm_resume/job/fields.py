@@ -12,7 +12,7 @@ from typing import Annotated, Final, Literal, TypeVar
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from autoglm_resume.checkpoint.replicas.plan import A_BUCKET, BUCKET
+from autoglm_resume.checkpoint.storage.address import AN_ADDRESS, bucket_at
 from autoglm_resume.job import units
 
 Parsed = TypeVar("Parsed")
@@ -167,10 +167,12 @@ def as_flag(value: object) -> bool:
 
 def as_replica(value: object) -> str:
     text = _text(value)
-    if text.startswith("s3://") and not BUCKET.match(text):
-        raise expected(A_BUCKET, value)
-    if not text.startswith(("/", "s3://")):
-        raise expected("s3://bucket/prefix or a path", value)
+    try:
+        bucket = bucket_at(text)
+    except ValueError as error:
+        raise expected(str(error), value) from None
+    if bucket is None and not text.startswith("/"):
+        raise expected(AN_ADDRESS, value)
     return text.rstrip("/") or text
 
 

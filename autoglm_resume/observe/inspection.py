@@ -73,9 +73,10 @@ def find(given: Path) -> Target:
     Raises UsageError if it is none of them.
     """
     path = given.absolute()
-    if given.parts[:1] == ("s3:",):
+    scheme, *rest = given.parts or ("",)
+    if scheme in ("s3:", "gs:", "az:"):
         raise UsageError(
-            f"s3://{'/'.join(given.parts[1:])}: expected a directory, found object storage",
+            f"{scheme}//{'/'.join(rest)}: expected a directory, found object storage",
             hint=_BRING_BACK,
         )
     if not path.exists():

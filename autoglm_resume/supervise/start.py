@@ -20,6 +20,7 @@ from autoglm_resume.errors import AutoglmError, NoAcceptableCheckpoint, UsageErr
 from autoglm_resume.job.load import from_snapshot
 from autoglm_resume.job.spec import Job, dump, shown
 from autoglm_resume.protocol.assignment import Endpoint, shared_environment
+from autoglm_resume.supervise.base import run_list
 from autoglm_resume.supervise.base.assign import assignment, world_size
 from autoglm_resume.supervise.base.context import Presenter
 from autoglm_resume.supervise.base.gpu_exclusion import without
@@ -88,6 +89,7 @@ def start(
         if not checkpoints.is_relative_to(run.path):
             held.enter_context(locked_checkpoints(checkpoints))
         run.save_job(dump(job))
+        run_list.add(run.path, job.name)
         while True:
             smaller = without(job, past.excluded)
             life = Supervisor(run, lock, smaller, ordered, screen, branch_from, fresh=fresh)

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from autoglm_resume.cli import target
-from autoglm_resume.errors import UsageError
+from autoglm_resume.errors import AutoglmError, UsageError
+from autoglm_resume.supervise.base import bounded, run_list
 from tests.observe.runs import Script, directory
 
 
@@ -63,3 +66,98 @@ def test_a_directory_of_runs_is_told_from_a_run(runs: Path) -> None:
     assert target.runs_in("runs/new") == []
     assert target.runs_in("runs/no-run") == []
     assert target.runs_in(None) == []
+
+
+@pytest.fixture
+def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """`started("jobs/runs/a")`: a run there, below `here`, that was started from `here`."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def start(path: str) -> Path:
+        made = directory(tmp_path / "here" / path, Script().life().events)
+        run_list.add(made, made.name)
+        return made
+
+    return start
+
+
+Started = Callable[[str], Path]
+
+
+def test_a_run_is_found_where_it_was_started_from_or_lies_and_not_elsewhere(
+    started: Started,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = started("jobs/runs/a")
+    assert target.run(None).path == run
+    assert target.run(None, acts=True).path == run
+    assert target.checkpoints(None) == run
+    assert capsys.readouterr().err == (
+        "autoglm: the newest run from here: jobs/runs/a\n"
+        "autoglm: the run from here: jobs/runs/a\n"
+        "autoglm: the newest run from here: jobs/runs/a\n"
+    )
+    for place in (tmp_path, run.parents[2], run):
+        monkeypatch.chdir(place)
+        assert target.run(None).path == run
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match="no run there") as refused:
+        target.run(None)
+    assert "autoglm runs" in refused.value.hint
+
+
+def test_to_look_at_the_newest_is_no_guess_but_to_act_on_it_is(
+    started: Started, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = started("jobs/runs/a"), started("../far/b").resolve()
+    assert target.run(None).path == b
+    assert str(b) in capsys.readouterr().err
+    with pytest.raises(UsageError, match=f"2 are from here:\n  {b}\n  jobs/runs/a") as refused:
+        target.run(None, acts=True)
+    assert refused.value.exit_code == 2
+    shutil.rmtree(b)
+    assert target.run(None, acts=True).path == a
+
+
+def test_of_many_candidates_the_newest_are_named(started: Started) -> None:
+    for n in range(target.MOST_NAMED + 2):
+        started(f"jobs/runs/{n}")
+    with pytest.raises(UsageError, match="and 2 more, see: autoglm runs"):
+        target.run(None, acts=True)
+
+
+def test_the_runs_of_the_directory_itself_come_first(
+    started: Started, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = started("jobs/runs/a")
+    old, new = started("runs/old"), started("runs/new")
+    os.utime(old / "events.jsonl", (1000, 1000))
+    assert target.run(None).path == new
+    assert target.run(None, acts=True).path == new, "as ever"
+    assert capsys.readouterr().err == ""
+    run_list.add(elsewhere, "a")
+    assert target.run(None).path == elsewhere
+    with pytest.raises(UsageError, match="jobs/runs/a\n  runs/new\n  runs/old"):
+        target.run(None, acts=True)
+
+
+def test_a_link_in_place_of_runs_makes_no_run_two(started: Started, tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    Path("runs").symlink_to(tmp_path / "scratch")
+    run = started("runs/a")
+    assert target.run(None, acts=True).path == run
+
+
+def test_a_run_that_does_not_answer_is_not_passed_over(
+    started: Started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started("jobs/runs/a")
+    started("jobs/runs/b")
+    monkeypatch.setattr(bounded, "ask", lambda question, about: {1: True})
+    with pytest.raises(AutoglmError, match="jobs/runs/b: no answer within 2 s"):
+        target.run(None)

@@ -7,7 +7,6 @@ checks its digests.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -19,9 +18,6 @@ Files: TypeAlias = Mapping[str, int]
 Listing: TypeAlias = Mapping[str, Files]
 Policy: TypeAlias = Literal["local", "quorum", "all"]
 
-BUCKET = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/+(?P<prefix>.*?))?/*\Z")
-A_BUCKET = "s3://bucket/prefix with a bucket of 3 to 63 small letters, digits, dots and hyphens"
-"""What `BUCKET` matches, in words."""
 SLOW = 3
 """Checkpoints that may wait for a replica before it counts as behind."""
 FIRST_RETRY, LAST_RETRY = 1.0, 60.0

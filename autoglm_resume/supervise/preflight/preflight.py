@@ -61,7 +61,7 @@ class Preflight:
         Raises UsageError for what a strict guard finds.
         """
         guards, env = self._job.guards, environment(self._job)
-        replicas = [each for each in self._job.checkpoint.replicas if not each.startswith("s3://")]
+        replicas = [each for each in self._job.checkpoint.replicas if each.startswith("/")]
         # One that is strict was asked before anything else.
         storage = [str(self._job.checkpoint.dir)] if guards.storage == "lenient" else []
         self._reach = StorageProbe(storage, replicas)

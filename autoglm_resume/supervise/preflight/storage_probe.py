@@ -89,8 +89,8 @@ class StorageProbe:
 def _ask(
     target: str, replica: bool, environment: Mapping[str, str] | None
 ) -> subprocess.Popen[bytes]:
-    bucket = target.startswith("s3://")
-    how = ["-c", _BUCKET] if bucket else ["-I", "-S", "-c", _DIRECTORY]
+    directory = target.startswith("/")
+    how = ["-I", "-S", "-c", _DIRECTORY] if directory else ["-c", _BUCKET]
     return subprocess.Popen(
         [sys.executable, *how, target, "replica" if replica else ""],
         env=None if environment is None else dict(environment),

@@ -34,7 +34,7 @@ REPAIR_SECONDS = 600.0
 class Replicator:
     """Copies of the checkpoints of one run, kept up to date by a process of its own.
 
-    `targets` are absolute paths and `s3://bucket/prefix`; each holds the copies under the name
+    `targets` are absolute paths and buckets (`s3://…`); each holds the copies under the name
     `run`. `root` is the directory of the checkpoints, `log` gets what the process prints.
     `complete` are the ids known to be complete per target, as earlier `replicated` events say.
     Whatever the replicas do, nothing here raises after the constructor, and only `flush` and

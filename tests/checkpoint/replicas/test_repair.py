@@ -16,7 +16,8 @@ from autoglm_resume.checkpoint.replicas.mirror import committed, replicate
 from autoglm_resume.checkpoint.replicas.plan import by_checkpoint, is_complete
 from autoglm_resume.checkpoint.replicas.repair import repair, restore_missing
 from autoglm_resume.checkpoint.state import capture
-from autoglm_resume.checkpoint.storage.storage import Directory, Storage, open_storage
+from autoglm_resume.checkpoint.storage.directory import Directory
+from autoglm_resume.checkpoint.storage.storage import Storage, open_storage
 from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.part_writer import Saver

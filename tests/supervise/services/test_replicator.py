@@ -18,7 +18,8 @@ import torch
 from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.format.options import Options
 from autoglm_resume.checkpoint.state import capture
-from autoglm_resume.checkpoint.storage.storage import SEGMENT_BYTES, open_storage
+from autoglm_resume.checkpoint.storage.object_store import SEGMENT_BYTES
+from autoglm_resume.checkpoint.storage.storage import open_storage
 from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.part_writer import Saver
