@@ -99,6 +99,14 @@ def populate(address: int, size: int) -> None:
     _libc.madvise(ctypes.c_void_p(begin), length, _MADV_POPULATE_WRITE)
 
 
+def free_bytes(path: Path) -> int:
+    """Bytes that this user may still write at `path`, or where it will be made. Raises OSError."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    found = os.statvfs(path)
+    return found.f_bavail * found.f_frsize
+
+
 class DirectoryWatch:
     """Readable (for a selector) whenever a file in a watched directory is created or grows.
 

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
-import select
 import signal
 import socket
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 from autoglm_resume.errors import AutoglmError, UsageError
-from autoglm_resume.linux import DirectoryWatch
-from autoglm_resume.observe.pure.say import seconds
-from autoglm_resume.observe.tables import terminal
 from autoglm_resume.supervise.base.run_directory import Holder, RunDirectory
-
-_SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 
 
 @contextlib.contextmanager
@@ -80,34 +70,3 @@ def _has_open(pid: int, lock: Path) -> bool:
         except FileNotFoundError:
             continue
     return False
-
-
-class Waiting:
-    """Says on standard error what one waits for: a moving picture on a terminal, else one line."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self._began = time.monotonic()
-        self._live = terminal(sys.stderr)
-        self._pictures = itertools.cycle(_SPINNER)
-
-    def __enter__(self) -> Waiting:
-        if not self._live:
-            print(f"autoglm: {self.what}", file=sys.stderr)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._live:
-            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
-
-    def until(self, *sources: int | DirectoryWatch) -> None:
-        """Return when one of `sources` is readable."""
-        while not select.select(sources, [], [], 0.1 if self._live else None)[0]:
-            waited = seconds(time.monotonic() - self._began)
-            line = f"{next(self._pictures)} {self.what}, {waited}"
-            print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import select
-import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from autoglm_resume.control.asking import Waiting, just_starting, send, supervisor
+from autoglm_resume.control.asking import just_starting, send, supervisor
 from autoglm_resume.errors import AutoglmError
 from autoglm_resume.journal import Event, decode
 from autoglm_resume.linux import DirectoryWatch
+from autoglm_resume.observe.progress import Waiting
 from autoglm_resume.observe.pure.say import short
 from autoglm_resume.observe.pure.segments import step_of
 from autoglm_resume.supervise.base.run_directory import Holder, RunDirectory
-
-ASK = signal.SIGRTMIN
-"""The supervisor's handler of it announces a save and says `save_requested`."""
+from autoglm_resume.supervise.base.stops import SAVE
 
 _OVER = {
     "attempt_started": "the ranks were restarted before it was saved",
@@ -75,7 +73,7 @@ def save(run: RunDirectory, holder: Holder) -> Event:
     with supervisor(run, holder, "save") as process:
         if process is None:
             raise AutoglmError(f"{run.path}: its supervisor has just ended")
-        if not _catches(holder.pid, ASK):
+        if not _catches(holder.pid, SAVE):
             raise just_starting(run)  # as long as it does not, the signal would end it
         _ask(run, process, request)
     if request.saved is not None:
@@ -89,7 +87,7 @@ def _ask(run: RunDirectory, process: int, request: Request) -> None:
     with contextlib.closing(DirectoryWatch()) as watch, Waiting("saving") as waiting:
         watch.add(run.path)
         journal = _Growing(run.journal)
-        send(process, ASK)
+        send(process, SAVE)
         over = False
         while not over and not request.settled:
             waiting.until(process, watch)
@@ -99,7 +97,7 @@ def _ask(run: RunDirectory, process: int, request: Request) -> None:
                 pass
             for event in journal.events():
                 request.hear(event)
-            waiting.what = "saving" if request.step is None else f"saving step {request.step}"
+            waiting.now("saving" if request.step is None else f"saving step {request.step}")
 
 
 def _catches(pid: int, number: int) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 
-from autoglm_resume.control.asking import Waiting, send, supervisor
+from autoglm_resume.control.asking import send, supervisor
+from autoglm_resume.observe.progress import Waiting
 from autoglm_resume.observe.pure.goodput import summarize
 from autoglm_resume.supervise.base.run_directory import Holder, RunDirectory
 

@@ -1,20 +1,25 @@
-"""A progress bar on standard error, for people who wait: only on a terminal, only after a while."""
+"""What people see who wait, on standard error: a bar for bytes, a spinner for all else.
+
+rich is imported only where there is a terminal and something to show.
+"""
 
 from __future__ import annotations
 
+import select
 import sys
 import threading
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from autoglm_resume.observe.pure.say import seconds, size
+from autoglm_resume.linux import DirectoryWatch
 from autoglm_resume.observe.tables import terminal
 
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+
 _AFTER = 2.0
-"""Seconds before it appears."""
-_EVERY = 0.1
-"""Seconds between two pictures."""
-_WIDTH = 30
+"""Seconds before a bar appears."""
 
 
 class Progress:
@@ -24,11 +29,10 @@ class Progress:
         self._what = what
         self._total = total
         self._done = 0
-        self._began = time.monotonic()
-        self._next = self._began + _AFTER
-        self._shown = False
+        self._due = time.monotonic() + _AFTER
         self._lock = threading.Lock()
-        self._terminal = terminal(sys.stderr)
+        self._live = terminal(sys.stderr)
+        self._bar: RichProgress | None = None
 
     def __enter__(self) -> Progress:
         return self
@@ -39,26 +43,90 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._shown:
-            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+        if self._bar is not None:
+            self._bar.stop()
 
     def __call__(self, count: int) -> None:
         with self._lock:
             self._done += count
-            now = time.monotonic()
-            if self._terminal and now >= self._next:
-                self._next = now + _EVERY
-                self._shown = True
-                line = bar(self._what, self._done, self._total, now - self._began)
-                print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)
+            if self._bar is None and self._live and time.monotonic() >= self._due:
+                self._bar = _bar(self._what, self._total)
+            if self._bar is not None:
+                self._bar.update(self._bar.task_ids[0], completed=self._done)
 
 
-def bar(what: str, done: int, total: int, elapsed: float) -> str:
-    """One picture; bytes and seconds."""
-    share = min(1.0, done / total) if total else 1.0
-    filled = round(share * _WIDTH)
-    left = elapsed * (1 - share) / share if share else None
-    return (
-        f"{what} {'━' * filled}{' ' * (_WIDTH - filled)} {share:4.0%} of {size(total)}, "
-        f"{size(int(done / elapsed) if elapsed else 0)}/s, {seconds(left)} left"
+class Waiting:
+    """Says what one waits for: a spinner with the time on a terminal, elsewhere one line."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._live = terminal(sys.stderr)
+        self._spinner: RichProgress | None = None
+
+    def __enter__(self) -> Waiting:
+        if self._live:
+            self._spinner = _spinner(self._what)
+        else:
+            print(f"autoglm: {self._what}", file=sys.stderr)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._spinner is not None:
+            self._spinner.stop()
+
+    def now(self, what: str) -> None:
+        """It is for something else, or more is known of it."""
+        if self._spinner is not None:
+            self._spinner.update(self._spinner.task_ids[0], description=what)
+
+    def until(self, *sources: int | DirectoryWatch) -> None:
+        """Return when one of `sources` is readable."""
+        select.select(sources, [], [])
+
+
+def _bar(what: str, total: int) -> RichProgress:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
     )
+
+    shown = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    shown.add_task(what, total=total)
+    shown.start()
+    return shown
+
+
+def _spinner(what: str) -> RichProgress:
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    shown = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    shown.add_task(what, total=None)
+    shown.start()
+    return shown

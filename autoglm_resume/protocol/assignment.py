@@ -18,7 +18,9 @@ from autoglm_resume.checkpoint.store.retention import Keep
 from autoglm_resume.protocol.loss_guard import Bounds
 
 ASSIGNMENT = "AUTOGLM_ASSIGNMENT"
-RANK = str(Path(__file__).parents[1] / "worker" / "rank.py")
+HOME = Path(__file__).parents[2]
+"""Where this package lies: `python -m` finds it there, whatever the user's directory holds."""
+RANK = str(HOME / "autoglm_resume" / "worker" / "rank.py")
 """The file whose frames are below those of a script."""
 STACKS = signal.SIGRTMAX - 3
 """Asks a rank to write the stacks of its threads; a signal that nobody else is known to use."""

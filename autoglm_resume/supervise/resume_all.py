@@ -13,8 +13,8 @@ from pathlib import Path
 from autoglm_resume.errors import AutoglmError, died_by_signal
 from autoglm_resume.supervise.base.event_loop import EventLoop, Signals
 from autoglm_resume.supervise.base.run_directory import RunDirectory
+from autoglm_resume.supervise.base.stops import ASKS
 from autoglm_resume.supervise.core import resumable
-from autoglm_resume.supervise.supervisor import STOPS
 
 LOG = "resume.log"
 """In a run's directory: what its supervisor said."""
@@ -50,7 +50,7 @@ class _Together:
         self._stopping = False
 
     def resume(self, runs: Sequence[RunDirectory]) -> int:
-        signals = Signals(self._loop, STOPS, self._pass_on)
+        signals = Signals(self._loop, ASKS, self._pass_on)
         try:
             for run in runs:
                 self._look_at(run)

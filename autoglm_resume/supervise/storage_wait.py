@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from autoglm_resume.protocol.assignment import HOME
 from autoglm_resume.supervise.base.event_loop import EventLoop
-from autoglm_resume.supervise.base.spawn import HOME
 
 EVERY = 2.0
 """Seconds between two looks."""

@@ -30,7 +30,7 @@ from autoglm_resume.supervise.base.context import Presenter, RunContext
 from autoglm_resume.supervise.base.event_loop import EventLoop, Signals
 from autoglm_resume.supervise.base.gpu_exclusion import excluding
 from autoglm_resume.supervise.base.run_directory import Lock, RunDirectory
-from autoglm_resume.supervise.base.stops import Stops
+from autoglm_resume.supervise.base.stops import ASKS, SAVE, Stops
 from autoglm_resume.supervise.core import history, policy
 from autoglm_resume.supervise.core.diagnosis import Failure, Previous
 from autoglm_resume.supervise.core.drill import Drill
@@ -47,10 +47,6 @@ from autoglm_resume.supervise.save_timer import SaveTimer
 from autoglm_resume.supervise.services.notifier import Notifier
 from autoglm_resume.supervise.services.replicator import restore
 from autoglm_resume.supervise.time_limit import TimeLimit
-
-SAVE = signal.SIGRTMIN
-"""Asks for a checkpoint, and to go on."""
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Supervisor:
@@ -125,7 +121,7 @@ class Supervisor:
         Raises NoAcceptableCheckpoint, and UsageError for what the start of an attempt needs.
         """
         linux.adopt_orphans()
-        signals = Signals(self._loop, (*STOPS, SAVE), self._signalled)
+        signals = Signals(self._loop, (*ASKS, SAVE), self._signalled)
         began = time.monotonic()
         code: int | None = AutoglmError.exit_code
         try:

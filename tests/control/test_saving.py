@@ -15,6 +15,7 @@ from autoglm_resume.control.saving import Request
 from autoglm_resume.errors import AutoglmError, UsageError
 from autoglm_resume.journal import Event, Journal, stamped
 from autoglm_resume.supervise.base.run_directory import Holder, RunDirectory
+from autoglm_resume.supervise.base.stops import SAVE
 from tests.observe.runs import Script, directory
 from tests.patience import PATIENCE
 
@@ -31,12 +32,12 @@ def _supervise(path: Path, answer: Said, obey: bool, ready: Callable[[], object]
     with RunDirectory(path).locked() as lock:
         lock.describe("")
         if obey:
-            signal.pthread_sigmask(signal.SIG_BLOCK, [saving.ASK])
-            signal.signal(saving.ASK, lambda *_: None)
+            signal.pthread_sigmask(signal.SIG_BLOCK, [SAVE])
+            signal.signal(SAVE, lambda *_: None)
         ready()
         if not obey:
             signal.pause()
-        signal.sigwait([saving.ASK])
+        signal.sigwait([SAVE])
         journal = Journal(path / "events.jsonl")
         for event, fields in answer:
             journal.append(stamped(event, fields))

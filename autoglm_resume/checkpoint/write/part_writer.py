@@ -7,7 +7,6 @@ compared. Encoding, writing, flushing and reading back overlap (see packing.py).
 from __future__ import annotations
 
 import errno
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -17,7 +16,7 @@ from pathlib import Path
 from threading import Event
 from typing import TypeVar
 
-from autoglm_resume import files
+from autoglm_resume import files, linux
 from autoglm_resume.checkpoint.chunks import casts, verify
 from autoglm_resume.checkpoint.chunks.compression import Pace
 from autoglm_resume.checkpoint.format.document import digest_of_digests
@@ -284,8 +283,7 @@ def _failure(error: Exception, file: Path, needed: int) -> SaveFailed:
         return SaveFailed(f"{file}: not saved: {error}", hint=hint)
     free = "an unknown number"
     with suppress(OSError):
-        disk = os.statvfs(next(place for place in (file, *file.parents) if place.exists()))
-        free = f"{disk.f_bavail * disk.f_frsize:,}"
+        free = f"{linux.free_bytes(file):,}"
     return SaveFailed(
         f"{file}: not saved: {error.strerror}; it needs {needed:,} bytes, {free} are free there",
         hint=hint,

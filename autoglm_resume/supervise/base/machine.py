@@ -7,7 +7,6 @@ import errno
 import functools
 import itertools
 import os
-import shutil
 import socket
 import tempfile
 import threading
@@ -17,6 +16,7 @@ from typing import TypeVar
 
 import psutil
 
+from autoglm_resume import linux
 from autoglm_resume.errors import UsageError
 from autoglm_resume.supervise.base import nvml
 
@@ -126,7 +126,7 @@ def check_directory(path: Path, free_bytes: int) -> None:
             f"{error.strerror}",
             hint="choose another checkpoint.dir, or make that one writable",
         ) from error
-    free = shutil.disk_usage(path).free
+    free = linux.free_bytes(path)
     if free < free_bytes:
         raise UsageError(
             f"guards.free_disk: {path}: expected at least {free_bytes / 2**30:.2f} GiB free, "

@@ -8,10 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import autoglm_resume
-
-HOME = Path(autoglm_resume.__file__).parent.parent
-"""Where this package lies: `python -m` finds it there, whatever the user's directory holds."""
+from autoglm_resume.protocol.assignment import HOME
 
 
 def start(

@@ -1,9 +1,14 @@
-"""The requests to stop that a supervisor has had."""
+"""The requests to save and to stop that a supervisor can have, and those to stop it has had."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+
+SAVE = signal.SIGRTMIN
+"""Asks for a checkpoint, and to go on."""
+ASKS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Ask for a checkpoint, and to stop."""
 
 
 class Stops:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from autoglm_resume import linux
 from autoglm_resume.protocol.assignment import Assignment
 from autoglm_resume.protocol.heartbeats import Beat
 from autoglm_resume.supervise.base.machine import within
@@ -225,8 +226,8 @@ def _space(path: Path) -> Space | None:
 
     def ask() -> int | None:
         with contextlib.suppress(OSError):
-            found = os.statvfs(path)
-            return found.f_bavail * found.f_frsize
+            if path.exists():
+                return linux.free_bytes(path)
         return NOWHERE
 
     free = within(PATIENCE, ask)

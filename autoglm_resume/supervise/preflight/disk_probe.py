@@ -7,9 +7,11 @@ The first directory needs so many bytes, the others a few.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import tempfile
+from pathlib import Path
+
+from autoglm_resume import linux
 
 FEW = 4096
 
@@ -17,7 +19,7 @@ FEW = 4096
 def problem(directory: str, needed: int) -> str:
     """What is wrong with a directory that `needed` bytes are to be written to, empty if nothing."""
     try:
-        free = shutil.disk_usage(directory).free
+        free = linux.free_bytes(Path(directory))
         if free < needed:
             return f"{directory}: {free:,} bytes are free, {needed:,} are needed"
         # Quotas and inodes, of which that number knows nothing, and read-only file systems.

@@ -13,9 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
-
-from autoglm_resume import journal
+from autoglm_resume import journal, linux
 from autoglm_resume.checkpoint.format.manifest import Manifest
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import CheckpointError, UsageError
@@ -184,10 +182,8 @@ def shared_memory() -> int | None:
 
 def free(path: Path) -> int | None:
     """Bytes that this user may still write at `path`, or where it will be made."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
     try:
-        return int(psutil.disk_usage(str(path)).free)
+        return linux.free_bytes(path)
     except OSError:
         return None
 

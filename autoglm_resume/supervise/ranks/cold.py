@@ -7,10 +7,9 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 
 from autoglm_resume.job.spec import Job
-from autoglm_resume.protocol.assignment import Assignment, Endpoint
+from autoglm_resume.protocol.assignment import HOME, Assignment, Endpoint
 from autoglm_resume.supervise.base.context import RunContext
 from autoglm_resume.supervise.base.machine import free_port
-from autoglm_resume.supervise.base.spawn import HOME
 from autoglm_resume.supervise.ranks.group import WorkerGroup
 from autoglm_resume.supervise.ranks.launcher import Preview, StartUp
 

@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from autoglm_resume.job.spec import Job
-from autoglm_resume.protocol.assignment import ASSIGNMENT, Assignment, Endpoint
+from autoglm_resume.protocol.assignment import ASSIGNMENT, HOME, Assignment, Endpoint
 from autoglm_resume.supervise.base.context import RunContext
 from autoglm_resume.supervise.base.machine import free_port
-from autoglm_resume.supervise.base.spawn import HOME
 from autoglm_resume.supervise.ranks.group import AGENT, WorkerGroup
 from autoglm_resume.supervise.ranks.launcher import Preview, StartUp
 

@@ -17,9 +17,9 @@ from autoglm_resume.checkpoint.replicas.plan import SLOW, Policy, counts, newest
 from autoglm_resume.checkpoint.replicas.repair import Restored
 from autoglm_resume.checkpoint.storage.storage import check
 from autoglm_resume.errors import AutoglmError, NoAcceptableCheckpoint
+from autoglm_resume.protocol.assignment import HOME
 from autoglm_resume.supervise.base import spawn
 from autoglm_resume.supervise.base.event_loop import EventLoop
-from autoglm_resume.supervise.base.spawn import HOME
 from autoglm_resume.supervise.core.evidence import signal_name
 from autoglm_resume.supervise.ranks.group import STUCK
 

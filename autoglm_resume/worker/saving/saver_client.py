@@ -10,17 +10,15 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
-import autoglm_resume
 from autoglm_resume.protocol import saver_messages
+from autoglm_resume.protocol.assignment import HOME
 from autoglm_resume.protocol.saver_messages import Closed, Message
 from autoglm_resume.protocol.shared_memory import Slots
 from autoglm_resume.worker.settings import Settings
 
 PATIENCE = 10.0
 """Seconds for a saver to appear and to answer what takes it no time."""
-HOME = Path(autoglm_resume.__file__).parent.parent
 
 
 class NoSaver(Exception):
