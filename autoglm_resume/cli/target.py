@@ -100,13 +100,20 @@ def _present(listed: Sequence[ListedRun]) -> tuple[list[ListedRun], list[ListedR
     with suppress(FileNotFoundError):  # nothing was started from a directory that is gone
         cwd = Path.cwd()
         listed = [run for run in listed if run.is_of(cwd)]
-        there = bounded.ask(lambda run: RunDirectory(run.path).exists, listed)
+        there = bounded.ask(_is_there, listed)
         for number, run in enumerate(listed):
             if there.get(number) is False:
                 run_list.forget(run)
         present = [run for number, run in enumerate(listed) if there.get(number) is not False]
         return present, [run for number, run in enumerate(listed) if number not in there]
     return [], []
+
+
+def _is_there(run: ListedRun) -> bool:
+    try:
+        return RunDirectory(run.path).exists
+    except OSError:  # whoever reads it will hear what is wrong
+        return True
 
 
 def _ambiguous(candidates: Sequence[Path]) -> UsageError:

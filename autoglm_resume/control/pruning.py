@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import replace
 
-from autoglm_resume.checkpoint.store.retention import Keep
+from autoglm_resume.checkpoint.store.retention import KeepRules
 from autoglm_resume.errors import UsageError
 from autoglm_resume.journal import Journal
 from autoglm_resume.observe import listing
@@ -17,7 +17,7 @@ from autoglm_resume.observe.tables import Table
 from autoglm_resume.supervise.base.run_directory import undisturbed
 
 
-def rules(target: Target) -> Keep:
+def rules(target: Target) -> KeepRules:
     """What the run of these checkpoints keeps. Raises UsageError if there is no run beside them."""
     keep = listing.keep_of(target.run)
     if keep is None:
@@ -28,7 +28,7 @@ def rules(target: Target) -> Keep:
     return keep
 
 
-def prune(target: Target, keep: Keep) -> Listing:
+def prune(target: Target, keep: KeepRules) -> Listing:
     """Delete what `keep` does not want; returns the checkpoints as they were before.
 
     Raises RunLocked while a supervisor has the run or its checkpoints.

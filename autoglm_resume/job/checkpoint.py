@@ -73,10 +73,10 @@ class Keep(Section):
     )
 
     @property
-    def rules(self) -> retention.Keep:
+    def rules(self) -> retention.KeepRules:
         """As retention takes it."""
-        best = retention.Best(**self.best.model_dump()) if self.best else None
-        return retention.Keep(self.last, self.every_steps, best, self.for_)
+        best = retention.KeepBest(**self.best.model_dump()) if self.best else None
+        return retention.KeepRules(self.last, self.every_steps, best, self.for_)
 
 
 def _every(value: object) -> object:
@@ -98,7 +98,7 @@ def _keep(value: object) -> object:
 KeepOrCount = Annotated[Keep, BeforeValidator(_keep), OrShort({"type": "integer", "minimum": 1})]
 
 
-def keep(written: object) -> retention.Keep:
+def keep(written: object) -> retention.KeepRules:
     """What the value of `checkpoint.keep` means. Raises pydantic.ValidationError."""
     return TypeAdapter(KeepOrCount).validate_python(written).rules
 

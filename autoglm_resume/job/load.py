@@ -52,7 +52,7 @@ def from_snapshot(
     return _validated(Draft(source, dict(data), {(): Location((), source, source)}))
 
 
-def keep_option(text: str) -> retention.Keep:
+def keep_option(text: str) -> retention.KeepRules:
     """What `--keep TEXT` asks for, written as `checkpoint.keep` in a job file.
 
     Raises UsageError.
@@ -64,13 +64,13 @@ def keep_option(text: str) -> retention.Keep:
     return _kept(draft)
 
 
-def keep_of(written: object, source: str) -> retention.Keep:
+def keep_of(written: object, source: str) -> retention.KeepRules:
     """What `written`, the value of `checkpoint.keep` in `source`, asks for. Raises UsageError."""
     place = Location((), source, source)
     return _kept(Draft(source, {"checkpoint": {"keep": written}}, {(): place}))
 
 
-def _kept(draft: Draft) -> retention.Keep:
+def _kept(draft: Draft) -> retention.KeepRules:
     written = draft.data["checkpoint"]["keep"]
     return _checked(draft, lambda: checkpoint.keep(written), ("checkpoint", "keep"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import Any
 from autoglm_resume import journal
 from autoglm_resume.observe.pure.goodput import summarize
 from autoglm_resume.observe.status import UNREADABLE
-from autoglm_resume.observe.tables import Table
+from autoglm_resume.observe.tables import Table, width
 from autoglm_resume.protocol.heartbeats import Board
 from autoglm_resume.supervise.base import bounded, run_list
 from autoglm_resume.supervise.base.run_directory import Holder, RunDirectory
@@ -106,5 +107,14 @@ def show(found: Sequence[Glance]) -> None:
     for one in found:
         started = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.run.started))
         style = _STYLES.get(one.state, "")
-        table.add(one.run.name, one.state, one.step, started, one.run.path, style=style)
+        name, path = _text(one.run.name), _text(one.run.path)
+        table.add(name, one.state, one.step, started, path, style=style)
+    columns = width(sys.stdout)
+    if columns is not None and not table.fits(columns):
+        table = table.only(0, 1, 2, 4)
     table.print(sys.stdout)
+
+
+def _text(name: str | Path) -> str:
+    """Whatever bytes somebody's file system has taken for a name."""
+    return os.fsencode(name).decode("utf-8", "replace")

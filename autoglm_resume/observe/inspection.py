@@ -16,7 +16,7 @@ from autoglm_resume.checkpoint.format.manifest import MANIFEST
 from autoglm_resume.checkpoint.format.part import Part
 from autoglm_resume.checkpoint.format.tables import Tensor
 from autoglm_resume.checkpoint.store.examine import examine
-from autoglm_resume.checkpoint.store.gate import Check, Expectation, Facts, Verdict, judge
+from autoglm_resume.checkpoint.store.gate import Candidate, Expectation, GateCheck, Verdict, judge
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import CheckpointError, UsageError
 from autoglm_resume.observe.progress import Progress
@@ -56,7 +56,7 @@ class Link:
 class Inspection:
     """One checkpoint, looked at from all sides."""
 
-    facts: Facts
+    facts: Candidate
     verdict: Verdict
     parts: tuple[Part, ...]
     chain: tuple[Link, ...]
@@ -182,7 +182,7 @@ def stored_bytes(target: Target, paths: Iterable[Path]) -> int:
     return total
 
 
-def judged(facts: Facts, expected: Expectation | None) -> Verdict:
+def judged(facts: Candidate, expected: Expectation | None) -> Verdict:
     """What the gate would say; without a run only of what the checkpoint is in itself."""
     if expected is not None:
         return judge(facts, expected)
@@ -214,7 +214,7 @@ def _checkpoint_dir(run: RunDirectory) -> Path:
     return Path(configured) if configured else run.path / "checkpoints"
 
 
-def _parts(store: Store, facts: Facts) -> tuple[Part, ...]:
+def _parts(store: Store, facts: Candidate) -> tuple[Part, ...]:
     found = []
     for rank in range(facts.world_size or 0):
         try:
@@ -224,7 +224,7 @@ def _parts(store: Store, facts: Facts) -> tuple[Part, ...]:
     return tuple(found)
 
 
-def _chain(store: Store, facts: Facts) -> tuple[Link, ...]:
+def _chain(store: Store, facts: Candidate) -> tuple[Link, ...]:
     links: list[Link] = []
     parent = facts.manifest.parent if facts.manifest else None
     seen = {facts.id}
@@ -251,7 +251,7 @@ def _chain(store: Store, facts: Facts) -> tuple[Link, ...]:
 # Shown
 
 
-def checks_table(checks: Sequence[Check]) -> Table:
+def checks_table(checks: Sequence[GateCheck]) -> Table:
     """Verdict of each check."""
     table = Table(("check", "verdict", "expected", "found"))
     for check in checks:
@@ -306,7 +306,7 @@ def tables(found: Inspection, *, tensors: bool) -> list[Table]:
     return [*shown, checks_table(found.verdict.checks)]
 
 
-def _manifest_table(facts: Facts) -> Table:
+def _manifest_table(facts: Candidate) -> Table:
     table = Table()
     table.add("checkpoint", facts.id)
     table.add("step", facts.step)

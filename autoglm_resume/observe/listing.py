@@ -15,8 +15,8 @@ from autoglm_resume.checkpoint.replicas.plan import newest_counting
 from autoglm_resume.checkpoint.store import retention
 from autoglm_resume.checkpoint.store.commit import whole
 from autoglm_resume.checkpoint.store.examine import examine
-from autoglm_resume.checkpoint.store.gate import Facts, Verdict
-from autoglm_resume.checkpoint.store.retention import Candidate, Keep
+from autoglm_resume.checkpoint.store.gate import Candidate, Verdict
+from autoglm_resume.checkpoint.store.retention import KeepRules, RetentionEntry
 from autoglm_resume.checkpoint.store.store import REASON
 from autoglm_resume.errors import CheckpointError
 from autoglm_resume.observe import inspection
@@ -32,7 +32,7 @@ from autoglm_resume.supervise.base.run_directory import RunDirectory
 class Listed:
     """One checkpoint among the others."""
 
-    facts: Facts
+    facts: Candidate
     verdict: Verdict
     parent_here: bool
     branch: bool
@@ -47,7 +47,7 @@ class Listing:
     """The checkpoints of a directory, newest first."""
 
     root: Path
-    keep: Keep | None
+    keep: KeepRules | None
     checkpoints: tuple[Listed, ...]
     quarantined: tuple[tuple[str, str], ...]
     """(name, reason)."""
@@ -60,23 +60,23 @@ class Listing:
         return [each for each in self.checkpoints if each.kept == ()]
 
 
-def keep_of(run: RunDirectory | None) -> Keep | None:
+def keep_of(run: RunDirectory | None) -> KeepRules | None:
     """What the job of `run` keeps, None without a run. Raises UsageError if it is no job."""
     if run is None:
         return None
     from autoglm_resume.job.load import keep_of
 
     written = (run.job().get("checkpoint") or {}).get("keep")
-    return Keep() if written is None else keep_of(written, f"{run.path}/job.json")
+    return KeepRules() if written is None else keep_of(written, f"{run.path}/job.json")
 
 
-def of(target: Target, keep: Keep | None, now: float) -> Listing:
+def of(target: Target, keep: KeepRules | None, now: float) -> Listing:
     """Look at all checkpoints beside each other; `now` is Unix seconds.
 
     Packs whose stat fingerprint is not the recorded one are read, as the gate would.
     """
     expected = inspection.expectation(target.run)
-    found: list[tuple[Facts, Verdict]] = []
+    found: list[tuple[Candidate, Verdict]] = []
     with Progress("reading", inspection.stored_bytes(target, target.paths)) as progress:
         for path in target.paths:
             facts = examine(target.store, path, progress=progress)
@@ -93,12 +93,12 @@ def of(target: Target, keep: Keep | None, now: float) -> Listing:
 
 
 def _kept(
-    target: Target, found: Sequence[tuple[Facts, Verdict]], keep: Keep, now: float
+    target: Target, found: Sequence[tuple[Candidate, Verdict]], keep: KeepRules, now: float
 ) -> dict[str, tuple[str, ...]]:
     """Why each checkpoint stays, of those that are good in themselves."""
     good = [(facts, verdict) for facts, verdict in found if inspection.sound(verdict)]
     candidates = [
-        Candidate.of(facts.manifest, given_up=not verdict.accepted)
+        RetentionEntry.of(facts.manifest, given_up=not verdict.accepted)
         for facts, verdict in good
         if facts.manifest
     ]
@@ -116,7 +116,7 @@ def _kept(
     }
 
 
-def _needs(facts: Facts, candidates: Iterable[Candidate]) -> list[str]:
+def _needs(facts: Candidate, candidates: Iterable[RetentionEntry]) -> list[str]:
     """Ids that a checkpoint which is no candidate needs, or may need if that cannot be read."""
     if facts.manifest is not None:
         return list(facts.manifest.needs)
@@ -144,12 +144,12 @@ def _newest_that_counts(run: RunDirectory | None, ids: Sequence[str]) -> dict[st
     return {newest: f"the newest that counts (commit: {policy})"} if newest else {}
 
 
-def _parent(facts: Facts) -> str | None:
+def _parent(facts: Candidate) -> str | None:
     parent = facts.manifest.parent if facts.manifest else None
     return parent.id if parent else None
 
 
-def _branches(found: Sequence[tuple[Facts, Verdict]]) -> set[str]:
+def _branches(found: Sequence[tuple[Candidate, Verdict]]) -> set[str]:
     """Ids of those that the newest good one does not descend from, as far as that is known.
 
     A chain reaches back as far as parents are here, and parts name a few more ancestors; what is

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from autoglm_resume.checkpoint.format.options import Options
-from autoglm_resume.checkpoint.store.retention import Keep
+from autoglm_resume.checkpoint.format.options import SaveOptions
+from autoglm_resume.checkpoint.store.retention import KeepRules
 from autoglm_resume.protocol.loss_guard import Bounds
 
 ASSIGNMENT = "AUTOGLM_ASSIGNMENT"
@@ -72,11 +72,11 @@ class Checkpointing:
 
     dir: str
     every_steps: int | None = None
-    keep: Keep = field(default_factory=Keep)
+    keep: KeepRules = field(default_factory=KeepRules)
     memory: int = 2
     on_busy: Literal["skip", "wait"] = "skip"
     on_error: Literal["continue", "stop"] = "continue"
-    options: Options = field(default_factory=Options)
+    options: SaveOptions = field(default_factory=SaveOptions)
     rename: dict[str, str] = field(default_factory=dict)
     strict: bool = True
     branches: tuple[tuple[int, int], ...] = ()
@@ -85,7 +85,7 @@ class Checkpointing:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Checkpointing:
         """What `dataclasses.asdict` made of it."""
-        keep, options = Keep.from_json(data["keep"]), Options(**data["options"])
+        keep, options = KeepRules.from_json(data["keep"]), SaveOptions(**data["options"])
         branches = tuple((step, attempt) for step, attempt in data["branches"])
         return cls(**{**data, "keep": keep, "options": options, "branches": branches})
 

@@ -14,7 +14,7 @@ from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.store import retention
 from autoglm_resume.checkpoint.store.commit import commit
 from autoglm_resume.checkpoint.store.gate import superseded
-from autoglm_resume.checkpoint.store.retention import Candidate
+from autoglm_resume.checkpoint.store.retention import RetentionEntry
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.part_writer import Saved, forsake
 from autoglm_resume.errors import CheckpointError
@@ -74,7 +74,7 @@ def _whole(store: Store, id: str) -> bool:
 def _retire(store: Store, how: Checkpointing, snapshot: Snapshot, stay: Set[str]) -> list[str]:
     """Delete what no rule keeps, now that `snapshot` is saved; returns the ids."""
     saved = snapshot.id
-    found: list[Candidate] = []
+    found: list[RetentionEntry] = []
     # What the gate rejected and left in place may be newer than all that is this run's own.
     line = (saved, *snapshot.lineage)
     own = (id for id in line if (store.directory(id) / MANIFEST).exists())
@@ -84,7 +84,7 @@ def _retire(store: Store, how: Checkpointing, snapshot: Snapshot, stay: Set[str]
             manifest = store.load_manifest(path)
             if not newer(path.name, saved):
                 given_up = superseded(path.name, how.branches) is not None
-                found.append(Candidate.of(manifest, given_up=given_up))
+                found.append(RetentionEntry.of(manifest, given_up=given_up))
             else:
                 # Of another branch, rejected but not corrupt: it must not make this run's own
                 # checkpoints look old, nor lose what it needs.

@@ -25,7 +25,7 @@ from autoglm_resume import linux
 from autoglm_resume.checkpoint.format.ids import newest_first
 from autoglm_resume.checkpoint.replicas.mirror import committed, replicate
 from autoglm_resume.checkpoint.replicas.plan import (
-    Copy,
+    CommittedFiles,
     by_checkpoint,
     deletions,
     is_complete,
@@ -58,7 +58,7 @@ class Copier(threading.Thread):
         self._done = -1
         self._hurry = False
         self._failures = 0
-        self._here: dict[str, Copy] = {}
+        self._here: dict[str, CommittedFiles] = {}
         self._damaged: frozenset[str] = frozenset()
 
     def notice(self, number: int, hurry: bool) -> None:

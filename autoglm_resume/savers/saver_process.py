@@ -49,8 +49,8 @@ from autoglm_resume.checkpoint.format.manifest import MANIFEST
 from autoglm_resume.checkpoint.format.snapshot import Snapshot, from_slot
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write import in_memory
-from autoglm_resume.checkpoint.write.part_writer import GIVEN_UP, SaveFailed, Saver
-from autoglm_resume.checkpoint.write.reuse import Previous
+from autoglm_resume.checkpoint.write.part_writer import GIVEN_UP, CheckpointNotSaved, PartWriter
+from autoglm_resume.checkpoint.write.reuse import PreviousPart
 from autoglm_resume.errors import CheckpointError
 from autoglm_resume.journal import stamped
 from autoglm_resume.protocol import saver_messages
@@ -71,7 +71,7 @@ class SaverProcess:
         self._selector = selectors.DefaultSelector()
         self._links: list[socket.socket] = []
         self._slots: Slots | None = None
-        self._saver: Saver | None = None
+        self._saver: PartWriter | None = None
         self._held: Message | None = None
         """Where the newest complete snapshot lies."""
         self._claim: Message | None = None
@@ -201,7 +201,7 @@ class SaverProcess:
     def _begin(self, request: Message, how: Checkpointing, follows: bool) -> None:
         store = Store(Path(how.dir))
         if self._saver is None or self._saver.store.root != store.root:
-            self._saver = Saver(store)
+            self._saver = PartWriter(store)
         self._saver.options = how.options
         self._saver.between = self._rest
         if follows:
@@ -272,13 +272,13 @@ class SaverProcess:
                 housekeeping.tidy(self._saver.store, self._how, snapshot, stay, self._tell)
 
     def _persisted(
-        self, saver: Saver, snapshot: Snapshot, request: Message, abandoned: threading.Event
+        self, saver: PartWriter, snapshot: Snapshot, request: Message, abandoned: threading.Event
     ) -> str:
         """Persist it; returns why that failed, if so."""
         slots = self._slots
         try:
             saved = saver.persist(snapshot, abandoned, lambda names: self._seal(snapshot, names))
-        except SaveFailed as error:
+        except CheckpointNotSaved as error:
             reason = str(error)
         except Exception as error:
             traceback.print_exc()
@@ -382,14 +382,14 @@ class SaverProcess:
             self._waiting.clear()
 
 
-def _previous(store: Store, id: str | None, rank: int, world_size: int) -> Previous | None:
+def _previous(store: Store, id: str | None, rank: int, world_size: int) -> PreviousPart | None:
     """What the next part may refer to after a restart; its tensors are in memory no more."""
     if id is None:
         return None
     with contextlib.suppress(CheckpointError, OSError):
         path = store.directory(id)
         if (path / MANIFEST).exists() and store.load_manifest(path).world_size == world_size:
-            return Previous(store.load_part(path, rank))
+            return PreviousPart(store.load_part(path, rank))
     return None
 
 

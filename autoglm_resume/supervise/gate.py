@@ -11,8 +11,8 @@ from autoglm_resume import files
 from autoglm_resume.checkpoint.format.ids import step_of
 from autoglm_resume.checkpoint.format.manifest import Manifest
 from autoglm_resume.checkpoint.store.gate import (
+    Candidate,
     Expectation,
-    Facts,
     Integrity,
     choose,
     superseded,
@@ -179,8 +179,8 @@ def _expectation(job: Job, world_size: int, past: History) -> Expectation:
     )
 
 
-def _facts(sealed: Sealed, path: Path) -> Facts:
-    return Facts(
+def _facts(sealed: Sealed, path: Path) -> Candidate:
+    return Candidate(
         id=sealed.id,
         step=sealed.step,
         path=str(path),

@@ -258,7 +258,7 @@ class Session:
             self._lineage = (self._id(), *self._lineage)[:LINEAGE]
             self._pulse.phase(Phase.DATA)
 
-    def _save_for_certain(self) -> part_writer.SaveFailed | None:
+    def _save_for_certain(self) -> part_writer.CheckpointNotSaved | None:
         """Save, and return when it is certain what became of it."""
         self._save()
         self._pulse.phase(Phase.SAVE)
@@ -267,7 +267,7 @@ class Session:
             failure = self._saves.failure(self._id(), wait=True)
         return failure
 
-    def _state(self) -> capture.State:
+    def _state(self) -> capture.CapturedState:
         states = {name: obj.state_dict() for name, obj in self._tracked.items()}
         return capture.gather({**states, RNG: rng.capture()})
 

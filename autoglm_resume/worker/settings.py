@@ -15,7 +15,7 @@ from autoglm_resume.checkpoint.format.structure import Structure
 from autoglm_resume.checkpoint.store.commit import complete, sweep
 from autoglm_resume.checkpoint.store.examine import candidates
 from autoglm_resume.checkpoint.store.gate import Expectation, choose
-from autoglm_resume.checkpoint.store.retention import Keep
+from autoglm_resume.checkpoint.store.retention import KeepRules
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import NoAcceptableCheckpoint
 from autoglm_resume.protocol.assignment import Assignment, Checkpointing, ResumePoint
@@ -68,7 +68,7 @@ def alone(
         checkpoint=Checkpointing(
             dir=str(Path(checkpoint_dir or f"checkpoints/{stem}").absolute()),
             every_steps=every_steps,
-            keep=Keep(last=keep),
+            keep=KeepRules(last=keep),
         ),
         every_seconds=every_seconds if every_seconds or every_steps else DEFAULT_SECONDS,
         check_model=True,

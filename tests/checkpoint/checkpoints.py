@@ -12,7 +12,7 @@ from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.checkpoint.store.gate import Expectation
 from autoglm_resume.checkpoint.store.gatekeeper import Gatekeeper, WaysOut
 from autoglm_resume.checkpoint.store.store import Store
-from autoglm_resume.checkpoint.write.part_writer import Saver
+from autoglm_resume.checkpoint.write.part_writer import PartWriter
 from autoglm_resume.supervise.ranks.fault_injector import flip_a_bit
 
 WIDTH = 32
@@ -49,7 +49,7 @@ class Checkpoints:
                 lineage=(checkpoint_id(step - 10, "a0"),),
                 model=STRUCTURE,
             )
-            Saver(self.store, share=False).persist(taken)
+            PartWriter(self.store, share=False).persist(taken)
         return taken.id
 
     def damage(self, id: str) -> None:

@@ -10,7 +10,7 @@ from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.checkpoint.store.store import Store
-from autoglm_resume.checkpoint.write.part_writer import Saver
+from autoglm_resume.checkpoint.write.part_writer import PartWriter
 
 Save = Callable[..., str]
 
@@ -67,7 +67,7 @@ def save() -> Save:
     def save(store: Store, step: int, **options: Any) -> str:
         taken = snapshots(step, **options)
         for each in taken:
-            Saver(store, share=False).persist(each)
+            PartWriter(store, share=False).persist(each)
         return taken[0].id
 
     return save

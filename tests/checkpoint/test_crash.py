@@ -27,18 +27,18 @@ from hypothesis import strategies as st
 from autoglm_resume import files
 from autoglm_resume.checkpoint.chunks import direct_io
 from autoglm_resume.checkpoint.format.ids import checkpoint_id
-from autoglm_resume.checkpoint.format.options import Options
+from autoglm_resume.checkpoint.format.options import SaveOptions
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.replicas import mirror, repair
 from autoglm_resume.checkpoint.state import capture, restore
 from autoglm_resume.checkpoint.storage.storage import open_storage
 from autoglm_resume.checkpoint.store.commit import abandoned, complete, sweep
 from autoglm_resume.checkpoint.store.examine import candidates
-from autoglm_resume.checkpoint.store.retention import Keep
+from autoglm_resume.checkpoint.store.retention import KeepRules
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write import pack_writer
-from autoglm_resume.checkpoint.write.part_writer import Saver
-from autoglm_resume.checkpoint.write.reuse import Previous
+from autoglm_resume.checkpoint.write.part_writer import PartWriter
+from autoglm_resume.checkpoint.write.reuse import PreviousPart
 from autoglm_resume.job.spec import Job
 from autoglm_resume.protocol.assignment import Checkpointing
 from autoglm_resume.savers import housekeeping
@@ -97,7 +97,9 @@ class Run:
     def __init__(self, root: Path, recorder: Recorder | None = None) -> None:
         self.root = root
         self.store = Store(root / "store")
-        self.savers = [Saver(self.store, Options("small", keyframe_every=1)) for _ in range(RANKS)]
+        self.savers = [
+            PartWriter(self.store, SaveOptions("small", keyframe_every=1)) for _ in range(RANKS)
+        ]
         self.recorder = recorder
 
     def mark(self, text: str) -> None:
@@ -125,7 +127,7 @@ class Run:
 
     def tidy(self, taken: Sequence[Snapshot], keep: int) -> None:
         """What follows a save, in every rank."""
-        how = Checkpointing(dir=str(self.store.root), keep=Keep(last=keep))
+        how = Checkpointing(dir=str(self.store.root), keep=KeepRules(last=keep))
         for snapshot in taken:
             tell = EventLog(None, snapshot.rank).emit
             housekeeping.tidy(self.store, how, snapshot, frozenset(), tell)
@@ -134,7 +136,7 @@ class Run:
         """Go on from a checkpoint, as savers of a new attempt do."""
         path = self.store.directory(id)
         for rank, saver in enumerate(self.savers):
-            saver.follow(Previous(self.store.load_part(path, rank)))
+            saver.follow(PreviousPart(self.store.load_part(path, rank)))
 
     def gate(self) -> RunGate:
         job = Job.model_validate(
@@ -171,7 +173,7 @@ def save_and_retire(run: Run) -> None:
     """Saves from nothing, deltas and references among them, one that a rank never finished."""
     for step in STEPS:
         if step == 3:
-            Saver(run.store, share=False).persist(TAKEN[3][0])
+            PartWriter(run.store, share=False).persist(TAKEN[3][0])
         else:
             run.save(TAKEN[step])
             run.tidy(TAKEN[step], keep=2)

@@ -17,21 +17,21 @@ import torch
 
 from autoglm_resume.checkpoint.chunks import direct_io
 from autoglm_resume.checkpoint.format.ids import checkpoint_id
-from autoglm_resume.checkpoint.format.options import Options
+from autoglm_resume.checkpoint.format.options import SaveOptions
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES
 from autoglm_resume.checkpoint.state import capture, restore
 from autoglm_resume.checkpoint.store import retention
 from autoglm_resume.checkpoint.store.examine import examine
-from autoglm_resume.checkpoint.store.retention import Candidate, Keep
+from autoglm_resume.checkpoint.store.retention import KeepRules, RetentionEntry
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write import chunk_ownership, pack_writer, part_writer
-from autoglm_resume.checkpoint.write.part_writer import SaveFailed, Saver
-from autoglm_resume.checkpoint.write.reuse import Previous
+from autoglm_resume.checkpoint.write.part_writer import CheckpointNotSaved, PartWriter
+from autoglm_resume.checkpoint.write.reuse import PreviousPart
 from autoglm_resume.errors import CorruptCheckpoint
 
 Tensors = dict[str, torch.Tensor]
-SMALL = Options("small", keyframe_every=3)
+SMALL = SaveOptions("small", keyframe_every=3)
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def assert_holds(store: Store, id: str, expected: Tensors, rank: int = 0) -> Non
 def test_every_kept_checkpoint_of_a_series_restores_bit_by_bit_with_few_others(
     store: Store,
 ) -> None:
-    one = Saver(store, SMALL)
+    one = PartWriter(store, SMALL)
     held: dict[str, Tensors] = {}
     codecs = set()
     for step, tensors in enumerate(series(12), 1):
@@ -93,8 +93,8 @@ def test_every_kept_checkpoint_of_a_series_restores_bit_by_bit_with_few_others(
         held[part.id] = tensors
         codecs |= {chunk.codec for chunk in part.chunks}
         assert len(part.needs) <= 3
-        found = [Candidate.of(store.load_manifest(path)) for path in store.committed()]
-        for id in retention.doomed(found, Keep(last=2), frozenset(), 0.0):
+        found = [RetentionEntry.of(store.load_manifest(path)) for path in store.committed()]
+        for id in retention.doomed(found, KeepRules(last=2), frozenset(), 0.0):
             store.delete(id)
             del held[id]
         assert {path.name for path in store.committed()} == set(held)
@@ -106,7 +106,7 @@ def test_every_kept_checkpoint_of_a_series_restores_bit_by_bit_with_few_others(
 
 
 def test_a_drifting_weight_costs_less_as_a_delta_and_what_is_frozen_nothing(store: Store) -> None:
-    one = Saver(store, Options("small"))
+    one = PartWriter(store, SaveOptions("small"))
     first, second, *_ = [one.persist(taken(n, t)).part for n, t in enumerate(series(3), 1)]
     assert second.stored < 0.7 * first.stored
     assert second.shared > 50_000 * 4 * 0.8
@@ -118,7 +118,7 @@ def test_identical_chunks_are_taken_from_the_checkpoint_before_at_any_setting(
     store: Store, compress: Any
 ) -> None:
     tensors = {"a": torch.randn(CHUNK_BYTES), "b": torch.randn(1000)}
-    one = Saver(store, Options(compress))
+    one = PartWriter(store, SaveOptions(compress))
     first = one.persist(taken(1, tensors)).part
     again = one.persist(taken(2, tensors)).part
     assert (again.stored, again.shared, again.needs) == (0, first.stored, (first.id,))
@@ -127,11 +127,11 @@ def test_identical_chunks_are_taken_from_the_checkpoint_before_at_any_setting(
 
 def test_a_saver_that_comes_after_a_restart_goes_on_sharing_but_has_no_bases(store: Store) -> None:
     states = list(series(3))
-    before = Saver(store, SMALL)
+    before = PartWriter(store, SMALL)
     before.persist(taken(1, states[0]))
     part = before.persist(taken(2, states[1])).part
-    after = Saver(store, SMALL)
-    after.follow(Previous(store.load_part(store.directory(part.id), 0)))
+    after = PartWriter(store, SMALL)
+    after.follow(PreviousPart(store.load_part(store.directory(part.id), 0)))
     third = after.persist(taken(3, states[2])).part
     assert third.shared > 0
     assert all(chunk.base is None for chunk in third.chunks if chunk.pack == 0)
@@ -142,7 +142,7 @@ def test_memory_that_is_used_again_is_no_base(store: Store) -> None:
     """As with one slot, and as when a slot is overwritten in the middle of a save."""
     states = list(series(2))
     slot = {name: tensor.clone() for name, tensor in states[0].items()}
-    one = Saver(store, SMALL)
+    one = PartWriter(store, SMALL)
     first = capture.take({"m": slot}, id=checkpoint_id(1, "a0"), rank=0, world_size=1)
     known = {chunk.digest for chunk in one.persist(first).part.chunks}
     for name, tensor in slot.items():
@@ -155,7 +155,7 @@ def test_memory_that_is_used_again_is_no_base(store: Store) -> None:
 @pytest.mark.parametrize("what", ["manifest", "checkpoint"])
 def test_a_checkpoint_that_is_not_committed_is_never_referred_to(store: Store, what: str) -> None:
     states = list(series(2))
-    one = Saver(store, SMALL)
+    one = PartWriter(store, SMALL)
     first = one.persist(taken(1, states[0])).part
     if what == "manifest":
         (store.directory(first.id) / "manifest.json").unlink()
@@ -167,7 +167,7 @@ def test_a_checkpoint_that_is_not_committed_is_never_referred_to(store: Store, w
 
 
 def test_a_bad_base_is_blamed_by_its_own_file(store: Store) -> None:
-    one = Saver(store, SMALL)
+    one = PartWriter(store, SMALL)
     parts = [one.persist(taken(n, t)).part for n, t in enumerate(series(3), 1)]
     delta = next(c for c in parts[2].chunks if c.pack == 0 and c.base is not None)
     base = delta
@@ -190,7 +190,7 @@ def test_a_bad_base_is_blamed_by_its_own_file(store: Store) -> None:
 
 
 def all_ranks(
-    store: Store, snapshots: list[Snapshot], savers: list[Saver]
+    store: Store, snapshots: list[Snapshot], savers: list[PartWriter]
 ) -> list[part_writer.Saved]:
     with ThreadPoolExecutor(len(savers)) as pool:
         return list(
@@ -199,9 +199,9 @@ def all_ranks(
 
 
 def test_what_all_ranks_hold_is_stored_once_and_each_restores_all_of_it(store: Store) -> None:
-    savers = [Saver(store, SMALL) for _ in range(3)]
+    savers = [PartWriter(store, SMALL) for _ in range(3)]
     held: dict[str, list[Tensors]] = {}
-    alone = Saver(Store(store.root.parent / "alone"), SMALL)
+    alone = PartWriter(Store(store.root.parent / "alone"), SMALL)
     for step, tensors in enumerate(series(6), 1):
         del tensors["target"]  # who stores a chunk depends on its place, and this one has two
         each = [{**tensors, "own": torch.full((1000,), float(rank))} for rank in range(3)]
@@ -225,7 +225,7 @@ def test_ranks_in_real_processes_share_as_well(store: Store) -> None:
 
     def rank(number: int) -> None:
         torch.set_num_threads(1)
-        Saver(store).persist(taken(1, tensors, number, 2))
+        PartWriter(store).persist(taken(1, tensors, number, 2))
 
     processes = [fork.Process(target=rank, args=[number]) for number in (0, 1)]
     for process in processes:
@@ -245,9 +245,9 @@ def test_a_rank_whose_peer_says_nothing_stores_everything_itself(
 ) -> None:
     monkeypatch.setattr(chunk_ownership, "PATIENCE", 0.0)
     (tensors,) = series(1)
-    first = Saver(store).persist(taken(1, tensors, 0, 2)).part
+    first = PartWriter(store).persist(taken(1, tensors, 0, 2)).part
     assert not any(chunk.with_peer for chunk in first.chunks)
-    Saver(store).persist(taken(1, tensors, 1, 2))
+    PartWriter(store).persist(taken(1, tensors, 1, 2))
     for rank in (0, 1):
         assert_holds(store, first.id, tensors, rank)
 
@@ -259,8 +259,10 @@ def test_a_save_that_is_given_up_leaves_nothing(store: Store) -> None:
     (tensors,) = series(1)
     given_up = threading.Event()
     given_up.set()
-    with pytest.raises(SaveFailed, match="given up, because not all ranks have a snapshot of it"):
-        Saver(store).persist(taken(1, tensors), given_up)
+    with pytest.raises(
+        CheckpointNotSaved, match="given up, because not all ranks have a snapshot of it"
+    ):
+        PartWriter(store).persist(taken(1, tensors), given_up)
     assert files_in(store.root) == []
 
 
@@ -270,12 +272,12 @@ def test_a_save_that_is_given_up_while_it_waits_for_another_rank_ends_at_once(
     monkeypatch.setattr(chunk_ownership, "PATIENCE", 1e9)
     (tensors,) = series(1)
     given_up = threading.Event()
-    failures: list[SaveFailed] = []
+    failures: list[CheckpointNotSaved] = []
 
     def persist() -> None:
         try:
-            Saver(store).persist(taken(1, tensors, 0, 2), given_up)
-        except SaveFailed as error:
+            PartWriter(store).persist(taken(1, tensors, 0, 2), given_up)
+        except CheckpointNotSaved as error:
             failures.append(error)
 
     thread = threading.Thread(target=persist)
@@ -291,12 +293,12 @@ def test_a_save_that_is_given_up_while_it_waits_for_another_rank_ends_at_once(
 
 def test_a_save_takes_no_longer_than_it_may(store: Store) -> None:
     tensors = list(series(2))
-    one = Saver(store, Options(timeout=0))
-    with pytest.raises(SaveFailed, match="not done within 0 s") as caught:
+    one = PartWriter(store, SaveOptions(timeout=0))
+    with pytest.raises(CheckpointNotSaved, match="not done within 0 s") as caught:
         one.persist(taken(1, tensors[0]))
     assert "training goes on" in caught.value.hint
     assert files_in(store.root) == []
-    one.options = Options()
+    one.options = SaveOptions()
     assert_holds(store, one.persist(taken(2, tensors[1])).part.id, tensors[1])
 
 
@@ -321,7 +323,7 @@ def test_an_error_that_passes_costs_only_another_try(
     monkeypatch.setattr(part_writer, "RETRIES", (0.0, 0.0))
     monkeypatch.setattr(os, "fdatasync", Flushing(times, errno.EIO))
     (tensors,) = series(1)
-    assert_holds(store, Saver(store).persist(taken(1, tensors)).part.id, tensors)
+    assert_holds(store, PartWriter(store).persist(taken(1, tensors)).part.id, tensors)
 
 
 @pytest.mark.parametrize(("error", "tries"), [(errno.EIO, 3), (errno.ENOSPC, 1), (errno.EACCES, 1)])
@@ -332,13 +334,13 @@ def test_one_that_stays_is_reported_and_one_that_cannot_pass_is_not_tried_again(
     flushing = Flushing(100, error)
     monkeypatch.setattr(os, "fdatasync", flushing)
     first, second = series(2)
-    with pytest.raises(SaveFailed, match=os.strerror(error)) as caught:
-        Saver(store).persist(taken(1, first))
+    with pytest.raises(CheckpointNotSaved, match=os.strerror(error)) as caught:
+        PartWriter(store).persist(taken(1, first))
     assert "rank-00000.pack: not saved" in caught.value.message
     assert flushing.times == 100 - tries
     assert files_in(store.root) == []
     monkeypatch.undo()
-    assert_holds(store, Saver(store).persist(taken(2, second)).part.id, second)
+    assert_holds(store, PartWriter(store).persist(taken(2, second)).part.id, second)
 
 
 def test_nobody_waits_for_another_try_of_a_save_that_is_given_up(
@@ -352,8 +354,8 @@ def test_nobody_waits_for_another_try_of_a_save_that_is_given_up(
         raise OSError(errno.EIO, "bad")
 
     monkeypatch.setattr(os, "fdatasync", flush)
-    with pytest.raises(SaveFailed):
-        Saver(store).persist(taken(1, next(series(1))), given_up)
+    with pytest.raises(CheckpointNotSaved):
+        PartWriter(store).persist(taken(1, next(series(1))), given_up)
 
 
 class Lying:
@@ -382,13 +384,13 @@ def test_a_disk_that_gives_back_other_bytes_is_found_out_before_the_commit(
     monkeypatch.setattr(pack_writer, "WINDOW_BYTES", CHUNK_BYTES)
     monkeypatch.setattr(direct_io, "BUFFER_BYTES", 16 * direct_io.BLOCK)
     old, new, newer = series(3)
-    one = Saver(store, Options(compress))
+    one = PartWriter(store, SaveOptions(compress))
     before = one.persist(taken(1, old)).part
     if compress == "small":
         place //= 8  # what follows is smaller
     lying = Lying(place)
     monkeypatch.setattr(os, "fdatasync", lying)
-    with pytest.raises(SaveFailed, match="reading it back: "):
+    with pytest.raises(CheckpointNotSaved, match="reading it back: "):
         one.persist(taken(2, new))
     assert lying.done
     assert store.latest() == store.directory(before.id)

@@ -10,7 +10,7 @@ import pytest
 
 from autoglm_resume import journal
 from autoglm_resume.checkpoint.store.examine import candidates
-from autoglm_resume.checkpoint.store.retention import Best, Keep
+from autoglm_resume.checkpoint.store.retention import KeepBest, KeepRules
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.control import pruning
 from autoglm_resume.errors import RunLocked, UsageError
@@ -37,22 +37,22 @@ def run(tmp_path: Path) -> Path:
     return directory(path, [e for e in killed_once().events if e["event"] not in ("model", "gate")])
 
 
-def prune(path: Path, keep: Keep) -> list[int]:
+def prune(path: Path, keep: KeepRules) -> list[int]:
     """The steps that are left."""
     pruning.prune(inspection.find_all(path), keep)
     return [int(path.name[5:15]) for path in Store(path / "checkpoints").committed()]
 
 
 def test_what_no_rule_keeps_is_deleted_and_the_rest_is_whole(run: Path) -> None:
-    assert prune(run, Keep(last=1, best=Best("loss", 1))) == [40, 30, 20]
+    assert prune(run, KeepRules(last=1, best=KeepBest("loss", 1))) == [40, 30, 20]
     store = Store(run / "checkpoints")
     assert all(facts.integrity.ok for facts in candidates(store, deep=True))
-    assert prune(run, Keep(last=1)) == [40]
+    assert prune(run, KeepRules(last=1)) == [40]
 
 
 def test_what_was_deleted_is_in_the_journal_and_changes_no_figure(run: Path) -> None:
     before = summarize(RunDirectory(run).events())
-    prune(run, Keep(last=1))
+    prune(run, KeepRules(last=1))
     events = RunDirectory(run).events()
     pruned = [e["id"] for e in events if e["event"] == "pruned"]
     assert pruned == [id_of(30), id_of(20), id_of(10)]
@@ -95,7 +95,7 @@ def set_checkpoint(run: Path, **fields: Any) -> None:
 def test_the_newest_that_counts_as_committed_stays(run: Path, commit: str, left: list[int]) -> None:
     set_checkpoint(run, commit=commit, replicas=["/a", "/b"])
     replicated_to(run, a=30, b=20)
-    assert prune(run, Keep(last=1)) == left
+    assert prune(run, KeepRules(last=1)) == left
 
 
 def test_what_protected_it_is_said_and_ends_when_the_replicas_have_caught_up(
@@ -103,17 +103,17 @@ def test_what_protected_it_is_said_and_ends_when_the_replicas_have_caught_up(
 ) -> None:
     set_checkpoint(run, commit="all", replicas=["/a"])
     replicated_to(run, a=20)
-    pruning.show(listing.of(inspection.find_all(run), Keep(last=1), 0.0), dry=True)
+    pruning.show(listing.of(inspection.find_all(run), KeepRules(last=1), 0.0), dry=True)
     words = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert words[3].endswith("stays the newest that counts (commit: all)")
     replicated_to(run, a=40)
-    assert prune(run, Keep(last=1)) == [40]
+    assert prune(run, KeepRules(last=1)) == [40]
 
 
 def test_nothing_is_deleted_while_a_supervisor_has_the_run(run: Path) -> None:
     # A lock belongs to who opened the file, so this very process is as good as another.
     with RunDirectory(run).locked(), pytest.raises(RunLocked):
-        prune(run, Keep(last=1))
+        prune(run, KeepRules(last=1))
     assert len(Store(run / "checkpoints").committed()) == 4
 
 
@@ -121,8 +121,8 @@ def test_nothing_is_deleted_while_a_supervisor_has_the_directory(run: Path) -> N
     alone = run.parent / "alone"
     shutil.copytree(run / "checkpoints", alone)
     with locked_checkpoints(alone), pytest.raises(RunLocked):
-        pruning.prune(inspection.find_all(alone), Keep(last=1))
-    pruning.prune(inspection.find_all(alone), Keep(last=1))
+        pruning.prune(inspection.find_all(alone), KeepRules(last=1))
+    pruning.prune(inspection.find_all(alone), KeepRules(last=1))
     assert [path.name for path in Store(alone).committed()] == [id_of(40)]
 
 
@@ -132,13 +132,13 @@ def test_a_directory_without_a_run_needs_to_be_told_what_to_keep(run: Path) -> N
     with pytest.raises(UsageError, match="no run beside these checkpoints") as refused:
         pruning.rules(inspection.find_all(alone))
     assert f"autoglm prune {alone} --keep 3" in refused.value.hint
-    assert pruning.rules(inspection.find_all(run)) == Keep()
+    assert pruning.rules(inspection.find_all(run)) == KeepRules()
 
 
 def test_a_dry_run_tells_what_would_go_and_why_the_rest_stays(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keep = Keep(last=1, best=Best("loss", 1))
+    keep = KeepRules(last=1, best=KeepBest("loss", 1))
     pruning.show(listing.of(inspection.find_all(run), keep, 0.0), dry=True)
     out = capsys.readouterr().out.splitlines()
     words = [" ".join(line.split()) for line in out]

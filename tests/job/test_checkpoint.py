@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from autoglm_resume.checkpoint.store.retention import Best, Keep
+from autoglm_resume.checkpoint.store.retention import KeepBest, KeepRules
 from autoglm_resume.errors import UsageError
 from autoglm_resume.job.checkpoint import Checkpoint
 from autoglm_resume.job.load import keep_of, keep_option, load
@@ -28,7 +28,7 @@ def section(text: str) -> Checkpoint:
 def test_everything_has_a_default() -> None:
     found = section("")
     assert found.every.seconds == 300
-    assert found.keep.rules == Keep(last=3)
+    assert found.keep.rules == KeepRules(last=3)
     assert (found.memory, found.on_busy, found.on_error) == (2, "skip", "continue")
     assert (found.timeout, found.compress, found.keyframe_every) == (600, "auto", 8)
     assert (found.rename, found.strict, found.replicas, found.commit) == ({}, True, (), "local")
@@ -37,18 +37,18 @@ def test_everything_has_a_default() -> None:
 @pytest.mark.parametrize(
     ("written", "meant"),
     [
-        ("5", Keep(last=5)),
-        ("{last: 5}", Keep(last=5)),
-        ("{every_steps: 1000}", Keep(last=3, every_steps=1000)),
-        ("{for: 2d}", Keep(last=3, for_seconds=172_800.0)),
-        ("{best: {}}", Keep(best=Best("loss", 1, "min"))),
+        ("5", KeepRules(last=5)),
+        ("{last: 5}", KeepRules(last=5)),
+        ("{every_steps: 1000}", KeepRules(last=3, every_steps=1000)),
+        ("{for: 2d}", KeepRules(last=3, for_seconds=172_800.0)),
+        ("{best: {}}", KeepRules(best=KeepBest("loss", 1, "min"))),
         (
             "{last: 1, best: {metric: grad_norm, n: 2, mode: max}}",
-            Keep(last=1, best=Best("grad_norm", 2, "max")),
+            KeepRules(last=1, best=KeepBest("grad_norm", 2, "max")),
         ),
     ],
 )
-def test_what_to_keep_is_a_number_or_rules(written: str, meant: Keep) -> None:
+def test_what_to_keep_is_a_number_or_rules(written: str, meant: KeepRules) -> None:
     assert section(f"keep: {written}").keep.rules == meant
     assert keep_option(written) == meant
     assert keep_of(section(f"keep: {written}").keep.model_dump(by_alias=True), "job") == meant

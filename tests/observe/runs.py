@@ -131,8 +131,8 @@ def checkpoint(
     from autoglm_resume.checkpoint.format.ids import checkpoint_id
     from autoglm_resume.checkpoint.state import capture
     from autoglm_resume.checkpoint.store.store import Store
-    from autoglm_resume.checkpoint.write.part_writer import Saver
-    from autoglm_resume.checkpoint.write.reuse import Previous
+    from autoglm_resume.checkpoint.write.part_writer import PartWriter
+    from autoglm_resume.checkpoint.write.reuse import PreviousPart
 
     store = Store(root)
     id = checkpoint_id(step, token)
@@ -150,9 +150,9 @@ def checkpoint(
             rng=False,
             **identity,
         )
-        saver = Saver(store, share=False)
+        saver = PartWriter(store, share=False)
         if refer:
-            saver.follow(Previous(store.load_part(root / lineage[0], rank)))
+            saver.follow(PreviousPart(store.load_part(root / lineage[0], rank)))
         saver.persist(taken)
     return root / id
 

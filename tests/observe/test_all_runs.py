@@ -76,6 +76,19 @@ def test_a_run_that_does_not_answer_or_cannot_be_read_hides_no_other(tmp_path: P
     assert len(run_list.read()) == 3, "it may answer again"
 
 
+def test_a_name_that_is_no_text_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started(tmp_path / "sound", killed_once())
+    started(tmp_path / os.fsdecode(b"odd-\xff-\x1b[31m"), killed_once())
+    with (tmp_path / "shown").open("w", encoding="utf-8", errors="strict") as out:
+        monkeypatch.setattr("sys.stdout", out)
+        all_runs.show(all_runs.look())
+    _, odd, sound = (tmp_path / "shown").read_text("utf-8").splitlines()
+    assert odd.startswith("odd-\N{REPLACEMENT CHARACTER}-  ")
+    assert sound.endswith(f"  {tmp_path / 'sound'}")
+
+
 def test_of_a_long_journal_the_end_is_enough(tmp_path: Path) -> None:
     script = Script().life().attempt(0)
     for step in range(0, 20_000, 10):

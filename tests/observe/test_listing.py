@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from autoglm_resume.checkpoint.store.retention import Keep
+from autoglm_resume.checkpoint.store.retention import KeepRules
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import UsageError
 from autoglm_resume.journal import encode
@@ -48,7 +48,7 @@ def run(pristine: Path, tmp_path: Path) -> Path:
     return copy
 
 
-def of(path: Path, keep: Keep | None = None) -> Listing:
+def of(path: Path, keep: KeepRules | None = None) -> Listing:
     return listing.of(inspection.find_all(path), keep, NOW)
 
 
@@ -70,15 +70,15 @@ def test_all_checkpoints_are_listed_newest_first_whichever_is_named(run: Path) -
 
 
 def test_each_says_why_it_stays(run: Path) -> None:
-    assert why(of(run, Keep(last=1))) == {
+    assert why(of(run, KeepRules(last=1))) == {
         50: ("the newest",),
         40: (),
         30: (),
         20: (),
         10: ("accepted last",),
     }
-    assert why(of(run, Keep(last=1, every_steps=30)))[20] == (f"needed by {id_of(30)}",)
-    assert [each.facts.step for each in of(run, Keep(last=1)).doomed] == [40, 30, 20]
+    assert why(of(run, KeepRules(last=1, every_steps=30)))[20] == (f"needed by {id_of(30)}",)
+    assert [each.facts.step for each in of(run, KeepRules(last=1)).doomed] == [40, 30, 20]
 
 
 def test_without_rules_nothing_is_said_about_staying(run: Path) -> None:
@@ -102,7 +102,7 @@ def test_what_is_older_than_the_known_chain_may_belong_to_it(run: Path) -> None:
 
 def test_a_damaged_one_is_left_alone_and_pushes_out_no_other(run: Path) -> None:
     flip(run / "checkpoints" / id_of(50, "a1") / "rank-00001.pack")
-    found = of(run, Keep(last=1))
+    found = of(run, KeepRules(last=1))
     assert why(found)[50] is None
     assert why(found)[40] == ("the newest",)
     (row,) = [line for line in text_of(found) if line.startswith(id_of(50, "a1"))]
@@ -112,7 +112,7 @@ def test_a_damaged_one_is_left_alone_and_pushes_out_no_other(run: Path) -> None:
 
 def test_an_unreadable_manifest_leaves_the_sizes_blank(run: Path) -> None:
     (run / "checkpoints" / id_of(50, "a1") / "manifest.json").write_text("{")
-    found = of(run, Keep())
+    found = of(run, KeepRules())
     assert listing.to_json(found)["checkpoints"][0]["stored"] is None
     assert "FAILED" in text_of(found)[1]
 
@@ -121,7 +121,7 @@ def test_a_branch_that_was_given_up_may_go_and_pushes_out_nothing(run: Path) -> 
     with (run / "events.jsonl").open("ab") as journal:
         journal.write(encode({"event": "branched", "step": 10, "attempt": 2}))
     checkpoint(run / "checkpoints", 20, token="a2", lineage=(id_of(10),))
-    found = of(run, Keep(last=2))
+    found = of(run, KeepRules(last=2))
     assert [(each.facts.id, each.kept) for each in found.checkpoints] == [
         (id_of(50, "a1"), ()),
         (id_of(40, "a1"), ()),
@@ -138,7 +138,7 @@ def test_what_a_newer_version_wrote_may_need_all_that_is_older(run: Path) -> Non
     manifest = run / "checkpoints" / id_of(30) / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"format": ', '"format": 9'))
     needed = f"needed by {id_of(30)}"
-    assert why(of(run, Keep(last=1))) == {
+    assert why(of(run, KeepRules(last=1))) == {
         50: ("the newest",),
         40: (),
         30: None,
@@ -150,11 +150,11 @@ def test_what_a_newer_version_wrote_may_need_all_that_is_older(run: Path) -> Non
 def test_what_one_that_does_not_fit_refers_to_stays(run: Path) -> None:
     root = run / "checkpoints"
     checkpoint(root, 60, ranks=1, lineage=(id_of(20),), refer=True)
-    found = of(run, Keep(last=1))
+    found = of(run, KeepRules(last=1))
     assert why(found)[60] is None
     assert why(found)[20] == (f"needed by {id_of(60)}",)
     (root / id_of(60) / "manifest.json").unlink()  # it may yet be committed
-    assert why(of(run, Keep(last=1)))[20] == (f"needed by {id_of(60)}",)
+    assert why(of(run, KeepRules(last=1)))[20] == (f"needed by {id_of(60)}",)
 
 
 def test_checkpoints_of_other_ranks_are_good_to_an_elastic_run(run: Path) -> None:
@@ -167,7 +167,7 @@ def test_checkpoints_of_other_ranks_are_good_to_an_elastic_run(run: Path) -> Non
 
 
 def test_the_table_shows_sizes_chain_and_metrics(run: Path) -> None:
-    lines = text_of(of(run, Keep(last=1)))
+    lines = text_of(of(run, KeepRules(last=1)))
     assert lines[0].split() == [
         *("checkpoint", "step", "age", "ranks", "raw", "stored", "shared"),
         *("parent", "metrics", "why", "kept", "verdict"),
@@ -183,7 +183,7 @@ def test_the_table_shows_sizes_chain_and_metrics(run: Path) -> None:
 
 
 def test_a_narrow_terminal_gets_two_tables_that_fit(run: Path) -> None:
-    found = of(run, Keep(last=1))
+    found = of(run, KeepRules(last=1))
     sizes, reasons = listing.tables(found, 80)
     assert sizes.fits(80)
     assert reasons.fits(80)
@@ -201,7 +201,7 @@ def test_what_is_in_quarantine_is_told_with_its_reason(run: Path) -> None:
     store.quarantine(id_of(50, "a1"), "a bit flipped")
     moved = store.quarantine(id_of(40, "a1"), "gone bad")
     (moved / "reason.json").write_text("[")
-    found = of(run, Keep())
+    found = of(run, KeepRules())
     assert found.quarantined == (
         (id_of(40, "a1"), "no reason was recorded"),
         (id_of(50, "a1"), "a bit flipped"),
@@ -210,7 +210,7 @@ def test_what_is_in_quarantine_is_told_with_its_reason(run: Path) -> None:
 
 
 def test_the_json_form_has_everything(run: Path) -> None:
-    document = json.loads(json.dumps(listing.to_json(of(run, Keep(last=1)))))
+    document = json.loads(json.dumps(listing.to_json(of(run, KeepRules(last=1)))))
     assert document["directory"] == str(run / "checkpoints")
     assert document["keep"]["last"] == 1
     rows: dict[int, Any] = {row["step"]: row for row in document["checkpoints"]}
@@ -225,10 +225,10 @@ def test_the_json_form_has_everything(run: Path) -> None:
 
 def test_the_rules_are_those_of_the_run(run: Path) -> None:
     job = json.loads((run / "job.json").read_text())
-    assert listing.keep_of(RunDirectory(run)) == Keep()
+    assert listing.keep_of(RunDirectory(run)) == KeepRules()
     job["checkpoint"]["keep"] = {"last": 2, "every_steps": None, "best": None, "for": "1h"}
     (run / "job.json").write_text(json.dumps(job))
-    assert listing.keep_of(RunDirectory(run)) == Keep(last=2, for_seconds=3600.0)
+    assert listing.keep_of(RunDirectory(run)) == KeepRules(last=2, for_seconds=3600.0)
     job["checkpoint"]["keep"] = "all"
     (run / "job.json").write_text(json.dumps(job))
     with pytest.raises(UsageError, match=r"job\.json: checkpoint\.keep: expected"):

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from autoglm_resume.checkpoint.store.gate import Check, Verdict
+from autoglm_resume.checkpoint.store.gate import GateCheck, Verdict
 from autoglm_resume.observe import plan as view
 from autoglm_resume.supervise.start import Plan
 
@@ -13,7 +13,7 @@ JOB = {"name": "demo", "script": "/jobs/train.py", "args": ["--lr", "1e-3"]}
 
 
 def verdict(step: int, good: bool) -> Verdict:
-    check = Check("world size", good, "2", "2" if good else "4")
+    check = GateCheck("world size", good, "2", "2" if good else "4")
     return Verdict(f"step-{step:010d}.a0", step, "/c", good, (check,))
 
 

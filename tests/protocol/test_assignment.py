@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoglm_resume.checkpoint.format.options import Options
-from autoglm_resume.checkpoint.store.retention import Best, Keep
+from autoglm_resume.checkpoint.format.options import SaveOptions
+from autoglm_resume.checkpoint.store.retention import KeepBest, KeepRules
 from autoglm_resume.protocol.assignment import (
     ASSIGNMENT,
     Assignment,
@@ -52,14 +52,14 @@ assignments = st.builds(
         dir=texts,
         every_steps=st.none() | st.integers(1),
         keep=st.builds(
-            Keep,
+            KeepRules,
             last=st.integers(1),
             every_steps=st.none() | st.integers(1),
-            best=st.none() | st.builds(Best, metric=texts),
+            best=st.none() | st.builds(KeepBest, metric=texts),
             for_seconds=st.none() | st.floats(1, 1e9),
         ),
         memory=st.integers(0, 2),
-        options=st.builds(Options, compress=st.sampled_from(["auto", "off"])),
+        options=st.builds(SaveOptions, compress=st.sampled_from(["auto", "off"])),
         rename=st.dictionaries(texts, texts),
         strict=st.booleans(),
     ),

@@ -19,12 +19,12 @@ import pytest
 import torch
 
 from autoglm_resume.checkpoint.format.ids import checkpoint_id
-from autoglm_resume.checkpoint.format.options import Options
+from autoglm_resume.checkpoint.format.options import SaveOptions
 from autoglm_resume.checkpoint.format.snapshot import Snapshot, describe, from_slot, layout
 from autoglm_resume.checkpoint.state import capture, restore
-from autoglm_resume.checkpoint.store.retention import Keep
+from autoglm_resume.checkpoint.store.retention import KeepRules
 from autoglm_resume.checkpoint.store.store import Store
-from autoglm_resume.checkpoint.write.part_writer import Saver
+from autoglm_resume.checkpoint.write.part_writer import PartWriter
 from autoglm_resume.protocol import saver_messages
 from autoglm_resume.protocol.assignment import Checkpointing
 from autoglm_resume.protocol.saver_messages import Closed, Message
@@ -393,7 +393,7 @@ def test_a_save_that_fails_is_told_with_its_reason_and_the_next_one_works(place:
 def test_what_no_rule_keeps_is_deleted_after_the_answer(place: Place) -> None:
     owner, _ = place.start(listening=True)
     link = place.connect()
-    place.hello(link, keep=Keep(last=1), options=Options("off"))
+    place.hello(link, keep=KeepRules(last=1), options=SaveOptions("off"))
     link.ask(op="slots", bytes=SIZE, count=2)
     for step in (1, 2, 3):
         link.put(taken(step, lineage=()), step % 2)
@@ -496,10 +496,10 @@ def test_a_save_is_tried_again_while_the_saver_still_tidies_up_after_the_first_t
     place: Place,
 ) -> None:
     for step in range(1, 40):
-        Saver(place.store).persist(taken(step))
+        PartWriter(place.store).persist(taken(step))
     owner, _ = place.start(listening=True)
     rank = place.connect()
-    place.hello(rank, keep=Keep(last=1))
+    place.hello(rank, keep=KeepRules(last=1))
     rank.ask(op="slots", bytes=SIZE, count=2)
     (place.store.root / id_of(50)).touch()
     rank.put(taken(50), 0)

@@ -11,7 +11,7 @@ import torch
 from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.state import capture, restore
 from autoglm_resume.checkpoint.store.store import Store
-from autoglm_resume.checkpoint.write.part_writer import Saver
+from autoglm_resume.checkpoint.write.part_writer import PartWriter
 from autoglm_resume.errors import CheckpointError, ModelMismatch
 from autoglm_resume.protocol.assignment import Checkpointing
 from autoglm_resume.worker.fitting import Loading, fitted
@@ -48,7 +48,7 @@ def trained(tmp_path: Path) -> tuple[Net, restore.RestoredPart]:
     states = {name: obj.state_dict() for name, obj in tracked.items()}
     snapshot = capture.take(states, id=ID, rank=0, world_size=1, model=structure_of(net))
     store = Store(tmp_path)
-    Saver(store).persist(snapshot)
+    PartWriter(store).persist(snapshot)
     return net, restore.read(store, store.directory(ID), 0)
 
 
@@ -110,7 +110,7 @@ def like_layers(tmp_path: Path) -> restore.RestoredPart:
     states = {name: obj.state_dict() for name, obj in tracked.items()}
     snapshot = capture.take(states, id=ID, rank=0, world_size=1, model=structure_of(net))
     store = Store(tmp_path)
-    Saver(store).persist(snapshot)
+    PartWriter(store).persist(snapshot)
     return restore.read(store, store.directory(ID), 0)
 
 

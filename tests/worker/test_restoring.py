@@ -16,7 +16,7 @@ from autoglm_resume.checkpoint.state.restore import RestoredPart
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write import in_memory
 from autoglm_resume.checkpoint.write.pack_writer import items_of
-from autoglm_resume.checkpoint.write.part_writer import Saver
+from autoglm_resume.checkpoint.write.part_writer import PartWriter
 from autoglm_resume.errors import CorruptCheckpoint, WorldSizeMismatch
 from autoglm_resume.protocol.assignment import ResumePoint
 from autoglm_resume.worker import restoring, rng
@@ -41,7 +41,7 @@ def store(tmp_path: Path) -> Store:
         rng.derive(f"rank {rank}")
         states = {name: obj.state_dict() for name, obj in tracked.items()} | {"rng": rng.capture()}
         snapshot = capture.take(states, id=ID, rank=rank, world_size=3)
-        Saver(store, share=False).persist(snapshot)
+        PartWriter(store, share=False).persist(snapshot)
     rng.restore(kept)
     return store
 
@@ -107,7 +107,7 @@ def test_a_snapshot_in_memory_is_what_was_sealed_or_nothing(store: Store) -> Non
     found = restoring.read(point, store, 0, 3, tracked, (), {}, taken)
     assert found.from_memory
     assert found.states["sampler"] == tracked["sampler"].state_dict()
-    Saver(Store(store.root / "other"), share=False).persist(replace(taken, world_size=1))
+    PartWriter(Store(store.root / "other"), share=False).persist(replace(taken, world_size=1))
     stored = Store(store.root / "other").load_part(store.root / "other" / ID, 0)
     assert found.part.objects == stored.objects, "as if it had been on storage"
     taken.tensors[0].data[3] ^= 1

@@ -1,4 +1,4 @@
-"""How hard to compress: what pays here, from what was seen so far. Pure."""
+"""How hard to compress: what pays here, from what it took so far. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ HEADROOM = 2
 SAMPLE = 8
 """Chunks of the first pack that are compressed to see how fast that is."""
 _KEPT = 0.8
-"""Of what earlier sightings weigh, at every new one."""
+"""Of what earlier measurements weigh, at every new one."""
 
 
 class Rate:
@@ -20,7 +20,7 @@ class Rate:
         self._bytes = 0.0
         self._seconds = 0.0
 
-    def saw(self, count: int, seconds: float) -> None:
+    def add(self, count: int, seconds: float) -> None:
         """`count` bytes took that long; nothing of either says nothing."""
         if count and seconds > 0:
             self._bytes = self._bytes * _KEPT + count
@@ -28,11 +28,11 @@ class Rate:
 
     @property
     def time(self) -> float | None:
-        """Seconds per byte; None before anything was seen."""
+        """Seconds per byte; None before anything was measured."""
         return self._seconds / self._bytes if self._bytes else None
 
 
-class Pace:
+class Throughput:
     """How fast this machine encodes and decodes, and this storage takes and gives back bytes.
 
     Codecs are counted in raw bytes, the storage in stored ones; each with all its threads at work.

@@ -39,7 +39,7 @@ class _Room(threading.local):
         return self._memory[place][:size]
 
 
-class Reader:
+class ChunkReader:
     """Chunks of the parts of the checkpoint in `path`, from any thread.
 
     `parts` are those of all ranks where ranks share chunks; of one rank where it has them all.
@@ -56,7 +56,7 @@ class Reader:
                 located = ((c.digest, (part, c)) for c in part.chunks if c.pack is not None)
                 self._shared.update(located)
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> ChunkReader:
         return self
 
     def __exit__(

@@ -51,10 +51,10 @@ def newest(root: AnyPath) -> Path | None:
     One whose files were not touched since they were read back is trusted; others are read whole.
     Ask on one rank and tell the others, lest they find different ones.
     """
-    for facts in candidates(Store(Path(root))):
-        parts = facts.manifest.parts if facts.manifest else ()
-        if facts.integrity.ok and any(METADATA in part.objects for part in parts):
-            return Path(facts.path)
+    for candidate in candidates(Store(Path(root))):
+        parts = candidate.manifest.parts if candidate.manifest else ()
+        if candidate.integrity.ok and any(METADATA in part.objects for part in parts):
+            return Path(candidate.path)
     return None
 
 

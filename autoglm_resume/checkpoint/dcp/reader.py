@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from autoglm_resume.checkpoint.chunks import verify
-from autoglm_resume.checkpoint.chunks.reader import Reader as ChunkReader
+from autoglm_resume.checkpoint.chunks.reader import ChunkReader
 from autoglm_resume.checkpoint.dcp.boxes import Load, Wanted, loads_of, pieces_of, wanted_of
 from autoglm_resume.checkpoint.dcp.metadata import Key, from_json, key_of
 from autoglm_resume.checkpoint.dcp.paths import (

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from autoglm_resume import files
 from autoglm_resume.checkpoint.chunks import verify
-from autoglm_resume.checkpoint.chunks.compression import Pace
+from autoglm_resume.checkpoint.chunks.compression import Throughput
 from autoglm_resume.checkpoint.dcp.boxes import STATE
 from autoglm_resume.checkpoint.dcp.metadata import key_of, to_json
 from autoglm_resume.checkpoint.dcp.paths import (
@@ -48,17 +48,17 @@ from autoglm_resume.checkpoint.store.commit import commit
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.pack_writer import THREADS, Item, Packer, chunks_of
 from autoglm_resume.checkpoint.write.part_writer import (
-    SaveFailed,
+    CheckpointNotSaved,
     discard,
     make_directory,
     part_of,
     retried,
 )
-from autoglm_resume.checkpoint.write.reuse import Sharing, Table
+from autoglm_resume.checkpoint.write.reuse import ChunkTable, Sharing
 from autoglm_resume.errors import CorruptCheckpoint, UsageError
 
-_PACES: dict[Path, Pace] = {}
-"""How fast each directory takes bytes, as far as this process has seen."""
+_THROUGHPUTS: dict[Path, Throughput] = {}
+"""How fast each directory takes bytes, as far as this process knows."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class _Written:
     """The coordinator's part but for the metadata, which comes last."""
 
     snapshot: Snapshot
-    table: Table
+    table: ChunkTable
     rows: Mapping[tuple[str, int], int]
 
 
@@ -176,15 +176,15 @@ class Writer(StorageWriter):
         make_directory(path)
         pack = path / pack_file(self._rank)
         source = _Source(planned, planner)
-        pace = _PACES.setdefault(path.parent, Pace())
-        table = Table(path.name, None)
+        throughput = _THROUGHPUTS.setdefault(path.parent, Throughput())
+        table = ChunkTable(path.name, None)
         try:
             with (
                 ThreadPoolExecutor(THREADS, thread_name_prefix="encode") as pool,
                 # Two saves of one name at once must not make one checkpoint of both.
                 files.writing(pack, replace=False) as output,
             ):
-                packer = Packer(output, Sharing(None, 0, ()), table, frozenset(), pace)
+                packer = Packer(output, Sharing(None, 0, ()), table, frozenset(), throughput)
                 rows = packer.write(source, pool, self._compress, lambda: None)
             snapshot = self._describe(path, planned, source.tensors, world_size)
             written = _Written(snapshot, table, rows)
@@ -193,7 +193,9 @@ class Writer(StorageWriter):
             else:
                 _write_part(path, written)
         except FileExistsError as error:
-            raise SaveFailed(f"{error.filename2 or pack}: written by another save") from None
+            raise CheckpointNotSaved(
+                f"{error.filename2 or pack}: written by another save"
+            ) from None
         except BaseException:
             discard(path / part_file(self._rank), pack)
             raise

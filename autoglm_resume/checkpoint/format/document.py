@@ -51,7 +51,7 @@ def indented(value: Json) -> bytes:
     return json.dumps(value, indent=2, allow_nan=False).encode() + b"\n"
 
 
-def parse(data: bytes, file: str) -> Node:
+def parse(data: bytes, file: str) -> JsonNode:
     """The document in `data`. Raises CorruptCheckpoint naming `file`."""
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=_refuse, parse_float=_finite)
@@ -59,7 +59,7 @@ def parse(data: bytes, file: str) -> Node:
         raise CorruptCheckpoint(
             f"{file}: expected a JSON document, found {len(data)} bytes that are not one ({error})"
         ) from None
-    return Node(value, file)
+    return JsonNode(value, file)
 
 
 def _refuse(constant: str) -> NoReturn:
@@ -72,7 +72,7 @@ def _finite(literal: str) -> float:
 
 
 @dataclass(frozen=True)
-class Node:
+class JsonNode:
     """A value inside a document, and where it stands; every access checks the type.
 
     All methods raise CorruptCheckpoint when the value is not what they return.
@@ -87,21 +87,21 @@ class Node:
         place = f"{self.file}: {self.where}" if self.where else self.file
         raise CorruptCheckpoint(f"{place}: expected {expected}, found {found}")
 
-    def __getitem__(self, key: str) -> Node:
+    def __getitem__(self, key: str) -> JsonNode:
         if not isinstance(self.value, dict):
             self.fail(f"an object with {key!r}")
         child = f"{self.where}.{key}" if self.where else key
-        return Node(self.value.get(key), self.file, child)
+        return JsonNode(self.value.get(key), self.file, child)
 
-    def optional(self) -> Node | None:
+    def optional(self) -> JsonNode | None:
         return None if self.value is None else self
 
-    def items(self) -> list[Node]:
+    def items(self) -> list[JsonNode]:
         if not isinstance(self.value, list):
             self.fail("a list")
-        return [Node(v, self.file, f"{self.where}[{i}]") for i, v in enumerate(self.value)]
+        return [JsonNode(v, self.file, f"{self.where}[{i}]") for i, v in enumerate(self.value)]
 
-    def members(self) -> dict[str, Node]:
+    def members(self) -> dict[str, JsonNode]:
         if not isinstance(self.value, dict):
             self.fail("an object")
         return {key: self[key] for key in self.value}
@@ -154,7 +154,7 @@ class Node:
         return {key: node.digest() for key, node in self.members().items()}
 
 
-def columns(row: Node, count: int) -> list[Node]:
+def columns(row: JsonNode, count: int) -> list[JsonNode]:
     """The `count` values of a list."""
     found = row.items()
     if len(found) != count:

@@ -10,7 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 
-from autoglm_resume.checkpoint.format.document import Json, Node, canonical, digest, indented, parse
+from autoglm_resume.checkpoint.format.document import (
+    Json,
+    JsonNode,
+    canonical,
+    digest,
+    indented,
+    parse,
+)
 from autoglm_resume.checkpoint.format.ids import is_id, newer, newest_first
 from autoglm_resume.checkpoint.format.part import (
     FORMAT,
@@ -212,11 +219,11 @@ def _digest(document: Json) -> str:
     return digest(canonical({k: v for k, v in document.items() if k != "digest"}))
 
 
-def _parent(node: Node) -> Parent:
+def _parent(node: JsonNode) -> Parent:
     return Parent(id=node["id"].text(), digest=node["digest"].digest())
 
 
-def _part_ref(node: Node) -> PartRef:
+def _part_ref(node: JsonNode) -> PartRef:
     return PartRef(
         rank=node["rank"].whole(),
         file=node["file"].file_name(),
@@ -228,7 +235,7 @@ def _part_ref(node: Node) -> PartRef:
     )
 
 
-def _check(manifest: Manifest, node: Node) -> None:
+def _check(manifest: Manifest, node: JsonNode) -> None:
     if manifest.parent and (not is_id(manifest.parent.id) or manifest.parent.id == manifest.id):
         node["parent"].fail("the id of another checkpoint")
     if not all(is_id(id) and newer(manifest.id, id) for id in manifest.needs):

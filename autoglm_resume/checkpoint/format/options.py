@@ -9,7 +9,7 @@ Compress: TypeAlias = Literal["auto", "fast", "small", "off"]
 
 
 @dataclass(frozen=True)
-class Options:
+class SaveOptions:
     """`timeout` seconds bound one save; a part needs at most `keyframe_every` older ones."""
 
     compress: Compress = "auto"

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from autoglm_resume.checkpoint.format.document import (
     Json,
-    Node,
+    JsonNode,
     compact,
     digest_of_digests,
     parse,
@@ -145,7 +145,7 @@ class Part:
         return part
 
 
-def check_format(node: Node) -> None:
+def check_format(node: JsonNode) -> None:
     found = node["format"].whole(1)
     if found < FORMAT:
         # Format 1 was never released.
@@ -157,7 +157,7 @@ def check_format(node: Node) -> None:
         )
 
 
-def identity(node: Node) -> dict[str, Json]:
+def identity(node: JsonNode) -> dict[str, Json]:
     """The fields that a part and its manifest share, checked."""
     name = node["id"].text()
     if not is_id(name):
@@ -175,7 +175,7 @@ def identity(node: Node) -> dict[str, Json]:
     }
 
 
-def _check(part: Part, node: Node) -> None:
+def _check(part: Part, node: JsonNode) -> None:
     """Every reference from one table of the document to another."""
 
     def expect(what: str, expected: object, found: object) -> None:

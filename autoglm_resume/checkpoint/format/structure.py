@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
-from autoglm_resume.checkpoint.format.document import Json, Node, canonical, columns, digest
+from autoglm_resume.checkpoint.format.document import Json, JsonNode, canonical, columns, digest
 
 TensorSpec: TypeAlias = "tuple[str, str, tuple[int, ...]]"
 
@@ -44,10 +44,10 @@ class Structure:
     @classmethod
     def from_json(cls, document: Json, file: str = "structure") -> Structure:
         """Raises CorruptCheckpoint naming `file` when `document` is not a structure."""
-        return cls.from_node(Node(document, file))
+        return cls.from_node(JsonNode(document, file))
 
     @classmethod
-    def from_node(cls, node: Node) -> Structure:
+    def from_node(cls, node: JsonNode) -> Structure:
         tensors: list[TensorSpec] = []
         for row in node["tensors"].items():
             name, dtype, shape = columns(row, 3)

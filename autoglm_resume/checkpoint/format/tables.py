@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from autoglm_resume.checkpoint.format.document import Json, Node, canonical, columns, digest
+from autoglm_resume.checkpoint.format.document import Json, JsonNode, canonical, columns, digest
 from autoglm_resume.checkpoint.format.ids import is_id
 
 CHUNK_BYTES = 1 << 20
@@ -101,7 +101,7 @@ def object_of(tensor_name: str) -> str:
     return tensor_name.partition("/")[0]
 
 
-def read_chunk(node: Node) -> Chunk:
+def read_chunk(node: JsonNode) -> Chunk:
     """Raises CorruptCheckpoint, as those below."""
     digest, raw, pack, stored, offset, codec, base, cast_of = columns(node, 8)
     sources = tuple(index.whole() for index in cast_of.items())
@@ -122,7 +122,7 @@ def read_chunk(node: Node) -> Chunk:
     )
 
 
-def read_tensor(node: Node) -> Tensor:
+def read_tensor(node: JsonNode) -> Tensor:
     if node["dtype"].text() not in DTYPE_BYTES:
         node["dtype"].fail("a known dtype")
     return Tensor(
@@ -134,14 +134,14 @@ def read_tensor(node: Node) -> Tensor:
     )
 
 
-def read_pack(node: Node) -> Pack:
+def read_pack(node: JsonNode) -> Pack:
     name = node["id"].text()
     if not is_id(name):
         node["id"].fail("a checkpoint id")
     return Pack(name, _fingerprint(node["fingerprint"]))
 
 
-def _fingerprint(node: Node) -> Fingerprint:
+def _fingerprint(node: JsonNode) -> Fingerprint:
     return Fingerprint(
         size=node["size"].whole(),
         mtime_ns=node["mtime_ns"].whole(),

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from autoglm_resume.checkpoint.chunks import verify
-from autoglm_resume.checkpoint.chunks.reader import Reader
+from autoglm_resume.checkpoint.chunks.reader import ChunkReader
 from autoglm_resume.checkpoint.format.document import Json, digest, digest_of_digests
 from autoglm_resume.checkpoint.format.ids import checkpoint_id, step_of
 from autoglm_resume.checkpoint.format.manifest import MANIFEST, Manifest
@@ -38,7 +38,7 @@ from autoglm_resume.checkpoint.format.tables import (
 from autoglm_resume.checkpoint.state import restore, tree
 from autoglm_resume.checkpoint.state.sharding import Box, Shape
 from autoglm_resume.checkpoint.store.store import Store
-from autoglm_resume.checkpoint.write.part_writer import Saver
+from autoglm_resume.checkpoint.write.part_writer import PartWriter
 from autoglm_resume.errors import CorruptCheckpoint, NewerFormat, UsageError
 
 FORMAT = 1
@@ -46,7 +46,7 @@ TOKEN = "imported"
 
 
 @dataclass(frozen=True)
-class Exchange:
+class Bundle:
     """`tensors` by key; `document` says which rank has what of which."""
 
     document: dict[str, Json]
@@ -92,7 +92,7 @@ class _Entry:
     """All leaves that it brings back."""
 
 
-def gather(store: Store, path: Path, progress: verify.Progress | None = None) -> Exchange:
+def gather(store: Store, path: Path, progress: verify.Progress | None = None) -> Bundle:
     """The checkpoint in `path`, every byte verified; `progress` gets bytes of tensors.
 
     Raises CheckpointError.
@@ -101,18 +101,18 @@ def gather(store: Store, path: Path, progress: verify.Progress | None = None) ->
     parts = [store.load_part(path, ref.rank) for ref in manifest.parts]
     entries = list(_entries(parts))
     tensors: dict[str, torch.Tensor] = {}
-    with Reader(path, parts) as reader:
+    with ChunkReader(path, parts) as reader:
 
         def load(index: int, _: memoryview) -> None:
             tensors[entries[index].key] = _load(reader, entries[index], progress)
 
         verify.on_threads(len(entries), load, lambda: memoryview(b""))
-    return Exchange(_document(manifest, parts, entries), {e.key: tensors[e.key] for e in entries})
+    return Bundle(_document(manifest, parts, entries), {e.key: tensors[e.key] for e in entries})
 
 
 def put(
     store: Store,
-    exchange: Exchange,
+    exchange: Bundle,
     step: int | None = None,
     progress: verify.Progress | None = None,
 ) -> Manifest:
@@ -141,7 +141,7 @@ def put(
 
     def persist(snapshot: Snapshot) -> None:
         try:
-            Saver(store).persist(snapshot, abandoned)
+            PartWriter(store).persist(snapshot, abandoned)
             if progress:
                 progress(snapshot.nbytes)
         except BaseException:
@@ -159,7 +159,7 @@ def put(
         raise
 
 
-def nested(exchange: Exchange) -> dict[str, Any]:
+def nested(exchange: Bundle) -> dict[str, Any]:
     """The states as scripts know them: by object, or by `rank0` and object where ranks differ.
 
     Of a checkpoint that was saved through DCP a flat dict, in which `bytes` is what DCP's planner
@@ -250,7 +250,7 @@ def _by_dcp(parts: Sequence[Part]) -> bool:
     return any(METADATA in part.objects for part in parts)
 
 
-def _load(reader: Reader, entry: _Entry, progress: verify.Progress | None) -> torch.Tensor:
+def _load(reader: ChunkReader, entry: _Entry, progress: verify.Progress | None) -> torch.Tensor:
     dtype, whole = tree.dtype_named(entry.dtype), Box.whole(entry.shape)
     found = torch.empty(entry.shape, dtype=dtype)
     for leaf in entry.sources:
@@ -307,9 +307,7 @@ def _document(
     }
 
 
-def _snapshot(
-    exchange: Exchange, id: str, number: int, progress: verify.Progress | None
-) -> Snapshot:
+def _snapshot(exchange: Bundle, id: str, number: int, progress: verify.Progress | None) -> Snapshot:
     document = exchange.document
     rank = document["ranks"][number]
     contents = []
@@ -342,7 +340,7 @@ def _snapshot(
     )
 
 
-def _tensor(exchange: Exchange, row: Json) -> TensorBytes:
+def _tensor(exchange: Bundle, row: Json) -> TensorBytes:
     """What a rank has of a tensor, verified."""
     dtype, shape = exchange.document["tensors"][row["key"]]
     whole = exchange.tensors[row["key"]]
@@ -365,12 +363,12 @@ def _tensor(exchange: Exchange, row: Json) -> TensorBytes:
     return TensorBytes(row["name"], dtype, box.shape, data)
 
 
-def _content(exchange: Exchange, row: Json, offset: Json) -> torch.Tensor | bytes:
+def _content(exchange: Bundle, row: Json, offset: Json) -> torch.Tensor | bytes:
     found = exchange.tensors[row["key"]]
     return found if offset is not None else bytes(tree.as_bytes(found))
 
 
-def _decoded(exchange: Exchange, rank: Json, name: str) -> Any:
+def _decoded(exchange: Bundle, rank: Json, name: str) -> Any:
     tensors = {
         row["name"]: exchange.tensors[row["key"]]
         for row in rank["tensors"]

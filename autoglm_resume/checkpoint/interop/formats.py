@@ -26,7 +26,7 @@ import torch
 
 from autoglm_resume import files
 from autoglm_resume.checkpoint.format.document import Json, compact
-from autoglm_resume.checkpoint.interop.bundle import Exchange, nested
+from autoglm_resume.checkpoint.interop.bundle import Bundle, nested
 from autoglm_resume.checkpoint.state import tree
 from autoglm_resume.errors import AutoglmError, CorruptCheckpoint, UsageError
 
@@ -46,13 +46,13 @@ def check(kind: str, out: Path) -> None:
         _safetensors()
 
 
-def write(kind: str, out: Path, exchange: Exchange) -> None:
+def write(kind: str, out: Path, exchange: Bundle) -> None:
     """Make `out`, which must not be there. Raises UsageError and OSError."""
     check(kind, out)
     _WRITERS[kind](out, exchange)
 
 
-def read(source: Path) -> Exchange:
+def read(source: Path) -> Bundle:
     """What `write` has made. A plain DCP directory is unpickled by DCP: only from who you trust.
 
     Raises UsageError when it is something else, and CorruptCheckpoint.
@@ -72,7 +72,7 @@ def read(source: Path) -> Exchange:
     raise UsageError(f"{source}: expected {_EXPECTED}, found {found}", hint=_AGAIN)
 
 
-def _write_safetensors(out: Path, exchange: Exchange) -> None:
+def _write_safetensors(out: Path, exchange: Bundle) -> None:
     library = _safetensors()
     known = set(library._TYPES.values())
     tensors = {
@@ -85,7 +85,7 @@ def _write_safetensors(out: Path, exchange: Exchange) -> None:
         library.save_file(tensors, file.name, metadata)
 
 
-def _read_safetensors(source: Path) -> Exchange:
+def _read_safetensors(source: Path) -> Bundle:
     library = _safetensors()
     from safetensors import SafetensorError
 
@@ -98,17 +98,17 @@ def _read_safetensors(source: Path) -> Exchange:
             }
     except SafetensorError as error:
         raise _damaged(source, "a safetensors file that cannot be read", error) from error
-    return Exchange(document, tensors)
+    return Bundle(document, tensors)
 
 
-def _write_torch(out: Path, exchange: Exchange) -> None:
+def _write_torch(out: Path, exchange: Bundle) -> None:
     # Tensors that are in the state twice are in the file once.
     ours = {"document": _text(exchange.document), "tensors": dict(exchange.tensors)}
     with files.writing(out, replace=False) as file:
         torch.save({**_plain(nested(exchange)), OURS: ours}, file)
 
 
-def _read_torch(source: Path) -> Exchange:
+def _read_torch(source: Path) -> Bundle:
     try:
         found = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever untrusted bytes can make of it
@@ -117,10 +117,10 @@ def _read_torch(source: Path) -> Exchange:
     if not isinstance(ours, dict) or not isinstance(ours.get("tensors"), dict):
         raise _foreign(source)
     document = _parsed(ours.get("document"), source)
-    return Exchange(document, ours["tensors"])
+    return Bundle(document, ours["tensors"])
 
 
-def _write_dcp(out: Path, exchange: Exchange) -> None:
+def _write_dcp(out: Path, exchange: Bundle) -> None:
     from torch.distributed.checkpoint._nested_dict import flatten_state_dict
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
@@ -149,7 +149,7 @@ def _write_dcp(out: Path, exchange: Exchange) -> None:
         )
 
 
-def _read_dcp(source: Path) -> Exchange:
+def _read_dcp(source: Path) -> Bundle:
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -173,7 +173,7 @@ def _read_dcp(source: Path) -> Exchange:
             for key, (dtype, shape) in document["tensors"].items()
         }
         load(empty, storage_reader=reader, no_dist=True)
-    return Exchange(document, {key: empty[document["keys"][key]] for key in document["tensors"]})
+    return Bundle(document, {key: empty[document["keys"][key]] for key in document["tensors"]})
 
 
 def _planner(document: Mapping[str, Json]) -> Any:
@@ -202,7 +202,7 @@ def _planner(document: Mapping[str, Json]) -> Any:
     return AsItIs()
 
 
-_WRITERS: Mapping[str, Callable[[Path, Exchange], None]] = {
+_WRITERS: Mapping[str, Callable[[Path, Bundle], None]] = {
     "safetensors": _write_safetensors,
     "torch": _write_torch,
     "dcp": _write_dcp,
@@ -254,7 +254,7 @@ def _parsed(text: object, source: Path) -> dict[str, Json]:
         raise _foreign(source)
     try:
         document: dict[str, Json] = json.loads(text)
-        if Exchange(document, {}).raw >= 0:
+        if Bundle(document, {}).raw >= 0:
             return document
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from autoglm_resume.checkpoint.format.manifest import MANIFEST
 from autoglm_resume.checkpoint.format.part import pack_file
-from autoglm_resume.checkpoint.replicas.plan import Copy, in_order, uploads
+from autoglm_resume.checkpoint.replicas.plan import CommittedFiles, in_order, uploads
 from autoglm_resume.checkpoint.storage.storage import Storage
 from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import CheckpointError, CorruptCheckpoint
 
 
-def committed(store: Store, known: Mapping[str, Copy]) -> dict[str, Copy]:
+def committed(store: Store, known: Mapping[str, CommittedFiles]) -> dict[str, CommittedFiles]:
     """Every committed checkpoint here with a readable manifest; what is `known` is not read again.
 
     Raises OSError.
@@ -28,18 +28,18 @@ def committed(store: Store, known: Mapping[str, Copy]) -> dict[str, Copy]:
     return found
 
 
-def _copy(store: Store, path: Path) -> Copy:
+def _copy(store: Store, path: Path) -> CommittedFiles:
     manifest = store.load_manifest(path)
     names = [MANIFEST]
     for part in manifest.parts:
         names += [part.file, pack_file(part.rank)]
-    return Copy({name: (path / name).stat().st_size for name in names}, manifest.needs)
+    return CommittedFiles({name: (path / name).stat().st_size for name in names}, manifest.needs)
 
 
 def replicate(
     store: Store,
     id: str,
-    here: Mapping[str, Copy],
+    here: Mapping[str, CommittedFiles],
     there: MutableMapping[str, dict[str, int]],
     storage: Storage,
 ) -> int:
@@ -53,11 +53,11 @@ def replicate(
     todo = uploads(id, here, there)
     for each in dict.fromkeys(each for each, _ in todo):
         path = store.directory(each)
-        facts = examine(store, path)
-        if not facts.integrity.ok:
+        candidate = examine(store, path)
+        if not candidate.integrity.ok:
             if not path.exists():  # retired while it was looked at, which is no damage
                 raise FileNotFoundError(errno.ENOENT, "deleted in the meantime", str(path))
-            raise CorruptCheckpoint(f"{each}: not replicated: {facts.integrity.problem}")
+            raise CorruptCheckpoint(f"{each}: not replicated: {candidate.integrity.problem}")
     sent = 0
     for each, file in todo:
         if file == MANIFEST:
@@ -67,7 +67,7 @@ def replicate(
     return sent
 
 
-def _require_all(id: str, copy: Copy, storage: Storage) -> None:
+def _require_all(id: str, copy: CommittedFiles, storage: Storage) -> None:
     found = storage.names(id)
     for file in in_order(copy.files)[:-1]:
         expected, size = copy.files[file], found.get(f"{id}/{file}")

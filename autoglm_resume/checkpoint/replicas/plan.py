@@ -25,7 +25,7 @@ FIRST_RETRY, LAST_RETRY = 1.0, 60.0
 
 
 @dataclass(frozen=True)
-class Copy:
+class CommittedFiles:
     """A committed checkpoint: its files, and the older checkpoints whose packs it refers to."""
 
     files: Files
@@ -51,7 +51,7 @@ def by_run(names: Files) -> dict[str, dict[str, dict[str, int]]]:
     return {run: found for run, rest in runs.items() if (found := by_checkpoint(rest))}
 
 
-def closure(id: str, here: Mapping[str, Copy]) -> list[str]:
+def closure(id: str, here: Mapping[str, CommittedFiles]) -> list[str]:
     """`id` and what it needs as far as it is here, and what that needs in turn; oldest first."""
     found: set[str] = set()
     queue = [id]
@@ -63,14 +63,14 @@ def closure(id: str, here: Mapping[str, Copy]) -> list[str]:
     return newest_first(found)[::-1]
 
 
-def is_complete(id: str, here: Mapping[str, Copy], there: Listing) -> bool:
+def is_complete(id: str, here: Mapping[str, CommittedFiles], there: Listing) -> bool:
     """Whether the replica could restore `id`, which is here."""
     return all(
         here[each].files.items() <= there.get(each, {}).items() for each in closure(id, here)
     )
 
 
-def missing(here: Mapping[str, Copy], there: Listing) -> list[str]:
+def missing(here: Mapping[str, CommittedFiles], there: Listing) -> list[str]:
     """Ids that the replica lacks, wholly or in part; the newest, which matter most, first."""
     return [id for id in newest_first(here) if not is_complete(id, here, there)]
 
@@ -80,7 +80,7 @@ def in_order(files: Collection[str]) -> list[str]:
     return sorted(files, key=lambda file: (file == MANIFEST, file.endswith(".json"), file))
 
 
-def uploads(id: str, here: Mapping[str, Copy], there: Listing) -> list[tuple[str, str]]:
+def uploads(id: str, here: Mapping[str, CommittedFiles], there: Listing) -> list[tuple[str, str]]:
     """(id, file) of what the replica lacks of `id` and of what it needs, in the order to send."""
     return [
         (each, file)
@@ -90,7 +90,9 @@ def uploads(id: str, here: Mapping[str, Copy], there: Listing) -> list[tuple[str
     ]
 
 
-def deletions(present: Collection[str], here: Mapping[str, Copy], there: Listing) -> list[str]:
+def deletions(
+    present: Collection[str], here: Mapping[str, CommittedFiles], there: Listing
+) -> list[str]:
     """Ids that were deleted here and may go there; what needs another goes before it.
 
     `present` are all ids here, damaged ones too. Only what is older than a checkpoint that is

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from autoglm_resume import files
 from autoglm_resume.checkpoint.chunks import codec, verify
-from autoglm_resume.checkpoint.chunks.reader import Reader
+from autoglm_resume.checkpoint.chunks.reader import ChunkReader
 from autoglm_resume.checkpoint.format.document import digest
 from autoglm_resume.checkpoint.format.ids import newest_first
 from autoglm_resume.checkpoint.format.manifest import MANIFEST, Manifest, PartRef
@@ -150,7 +150,7 @@ class _Mender:
         for ref in manifest.parts:
             part = sure(ref.file, partial(_part, ref=ref))
             # Bases of deltas are read where the store has them.
-            with Reader(self._store.directory(id), [part]) as bases:
+            with ChunkReader(self._store.directory(id), [part]) as bases:
                 sure(part.pack, partial(prove_pack, part=part, bases=bases))
         return fetched
 
@@ -194,7 +194,7 @@ def _part(path: Path, ref: PartRef) -> Part:
     return Part.decode(data, str(path))
 
 
-def prove_pack(path: Path, part: Part, bases: Reader) -> None:
+def prove_pack(path: Path, part: Part, bases: ChunkReader) -> None:
     """Check every byte of the pack of `part` in the file `path`; older packs come from `bases`.
 
     Raises CheckpointError.
@@ -223,7 +223,7 @@ def prove_pack(path: Path, part: Part, bases: Reader) -> None:
         os.close(fd)
 
 
-def _base(part: Part, chunk: Chunk, bases: Reader) -> memoryview | None:
+def _base(part: Part, chunk: Chunk, bases: ChunkReader) -> memoryview | None:
     if chunk.base is None:
         return None
     base = part.chunks[chunk.base]

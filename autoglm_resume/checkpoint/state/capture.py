@@ -36,7 +36,7 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class State:
+class CapturedState:
     """`trees` of all objects, and their tensors, untouched, by name."""
 
     trees: Mapping[str, Json]
@@ -75,7 +75,7 @@ class State:
         return self.snapshot(identity, [tree.as_bytes(host.contiguous()) for host in hosts])
 
 
-def gather(objects: Mapping[str, object]) -> State:
+def gather(objects: Mapping[str, object]) -> CapturedState:
     """State of `objects` (name to state dict).
 
     Raises UsageError naming the path of a value that cannot be saved.
@@ -85,7 +85,7 @@ def gather(objects: Mapping[str, object]) -> State:
     for name, state in objects.items():
         trees[name], leaves = tree.encode(state, name)
         tensors += leaves
-    return State(trees, tensors)
+    return CapturedState(trees, tensors)
 
 
 def take(objects: Mapping[str, object], **identity: Any) -> Snapshot:

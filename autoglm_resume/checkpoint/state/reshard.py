@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from autoglm_resume.checkpoint.chunks import verify
-from autoglm_resume.checkpoint.chunks.reader import Reader
+from autoglm_resume.checkpoint.chunks.reader import ChunkReader
 from autoglm_resume.checkpoint.format.document import Json
 from autoglm_resume.checkpoint.format.part import Part
 from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES, Tensor, object_of
@@ -80,7 +80,7 @@ def read(
         copies += _copies(target, box, shards)
         if arrangement is not None:
             wrapped.append((name, arrangement, shape))
-    with Reader(path, parts) as reader:
+    with ChunkReader(path, parts) as reader:
         verify.on_threads(
             len(copies),
             lambda index, _: copies[index].run(reader, progress),
@@ -102,7 +102,7 @@ class _Copying:
     shard: Shard
     overlap: Box
 
-    def run(self, reader: Reader, progress: verify.Progress | None) -> None:
+    def run(self, reader: ChunkReader, progress: verify.Progress | None) -> None:
         """Read and verify the chunks that it lies in, and copy."""
         part, tensor, box = self.shard.part, self.shard.tensor, self.shard.box
         # Memory that nothing is read into costs nothing.

@@ -15,7 +15,7 @@ import torch
 
 from autoglm_resume import linux
 from autoglm_resume.checkpoint.chunks import verify
-from autoglm_resume.checkpoint.chunks.reader import Reader
+from autoglm_resume.checkpoint.chunks.reader import ChunkReader
 from autoglm_resume.checkpoint.format.document import digest
 from autoglm_resume.checkpoint.format.part import Part
 from autoglm_resume.checkpoint.format.snapshot import Snapshot, TensorBytes
@@ -72,7 +72,7 @@ def read(
     if memory is not None:
         tensors = _from_memory(part, memory, threads)
     else:
-        with Reader(path, store.parts_for(path, part)) as reader:
+        with ChunkReader(path, store.parts_for(path, part)) as reader:
             chunks = _chunks(part)
 
             def load(piece: _Piece) -> None:

@@ -12,7 +12,7 @@ from autoglm_resume.checkpoint.chunks import verify
 from autoglm_resume.checkpoint.format.ids import is_id
 from autoglm_resume.checkpoint.format.manifest import MANIFEST, Manifest, Parent
 from autoglm_resume.checkpoint.format.part import Part, part_file
-from autoglm_resume.checkpoint.store.gate import Facts, Integrity
+from autoglm_resume.checkpoint.store.gate import Candidate, Integrity
 from autoglm_resume.checkpoint.store.store import Store, entries, expect, remove
 from autoglm_resume.errors import CheckpointError
 
@@ -57,16 +57,16 @@ def complete(store: Store, fits: Callable[[Manifest], bool] = lambda _: True) ->
     return done
 
 
-def whole(store: Store) -> list[Facts]:
-    """Facts of uncommitted directories that lack only their manifest, newest first."""
-    facts = []
+def whole(store: Store) -> list[Candidate]:
+    """The uncommitted directories that lack only their manifest, newest first."""
+    whole = []
     for path in store.uncommitted():
         with suppress(CheckpointError):
             if found := _all_parts(path):
                 manifest = _manifest(store, found)
                 parts = tuple(part for part, _ in found)
-                facts.append(Facts.of(path, manifest, parts, Integrity(True, "fingerprint")))
-    return facts
+                whole.append(Candidate.of(path, manifest, parts, Integrity(True, "fingerprint")))
+    return whole
 
 
 def _manifest(store: Store, found: list[tuple[Part, bytes]]) -> Manifest:
@@ -97,7 +97,7 @@ def abandoned(store: Store) -> list[Path]:
 
     Ask when no rank or saver is alive: theirs look the same.
     """
-    complete_but_manifest = {facts.id for facts in whole(store)}
+    complete_but_manifest = {candidate.id for candidate in whole(store)}
     found = [path for path in store.uncommitted() if path.name not in complete_but_manifest]
     for directory in (store.root, *store.committed()):
         found += (p for p in entries(directory) if p.name.startswith(files.TEMPORARY))

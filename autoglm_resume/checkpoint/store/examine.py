@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Literal
 
 from autoglm_resume.checkpoint.chunks import verify
-from autoglm_resume.checkpoint.chunks.reader import Reader, pack_path
+from autoglm_resume.checkpoint.chunks.reader import ChunkReader, pack_path
 from autoglm_resume.checkpoint.chunks.verify import Progress
 from autoglm_resume.checkpoint.format.manifest import MANIFEST, Manifest, needs_of
 from autoglm_resume.checkpoint.format.part import Part
-from autoglm_resume.checkpoint.store.gate import Facts, Integrity
+from autoglm_resume.checkpoint.store.gate import Candidate, Integrity
 from autoglm_resume.checkpoint.store.store import Store, expect
 from autoglm_resume.errors import CheckpointError, CorruptCheckpoint
 
 
 def examine(
     store: Store, path: Path, *, deep: bool = False, progress: Progress | None = None
-) -> Facts:
+) -> Candidate:
     """Everything the gate wants to know; what is wrong is in `integrity`, never raised.
 
     A pack whose stat fingerprint is what the saver recorded after reading it back is trusted;
@@ -37,18 +37,18 @@ def examine(
         for part in parts:
             if deep or not _untouched(path, part):
                 how = "content"
-                with Reader(path, parts) as reader:
+                with ChunkReader(path, parts) as reader:
                     verify.on_one_part(part, reader.read, progress)
         expect(path / MANIFEST, "needs", manifest.needs, needs_of(parts))
     except CheckpointError as error:
         problem, unreadable = error.message, not isinstance(error, CorruptCheckpoint)
-    return Facts.of(path, manifest, parts, Integrity(not problem, how, problem, unreadable))
+    return Candidate.of(path, manifest, parts, Integrity(not problem, how, problem, unreadable))
 
 
 def candidates(
     store: Store, *, deep: bool = False, progress: Progress | None = None
-) -> Iterator[Facts]:
-    """Facts of the committed checkpoints, newest first, each found out when asked for."""
+) -> Iterator[Candidate]:
+    """The committed checkpoints, newest first, each examined when asked for."""
     for path in store.committed():
         yield examine(store, path, deep=deep, progress=progress)
 

@@ -1,6 +1,6 @@
 """The gate: which checkpoint may be loaded, and why not the others. Pure.
 
-    facts about candidates + what this run expects  ->  a verdict per candidate, and a choice
+    candidates + what this run expects  ->  a verdict per candidate, and a choice
 
 Checks, in this order: integrity, branch, world size, model hash. What cannot be known because the
 manifest is unreadable is not checked: integrity has already failed then.
@@ -59,7 +59,7 @@ class Integrity:
 
 
 @dataclass(frozen=True)
-class Facts:
+class Candidate:
     """What was found out about one candidate; `raw` and `stored` are bytes of all ranks."""
 
     id: str
@@ -83,7 +83,7 @@ class Facts:
         manifest: Manifest | None,
         parts: Sequence[Part],
         integrity: Integrity,
-    ) -> Facts:
+    ) -> Candidate:
         """Of the checkpoint at `path`; `manifest` is None where that cannot be read."""
         id = path.name
         return cls(
@@ -103,7 +103,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Check:
+class GateCheck:
     name: CheckName
     ok: bool
     expected: str
@@ -121,7 +121,7 @@ class Verdict:
     step: int
     path: str
     accepted: bool
-    checks: tuple[Check, ...]
+    checks: tuple[GateCheck, ...]
     corrupt: bool = False
     """Its bytes are bad, so that it belongs into quarantine, rather than only not fitting."""
     digest: str = ""
@@ -143,39 +143,41 @@ class Choice:
     """Verdicts in the order of the candidates; `accepted` is the first that passed."""
 
     verdicts: tuple[Verdict, ...]
-    accepted: Facts | None
+    accepted: Candidate | None
 
 
-def judge(facts: Facts, expectation: Expectation) -> Verdict:
+def judge(candidate: Candidate, expectation: Expectation) -> Verdict:
     """All checks that can be made on one candidate."""
-    checks = [_integrity(facts, expectation), *_branch(facts, expectation)]
-    if facts.world_size is not None:
-        checks.append(_world_size(facts.world_size, expectation))
-        checks.append(_model(facts, expectation))
+    checks = [_integrity(candidate, expectation), *_branch(candidate, expectation)]
+    if candidate.world_size is not None:
+        checks.append(_world_size(candidate.world_size, expectation))
+        checks.append(_model(candidate, expectation))
     return Verdict(
-        id=facts.id,
-        step=facts.step,
-        path=facts.path,
+        id=candidate.id,
+        step=candidate.step,
+        path=candidate.path,
         accepted=all(check.ok for check in checks),
         checks=tuple(checks),
-        corrupt=not checks[0].ok and not facts.integrity.unreadable,
-        digest=facts.manifest.digest if facts.manifest else "",
+        corrupt=not checks[0].ok and not candidate.integrity.unreadable,
+        digest=candidate.manifest.digest if candidate.manifest else "",
     )
 
 
-def choose(candidates: Iterable[Facts], expectation: Expectation, *, every: bool = False) -> Choice:
+def choose(
+    candidates: Iterable[Candidate], expectation: Expectation, *, every: bool = False
+) -> Choice:
     """The first acceptable candidate (they come newest first).
 
     Stops asking for candidates there, since proving one can cost a read of all its bytes; with
     `every`, judges them all.
     """
     verdicts: list[Verdict] = []
-    accepted: Facts | None = None
-    for facts in candidates:
-        verdict = judge(facts, expectation)
+    accepted: Candidate | None = None
+    for candidate in candidates:
+        verdict = judge(candidate, expectation)
         verdicts.append(verdict)
         if verdict.accepted and accepted is None:
-            accepted = facts
+            accepted = candidate
             if not every:
                 break
     return Choice(tuple(verdicts), accepted)
@@ -219,20 +221,20 @@ def could_fit(manifest: Manifest | None, expectation: Expectation) -> bool:
     return world_fits and model_fits
 
 
-def _integrity(facts: Facts, expectation: Expectation) -> Check:
+def _integrity(candidate: Candidate, expectation: Expectation) -> GateCheck:
     expected = "every byte as written"
-    if facts.id in expectation.refused:
-        detail = f"found while loading: {expectation.refused[facts.id]}"
-        return Check("integrity", False, expected, "refused by a rank", detail)
-    if not facts.integrity.ok:
-        found = "unreadable" if facts.integrity.unreadable else "damage"
-        return Check("integrity", False, expected, found, facts.integrity.problem)
+    if candidate.id in expectation.refused:
+        detail = f"found while loading: {expectation.refused[candidate.id]}"
+        return GateCheck("integrity", False, expected, "refused by a rank", detail)
+    if not candidate.integrity.ok:
+        found = "unreadable" if candidate.integrity.unreadable else "damage"
+        return GateCheck("integrity", False, expected, found, candidate.integrity.problem)
     found = (
         "sealed in memory"
-        if facts.integrity.how == "memory"
-        else f"verified by {facts.integrity.how}"
+        if candidate.integrity.how == "memory"
+        else f"verified by {candidate.integrity.how}"
     )
-    return Check("integrity", True, expected, found)
+    return GateCheck("integrity", True, expected, found)
 
 
 def superseded(id: str, branches: Iterable[tuple[int, int]]) -> int | None:
@@ -243,38 +245,38 @@ def superseded(id: str, branches: Iterable[tuple[int, int]]) -> int | None:
     return next((s for s, first in branches if step > s and attempt < first), None)
 
 
-def _branch(facts: Facts, expectation: Expectation) -> list[Check]:
-    step = superseded(facts.id, expectation.branches)
+def _branch(candidate: Candidate, expectation: Expectation) -> list[GateCheck]:
+    step = superseded(candidate.id, expectation.branches)
     if step is None:
         return []
     found = f"a branch that was given up for another one from step {step}"
-    return [Check("branch", False, "the run's present one", found)]
+    return [GateCheck("branch", False, "the run's present one", found)]
 
 
-def _world_size(found: int, expectation: Expectation) -> Check:
+def _world_size(found: int, expectation: Expectation) -> GateCheck:
     expected = expectation.world_size
     if not expectation.check_world_size:
-        return Check("world size", True, "any", str(found), "not checked, as the job asks")
+        return GateCheck("world size", True, "any", str(found), "not checked, as the job asks")
     if expectation.elastic and found != expected:
         ranks = "1 rank" if found == 1 else f"{found} ranks"
         text = f"{ranks} in the checkpoint, {expected} now: resharded"
-        return Check("world size", True, "any", text)
-    return Check("world size", found == expected, str(expected), str(found))
+        return GateCheck("world size", True, "any", text)
+    return GateCheck("world size", found == expected, str(expected), str(found))
 
 
-def _model(facts: Facts, expectation: Expectation) -> Check:
-    found = facts.model_hash or "none"
+def _model(candidate: Candidate, expectation: Expectation) -> GateCheck:
+    found = candidate.model_hash or "none"
     if not expectation.check_model:
-        return Check("model hash", True, "any", found, "not checked, as the job asks")
+        return GateCheck("model hash", True, "any", found, "not checked, as the job asks")
     if expectation.model_hash is None:
-        return Check("model hash", True, "any", found, "no worker has reported its model yet")
-    if facts.model_hash == expectation.model_hash:
-        return Check("model hash", True, expectation.model_hash, found)
+        return GateCheck("model hash", True, "any", found, "no worker has reported its model yet")
+    if candidate.model_hash == expectation.model_hash:
+        return GateCheck("model hash", True, expectation.model_hash, found)
     detail = ""
-    if facts.model and expectation.model:
-        theirs = renaming.applied(facts.model, expectation.rename)
-        if facts.model.hash == facts.model_hash and theirs.hash == expectation.model_hash:
-            return Check("model hash", True, theirs.hash, found, "the same after renaming")
+    if candidate.model and expectation.model:
+        theirs = renaming.applied(candidate.model, expectation.rename)
+        if candidate.model.hash == candidate.model_hash and theirs.hash == expectation.model_hash:
+            return GateCheck("model hash", True, theirs.hash, found, "the same after renaming")
         lines = differences(theirs, expectation.model)
         detail = "; ".join(lines) or "rank 0 agrees, another rank's model differs"
-    return Check("model hash", False, expectation.model_hash, found, detail)
+    return GateCheck("model hash", False, expectation.model_hash, found, detail)

@@ -17,9 +17,9 @@ from autoglm_resume.checkpoint.format.ids import recency
 from autoglm_resume.checkpoint.format.manifest import MANIFEST, Manifest
 from autoglm_resume.checkpoint.store.commit import abandoned, complete, sweep, whole
 from autoglm_resume.checkpoint.store.gate import (
+    Candidate,
     Choice,
     Expectation,
-    Facts,
     Verdict,
     agree,
     choose,
@@ -87,7 +87,7 @@ class Gatekeeper:
         refused = {**self._expectation.refused, id: reason}
         self._expectation = replace(self._expectation, refused=refused)
 
-    def admit(self, in_memory: Facts | None = None) -> Verdict | None:
+    def admit(self, in_memory: Candidate | None = None) -> Verdict | None:
         """The checkpoint to start from, None to start from step 0. No rank may be alive.
 
         `in_memory` is what ranks left there, perhaps still being written. Raises
@@ -122,7 +122,7 @@ class Gatekeeper:
             sweep(self.store, self._abandoned)
         self._abandoned = []
 
-    def judge(self, *, every: bool = False, in_memory: Facts | None = None) -> Choice:
+    def judge(self, *, every: bool = False, in_memory: Candidate | None = None) -> Choice:
         """Verdicts, without changing anything."""
         # What fits was committed just now; what is whole and does not fit is still somebody's.
         unfit = [f for f in whole(self.store) if not could_fit(f.manifest, self._expectation)]
@@ -157,7 +157,7 @@ class Gatekeeper:
         }
         return [way for name, way in ways.items() if name in failed]
 
-    def _mended(self, choice: Choice, in_memory: Facts | None) -> Choice:
+    def _mended(self, choice: Choice, in_memory: Candidate | None) -> Choice:
         """The same, after replicas have mended what they can: better than to fall back."""
         mended = False
         for verdict in choice.verdicts:

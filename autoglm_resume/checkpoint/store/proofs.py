@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from autoglm_resume import files
 from autoglm_resume.checkpoint.store.examine import examine
-from autoglm_resume.checkpoint.store.gate import Facts
+from autoglm_resume.checkpoint.store.gate import Candidate
 from autoglm_resume.checkpoint.store.store import Store
 
 Stats: TypeAlias = tuple[tuple[str, int, int, int, int], ...]
@@ -20,9 +20,9 @@ class Proofs:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._known: dict[Path, tuple[Stats, Facts]] = {}
+        self._known: dict[Path, tuple[Stats, Candidate]] = {}
 
-    def facts(self, path: Path) -> Facts:
+    def facts(self, path: Path) -> Candidate:
         """About the checkpoint in `path`, which is examined unless it is known as it is now."""
         known = self._known.get(path)
         if known is not None and known[0] == self._stats(path, known[1]):
@@ -33,12 +33,12 @@ class Proofs:
             self._known = {**here, path: (self._stats(path, facts), facts)}
         return facts
 
-    def forget(self, path: Path) -> Facts | None:
+    def forget(self, path: Path) -> Candidate | None:
         """Examine the checkpoint in `path` anew; returns the last good that was known of it."""
         known = self._known.pop(path, None)
         return known[1] if known else None
 
-    def _stats(self, path: Path, facts: Facts) -> Stats:
+    def _stats(self, path: Path, facts: Candidate) -> Stats:
         needs = facts.manifest.needs if facts.manifest else ()
         directories = [path, *(self._store.directory(id) for id in needs)]
         return tuple(stat for directory in directories for stat in _stats(directory))

@@ -15,7 +15,7 @@ PROTECTED: Final = "accepted last"
 
 
 @dataclass(frozen=True)
-class Best:
+class KeepBest:
     """Keep the `n` checkpoints whose `metric` is smallest (`min`) or largest (`max`)."""
 
     metric: str = "loss"
@@ -24,7 +24,7 @@ class Best:
 
 
 @dataclass(frozen=True)
-class Keep:
+class KeepRules:
     """What to keep: whatever any of these rules wants.
 
     A branch that was given up is none of their business, except that what is young is kept.
@@ -34,18 +34,18 @@ class Keep:
     """The newest ones; the newest of all stays whatever is asked for."""
     every_steps: int | None = None
     """Those whose step is divisible by this, for ever."""
-    best: Best | None = None
+    best: KeepBest | None = None
     for_seconds: float | None = None
     """Those that are younger."""
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Keep:
+    def from_json(cls, data: Mapping[str, Any]) -> KeepRules:
         """What `dataclasses.asdict` made of it."""
-        return cls(**{**data, "best": Best(**data["best"]) if data["best"] else None})
+        return cls(**{**data, "best": KeepBest(**data["best"]) if data["best"] else None})
 
 
 @dataclass(frozen=True)
-class Candidate:
+class RetentionEntry:
     """A committed checkpoint, as far as it matters here."""
 
     id: str
@@ -61,7 +61,7 @@ class Candidate:
     """It is of a branch that the run left behind."""
 
     @classmethod
-    def of(cls, manifest: Manifest, *, given_up: bool = False) -> Candidate:
+    def of(cls, manifest: Manifest, *, given_up: bool = False) -> RetentionEntry:
         """As its manifest has it."""
         return cls(
             id=manifest.id,
@@ -75,7 +75,7 @@ class Candidate:
 
 
 def doomed(
-    candidates: Sequence[Candidate], keep: Keep, protected: frozenset[str], now: float
+    candidates: Sequence[RetentionEntry], keep: KeepRules, protected: frozenset[str], now: float
 ) -> list[str]:
     """Ids to delete, in this order: what needs another goes before it.
 
@@ -89,7 +89,7 @@ def doomed(
 
 
 def explain(
-    candidates: Sequence[Candidate], keep: Keep, protected: frozenset[str], now: float
+    candidates: Sequence[RetentionEntry], keep: KeepRules, protected: frozenset[str], now: float
 ) -> dict[str, tuple[str, ...]]:
     """For each id why it is kept, in a few words each; nothing for what may go. See `doomed`."""
     why: dict[str, list[str]] = {each.id: [] for each in candidates}
@@ -106,7 +106,9 @@ def explain(
     return {id: tuple(reasons) for id, reasons in why.items()}
 
 
-def _wanted(candidates: Sequence[Candidate], keep: Keep, now: float) -> Iterator[tuple[str, str]]:
+def _wanted(
+    candidates: Sequence[RetentionEntry], keep: KeepRules, now: float
+) -> Iterator[tuple[str, str]]:
     """(id, reason) for every rule that wants a checkpoint."""
     present = [each for each in candidates if not each.given_up]
     last = max(1, keep.last)

@@ -19,7 +19,7 @@ from autoglm_resume.checkpoint.format.structure import combined
 from autoglm_resume.checkpoint.format.tables import Fingerprint, Pack
 from autoglm_resume.checkpoint.write.pack_writer import items_of
 from autoglm_resume.checkpoint.write.part_writer import part_of
-from autoglm_resume.checkpoint.write.reuse import Table
+from autoglm_resume.checkpoint.write.reuse import ChunkTable
 
 _NOWHERE = Fingerprint(0, 0, 0, 0)
 
@@ -74,7 +74,7 @@ def seal(snapshot: Snapshot, names: Sequence[str]) -> str:
 
 def part_in_memory(snapshot: Snapshot, names: Sequence[str]) -> Part:
     """As it would be on storage, with its chunks nowhere."""
-    table = Table(snapshot.id, None)
+    table = ChunkTable(snapshot.id, None)
     rows: dict[tuple[str, int], int] = {}
     for item, name in zip(items_of(snapshot), names, strict=True):
         known = table.find(name)

@@ -16,14 +16,14 @@ from typing import BinaryIO
 
 from autoglm_resume.checkpoint.chunks import codec, read_back
 from autoglm_resume.checkpoint.chunks.codec import Effort, Encoded
-from autoglm_resume.checkpoint.chunks.compression import Pace
+from autoglm_resume.checkpoint.chunks.compression import Throughput
 from autoglm_resume.checkpoint.chunks.direct_io import Output
 from autoglm_resume.checkpoint.chunks.read_back import Proof, Prover, Written
 from autoglm_resume.checkpoint.format.document import digest
 from autoglm_resume.checkpoint.format.options import Compress
 from autoglm_resume.checkpoint.format.snapshot import Snapshot, TensorBytes
 from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES
-from autoglm_resume.checkpoint.write.reuse import Sharing, Table
+from autoglm_resume.checkpoint.write.reuse import ChunkTable, Sharing
 
 THREADS = 2
 WINDOW_BYTES = 16 << 20
@@ -71,23 +71,23 @@ class _Prepared:
 class Packer:
     """Writes one pack into the new file `output`. `peers` are digests that other ranks store.
 
-    `pace` says how hard to compress, and is told what was seen.
+    `throughput` says how hard to compress, and is told what it took.
     """
 
     def __init__(
         self,
         output: BinaryIO,
         sharing: Sharing,
-        table: Table,
+        table: ChunkTable,
         peers: frozenset[str],
-        pace: Pace,
+        throughput: Throughput,
     ) -> None:
         self._file = output
         self._output = Output(output.fileno())
         self._sharing = sharing
         self._table = table
         self._peers = peers
-        self._pace = pace
+        self._throughput = throughput
         self._window: list[Written] = []
         self._writing = 0.0
         """Seconds, since something was learned."""
@@ -116,7 +116,7 @@ class Packer:
 
             try:
                 for nth, item in enumerate(items):
-                    effort = self._pace.effort(compress, nth)
+                    effort = self._throughput.effort(compress, nth)
                     waiting.append(pool.submit(self._prepare, item, effort))
                     if len(waiting) > AHEAD:
                         settle()
@@ -157,7 +157,7 @@ class Packer:
             return table.take(same)
         if encoded is None:
             return table.peers(item.name, len(item.raw))
-        self._pace.encoding.saw(len(item.raw) * THREADS, prepared.compressing)
+        self._throughput.encoding.add(len(item.raw) * THREADS, prepared.compressing)
         began = time.perf_counter()
         self._output.write(encoded.data)
         self._writing += time.perf_counter() - began
@@ -179,6 +179,6 @@ class Packer:
     def _learn(self, proofs: Iterable[Proof]) -> None:
         for proof in proofs:
             writing, self._writing = self._writing, 0.0
-            self._pace.writing.saw(proof.stored, writing + proof.flushing)
-            self._pace.reading.saw(proof.stored * read_back.THREADS, proof.reading)
-            self._pace.decoding.saw(proof.decoded * read_back.THREADS, proof.decoding)
+            self._throughput.writing.add(proof.stored, writing + proof.flushing)
+            self._throughput.reading.add(proof.stored * read_back.THREADS, proof.reading)
+            self._throughput.decoding.add(proof.decoded * read_back.THREADS, proof.decoding)

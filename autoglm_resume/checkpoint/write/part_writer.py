@@ -18,10 +18,10 @@ from typing import TypeVar
 
 from autoglm_resume import files, linux
 from autoglm_resume.checkpoint.chunks import casts, verify
-from autoglm_resume.checkpoint.chunks.compression import Pace
+from autoglm_resume.checkpoint.chunks.compression import Throughput
 from autoglm_resume.checkpoint.format.document import digest_of_digests
 from autoglm_resume.checkpoint.format.manifest import MANIFEST, Manifest
-from autoglm_resume.checkpoint.format.options import Options
+from autoglm_resume.checkpoint.format.options import SaveOptions
 from autoglm_resume.checkpoint.format.part import Part, pack_file, part_file
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.format.tables import (
@@ -35,7 +35,7 @@ from autoglm_resume.checkpoint.store.commit import commit
 from autoglm_resume.checkpoint.store.store import Store, entries
 from autoglm_resume.checkpoint.write import chunk_ownership
 from autoglm_resume.checkpoint.write.pack_writer import THREADS, Item, Packer, items_of
-from autoglm_resume.checkpoint.write.reuse import Previous, Sharing, Table
+from autoglm_resume.checkpoint.write.reuse import ChunkTable, PreviousPart, Sharing
 from autoglm_resume.errors import AutoglmError, CheckpointError
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ _LASTING = {
 }
 
 
-class SaveFailed(AutoglmError):
+class CheckpointNotSaved(AutoglmError):
     """A checkpoint could not be written; the older ones are untouched."""
 
 
@@ -62,27 +62,29 @@ class Saved:
     manifest: Manifest | None
 
 
-class Saver:
+class PartWriter:
     """Persists the snapshots of one rank, one after the other."""
 
-    def __init__(self, store: Store, options: Options | None = None, *, share: bool = True) -> None:
+    def __init__(
+        self, store: Store, options: SaveOptions | None = None, *, share: bool = True
+    ) -> None:
         """With `share`, what ranks hold alike is stored once; their savers wait for each other."""
         self.store = store
-        self.options = options or Options()
+        self.options = options or SaveOptions()
         self._share = share
         self.between: Callable[[], None] = lambda: None
         """Called between two chunks; may take its time, and raise."""
-        self._pace = Pace()
-        self._previous: Previous | None = None
+        self._throughput = Throughput()
+        self._previous: PreviousPart | None = None
 
-    def follow(self, previous: Previous | None) -> None:
+    def follow(self, previous: PreviousPart | None) -> None:
         """The next part may refer to this one."""
         self._previous = previous
 
     def forget_memory(self) -> None:
         """The tensors of the last snapshot are about to be overwritten: no base of deltas."""
         if self._previous is not None:
-            self._previous = Previous(self._previous.part)
+            self._previous = PreviousPart(self._previous.part)
 
     def persist(
         self,
@@ -128,7 +130,7 @@ class Saver:
             with suppress(OSError):
                 chunk_ownership.retract(directory, snapshot.world_size)
         tensors = {tensor.name: tensor.data for tensor in snapshot.tensors}
-        self._previous = Previous(part, tensors)
+        self._previous = PreviousPart(part, tensors)
         return Saved(part, manifest)
 
     def _write(
@@ -151,7 +153,7 @@ class Saver:
                 raise CheckpointError(f"not done within {self.options.timeout:.0f} s")
 
         previous = self._previous if self._usable(self._previous) else None
-        table = Table(snapshot.id, previous)
+        table = ChunkTable(snapshot.id, previous)
         compress = self.options.compress
         try:
             found = casts.find(snapshot.tensors, named, pool)
@@ -164,7 +166,7 @@ class Saver:
             if self._share and snapshot.world_size > 1:
                 peers = self._share_out(snapshot, directory, items, abandoned)
             with files.writing(pack) as output:
-                packer = Packer(output, sharing, table, peers, self._pace)
+                packer = Packer(output, sharing, table, peers, self._throughput)
                 rows = packer.write(items, pool, compress, check)
             for place, each in found.items():
                 sources = tuple(rows[source] for source in each.sources)
@@ -187,7 +189,7 @@ class Saver:
             directory, snapshot.rank, snapshot.world_size, mine, abandoned
         )
 
-    def _usable(self, previous: Previous | None) -> bool:
+    def _usable(self, previous: PreviousPart | None) -> bool:
         """Only a committed checkpoint is sure to stay while this one needs it."""
         if previous is None:
             return False
@@ -213,7 +215,7 @@ def retried(write: Callable[[], T], file: Path, needed: int, abandoned: Event) -
 
 
 def part_of(
-    snapshot: Snapshot, table: Table, own: Pack, rows: Mapping[tuple[str, int], int]
+    snapshot: Snapshot, table: ChunkTable, own: Pack, rows: Mapping[tuple[str, int], int]
 ) -> Part:
     """The part of `snapshot` whose chunks are in `table`, at `rows`; `own` pack is on storage."""
     packs, chunks = table.finish(own)
@@ -277,14 +279,14 @@ def discard(*paths: Path) -> None:
             path.unlink()
 
 
-def _failure(error: Exception, file: Path, needed: int) -> SaveFailed:
+def _failure(error: Exception, file: Path, needed: int) -> CheckpointNotSaved:
     hint = "training goes on, and the checkpoint before stays the latest"
     if not isinstance(error, OSError):
-        return SaveFailed(f"{file}: not saved: {error}", hint=hint)
+        return CheckpointNotSaved(f"{file}: not saved: {error}", hint=hint)
     free = "an unknown number"
     with suppress(OSError):
         free = f"{linux.free_bytes(file):,}"
-    return SaveFailed(
+    return CheckpointNotSaved(
         f"{file}: not saved: {error.strerror}; it needs {needed:,} bytes, {free} are free there",
         hint=hint,
     )

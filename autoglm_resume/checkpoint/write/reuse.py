@@ -12,7 +12,7 @@ from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES, Chunk, Pack
 
 
 @dataclass(frozen=True)
-class Previous:
+class PreviousPart:
     """This rank's part of the last committed checkpoint, and its tensors while in memory."""
 
     part: Part
@@ -33,7 +33,7 @@ class Sharing:
 
     def __init__(
         self,
-        previous: Previous | None,
+        previous: PreviousPart | None,
         limit: int,
         names: Collection[str],
         *,
@@ -102,13 +102,13 @@ def _packs(part: Part, index: int | None) -> set[int]:
     return found
 
 
-class Table:
+class ChunkTable:
     """The chunk table of a part as it grows.
 
     Equal chunks are in it once, except for bases: they must be those in an older pack.
     """
 
-    def __init__(self, id: str, previous: Previous | None) -> None:
+    def __init__(self, id: str, previous: PreviousPart | None) -> None:
         self._id = id
         self._previous = previous.part if previous else None
         self._rows: list[tuple[Chunk, str | None]] = []

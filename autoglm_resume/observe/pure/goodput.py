@@ -209,7 +209,8 @@ def _kept(
     segments: Sequence[Segment], state: State, now: float | None
 ) -> tuple[float | None, float]:
     """(time on kept steps without saves, time of the saves among them)."""
-    if state in ("finished", "training") and not any(s.all("first_step") for s in segments):
+    unheard = state in ("finished", "training") or not _speaks(segments)
+    if unheard and not any(s.all("first_step") for s in segments):
         return None, 0.0
     kept = saving = 0.0
     limit: int | None = None

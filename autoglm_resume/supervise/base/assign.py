@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from autoglm_resume.checkpoint.format.options import Options
+from autoglm_resume.checkpoint.format.options import SaveOptions
 from autoglm_resume.job.spec import Job
 from autoglm_resume.protocol.assignment import (
     RUN,
@@ -62,7 +62,7 @@ def checkpointing(job: Job, branches: tuple[tuple[int, int], ...] = ()) -> Check
         memory=asked.memory,
         on_busy=asked.on_busy,
         on_error=asked.on_error,
-        options=Options(asked.compress, asked.keyframe_every, asked.timeout),
+        options=SaveOptions(asked.compress, asked.keyframe_every, asked.timeout),
         rename=dict(asked.rename),
         strict=asked.strict,
         branches=branches,

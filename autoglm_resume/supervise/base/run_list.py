@@ -110,4 +110,5 @@ def _read(file: Path) -> ListedRun | None:
         listed = ListedRun(path, str(found["name"]), origin, float(found["started"]))
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
-    return listed if path.is_absolute() and listed.started == listed.started else None
+    sound = path.is_absolute() and "\0" not in str(path) and listed.started == listed.started
+    return listed if sound else None

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from autoglm_resume.checkpoint.format.ids import step_of
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
-from autoglm_resume.checkpoint.state.capture import Identity, State
+from autoglm_resume.checkpoint.state.capture import CapturedState, Identity
 from autoglm_resume.checkpoint.store.store import Store
-from autoglm_resume.checkpoint.write.part_writer import SaveFailed, Saver
+from autoglm_resume.checkpoint.write.part_writer import CheckpointNotSaved, PartWriter
 from autoglm_resume.errors import CheckpointError
 from autoglm_resume.protocol.assignment import Assignment
 from autoglm_resume.protocol.heartbeats import Pulse
@@ -33,9 +33,9 @@ class SaveManager:
         self._pulse = pulse
         self._together = assignment is not None
         self._store = Store(Path(settings.checkpoint.dir))
-        self._direct: Saver | None = None
+        self._direct: PartWriter | None = None
         self._stager: Stager | None = None
-        self._failures: dict[str, SaveFailed] = {}
+        self._failures: dict[str, CheckpointNotSaved] = {}
         self._warned = False
         if settings.checkpoint.memory:
             name = assignment.savers[settings.rank] if assignment else None
@@ -46,7 +46,7 @@ class SaveManager:
         # Without a supervisor the saver is this process's own, and new: no use to wait for it.
         return self._stager.held(id) if self._stager and self._together else None
 
-    def prepare(self, state: Callable[[], State], identity: Identity) -> None:
+    def prepare(self, state: Callable[[], CapturedState], identity: Identity) -> None:
         """Get ready for saves of states like this one."""
         if self._stager is not None:
             self._stager.prepare(state(), identity)
@@ -76,7 +76,9 @@ class SaveManager:
             self._events.emit("save_skipped", step=step, reason="the last one is under way")
         return save
 
-    def begin(self, state: State, identity: Identity, safe: frozenset[int], began: float) -> None:
+    def begin(
+        self, state: CapturedState, identity: Identity, safe: frozenset[int], began: float
+    ) -> None:
         """Save `state`; see `Stager.begin`. `failure` tells whether that went wrong."""
         self._failures.clear()
         if self._stager is not None:
@@ -94,21 +96,21 @@ class SaveManager:
         if self._stager is not None:
             self._stager.start_copy()
 
-    def failure(self, id: str, *, wait: bool = False) -> SaveFailed | None:
+    def failure(self, id: str, *, wait: bool = False) -> CheckpointNotSaved | None:
         """Why checkpoint `id` failed, if it did; with `wait`, when that is certain."""
         if self._stager is not None and wait:
             self._stager.wait()
-        with contextlib.suppress(SaveFailed):
+        with contextlib.suppress(CheckpointNotSaved):
             self.take_in()
         return self._failures.get(id)
 
-    def _save_directly(self, state: State, identity: Identity, began: float) -> None:
+    def _save_directly(self, state: CapturedState, identity: Identity, began: float) -> None:
         if self._direct is None:
-            self._direct = Saver(self._store, self._settings.checkpoint.options, share=False)
+            self._direct = PartWriter(self._store, self._settings.checkpoint.options, share=False)
         snapshot = state.in_place(identity)
         try:
             saved = self._direct.persist(snapshot)
-        except SaveFailed as error:
+        except CheckpointNotSaved as error:
             self._conclude(SaveOutcome(identity.id, False, str(error)))
             return
         blocked = time.monotonic() - began
@@ -123,7 +125,7 @@ class SaveManager:
     def _conclude(self, outcome: SaveOutcome) -> None:
         if outcome.ok:
             return
-        failure = SaveFailed(outcome.reason)
+        failure = CheckpointNotSaved(outcome.reason)
         self._failures[outcome.id] = failure
         if not outcome.told:
             self._events.emit(

@@ -23,7 +23,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from autoglm_resume.checkpoint.format.snapshot import Snapshot, describe, from_slot, layout
-from autoglm_resume.checkpoint.state.capture import Identity, State
+from autoglm_resume.checkpoint.state.capture import CapturedState, Identity
 from autoglm_resume.protocol.saver_messages import Message
 from autoglm_resume.protocol.shared_memory import Slots
 from autoglm_resume.worker.saving import device_copy
@@ -140,7 +140,7 @@ class Stager:
     def _patience(self) -> float:
         return time.monotonic() + self._timeout + PATIENCE
 
-    def prepare(self, state: State, identity: Identity) -> None:
+    def prepare(self, state: CapturedState, identity: Identity) -> None:
         """Have the slots made beside the training, before the first save needs them."""
         slots, needed = self._client.slots, self._needed(state, identity)
         if slots is None or slots.size < needed:
@@ -149,7 +149,9 @@ class Stager:
         else:
             self._touch()
 
-    def begin(self, state: State, identity: Identity, safe: frozenset[int], began: float) -> None:
+    def begin(
+        self, state: CapturedState, identity: Identity, safe: frozenset[int], began: float
+    ) -> None:
         """Take a snapshot and have it persisted; `outcomes` will say what became of it.
 
         `safe` are the data pointers of tensors that only an optimizer step changes; `began` is
@@ -277,7 +279,7 @@ class Stager:
             self._under_way = None
             self._outcomes.append(outcome)
 
-    def _needed(self, state: State, identity: Identity) -> int:
+    def _needed(self, state: CapturedState, identity: Identity) -> int:
         _, at = layout(state.sizes())
         least = at + 2 * len(describe(state.snapshot(identity))) + self._spare
         # The next attempt describes the same state in a few bytes more or less, and must not give
@@ -290,7 +292,7 @@ class Stager:
         self._client.send({"op": "slots", "bytes": size, "count": self._count})
         self._requested = size
 
-    def _slots(self, state: State, identity: Identity, at: int) -> Slots:
+    def _slots(self, state: CapturedState, identity: Identity, at: int) -> Slots:
         """Slots with room for `at` bytes of tensors and a description. Raises NoSaver."""
         while self._requested:
             self._poll(BEAT_SECONDS)
@@ -306,7 +308,7 @@ class Stager:
             raise NoSaver(self._client.short or "the saver died")
         return slots
 
-    def _into(self, state: State, number: int, slots: Slots) -> list[torch.Tensor]:
+    def _into(self, state: CapturedState, number: int, slots: Slots) -> list[torch.Tensor]:
         """Views of the slot as tensors; made once for as long as nothing changes its shape."""
         shapes = [(tensor.dtype, tensor.shape) for _, tensor in state.tensors]
         known = self._targets.get(number)

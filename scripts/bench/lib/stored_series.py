@@ -21,13 +21,13 @@ from blake3 import blake3
 from autoglm_resume.checkpoint.chunks import codec
 from autoglm_resume.checkpoint.chunks.codec import Effort
 from autoglm_resume.checkpoint.format.ids import checkpoint_id
-from autoglm_resume.checkpoint.format.options import Options
+from autoglm_resume.checkpoint.format.options import SaveOptions
 from autoglm_resume.checkpoint.format.part import Part
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES
 from autoglm_resume.checkpoint.state import capture, restore
 from autoglm_resume.checkpoint.store.store import Store
-from autoglm_resume.checkpoint.write.part_writer import Saver
+from autoglm_resume.checkpoint.write.part_writer import PartWriter
 
 
 class Series:
@@ -36,7 +36,7 @@ class Series:
     def __init__(self, root: Path, compress: Effort) -> None:
         self.store = Store(root)
         self.compress = compress
-        self.saver = Saver(self.store, Options(compress=compress))
+        self.saver = PartWriter(self.store, SaveOptions(compress=compress))
         self.torch_bytes = 0
         self.bound_bytes = 0.0
         self.codecs: Counter[str] = Counter()

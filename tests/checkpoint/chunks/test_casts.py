@@ -14,9 +14,9 @@ import torch
 from hypothesis import given, settings
 
 from autoglm_resume.checkpoint.chunks import casts
-from autoglm_resume.checkpoint.chunks.reader import Reader
+from autoglm_resume.checkpoint.chunks.reader import ChunkReader
 from autoglm_resume.checkpoint.format.ids import checkpoint_id
-from autoglm_resume.checkpoint.format.options import Options
+from autoglm_resume.checkpoint.format.options import SaveOptions
 from autoglm_resume.checkpoint.format.part import Part
 from autoglm_resume.checkpoint.format.snapshot import Snapshot, TensorBytes
 from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES
@@ -24,8 +24,8 @@ from autoglm_resume.checkpoint.interop import bundle
 from autoglm_resume.checkpoint.state import capture, reshard, restore, tree
 from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.store import Store
-from autoglm_resume.checkpoint.write.part_writer import Saved, Saver
-from autoglm_resume.checkpoint.write.reuse import Previous
+from autoglm_resume.checkpoint.write.part_writer import PartWriter, Saved
+from autoglm_resume.checkpoint.write.reuse import PreviousPart
 from autoglm_resume.errors import CorruptCheckpoint, NewerFormat
 
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -200,8 +200,8 @@ def casts_of(part: Part) -> dict[str, list[int]]:
 def test_a_model_of_half_precision_costs_nothing_beside_its_masters(
     store: Store, dtype: str, compress: Any
 ) -> None:
-    training, one = Mixed(HALF[dtype]), Saver(store, Options(compress))
-    without = Saver(Store(store.root.parent / "without"), Options(compress))
+    training, one = Mixed(HALF[dtype]), PartWriter(store, SaveOptions(compress))
+    without = PartWriter(Store(store.root.parent / "without"), SaveOptions(compress))
     for step in range(1, 4):
         training.step()
         state = training.state()
@@ -217,7 +217,7 @@ def test_only_the_chunks_that_differ_are_stored(store: Store) -> None:
     almost = master.bfloat16()
     almost.view(torch.int16)[ELEMENTS + 77] ^= 1
     state = {"m": {"master": master, "exact": master.bfloat16(), "almost": almost}}
-    part = Saver(store, Options("off")).persist(taken(1, state)).part
+    part = PartWriter(store, SaveOptions("off")).persist(taken(1, state)).part
     assert casts_of(part) == {"m/exact": [0, 1, 2, 3], "m/almost": [0, 2, 3]}
     assert part.stored == 4 * master.numel() + CHUNK_BYTES
     assert_holds(store, part, state)
@@ -236,7 +236,7 @@ def test_every_bit_of_any_nan_comes_back(store: Store, dtype: str) -> None:
             **{"finite": random(1000), "half": random(1000).to(HALF[dtype])},
         }
     }
-    part = Saver(store).persist(taken(1, state)).part
+    part = PartWriter(store).persist(taken(1, state)).part
     assert "m/half" in casts_of(part)
     assert_holds(store, part, state)
 
@@ -257,11 +257,11 @@ def test_zeros_among_the_candidates_do_not_hide_the_master(store: Store) -> None
     master = torch.zeros(1000)
     master[7] = 1.5
     state = {"m": {"half": master.half(), "moments": [torch.zeros(1000)] * 2, "master": master}}
-    assert casts_of(Saver(store).persist(taken(1, state)).part) == {"m/half": [0]}
+    assert casts_of(PartWriter(store).persist(taken(1, state)).part) == {"m/half": [0]}
 
 
 def test_a_damaged_master_is_noticed_whichever_of_the_two_is_read(store: Store) -> None:
-    part = Saver(store).persist(taken(1, Mixed(torch.bfloat16).state())).part
+    part = PartWriter(store).persist(taken(1, Mixed(torch.bfloat16).state())).part
     path = store.directory(part.id)
     pack = path / part.pack
     content = bytearray(pack.read_bytes())
@@ -270,7 +270,7 @@ def test_a_damaged_master_is_noticed_whichever_of_the_two_is_read(store: Store) 
     }
     content[chunks["optimizer/masters.0"].offset + 1000] ^= 4
     pack.write_bytes(content)
-    with Reader(path, [part]) as reader:
+    with ChunkReader(path, [part]) as reader:
         for name in ("optimizer/masters.0", "model/0.weight"):
             target = memoryview(bytearray(chunks[name].raw))
             with pytest.raises(CorruptCheckpoint, match=rf"^{pack}: {name}: "):
@@ -285,13 +285,13 @@ def test_a_cast_that_is_not_what_was_saved_is_noticed(store: Store) -> None:
     """As where the part names the wrong master: its own digest is what tells."""
     a, b = random(1000), random(1000, 1)
     state = {"m": {"a": a, "b": b, "half": a.bfloat16()}}
-    part = Saver(store).persist(taken(1, state)).part
+    part = PartWriter(store).persist(taken(1, state)).part
     rows = {tensor.name: tensor.chunks[0] for tensor in part.tensors}
     assert part.chunks[rows["m/half"]].cast_of == (rows["m/a"],)
     file = store.directory(part.id) / "rank-00000.json"
     wrong = file.read_text().replace(f"[{rows['m/a']}]]", f"[{rows['m/b']}]]")
     forged = Part.decode(wrong.encode(), str(file))
-    with Reader(file.parent, [forged]) as reader, pytest.raises(CorruptCheckpoint) as caught:
+    with ChunkReader(file.parent, [forged]) as reader, pytest.raises(CorruptCheckpoint) as caught:
         reader.read(forged, forged.chunks[rows["m/half"]], memoryview(bytearray(2000)), "m/half")
     assert caught.value.message.startswith(f"{file}: m/half: expected blake3:")
 
@@ -300,7 +300,7 @@ def test_a_cast_that_is_not_what_was_saved_is_noticed(store: Store) -> None:
 def test_frozen_masters_are_shared_and_their_copies_still_cost_nothing(
     store: Store, compress: Any
 ) -> None:
-    frozen, one = random(ELEMENTS + 5), Saver(store, Options(compress))
+    frozen, one = random(ELEMENTS + 5), PartWriter(store, SaveOptions(compress))
     parts = []
     for step in range(1, 4):
         state = {"m": {"half": frozen.bfloat16(), "master": frozen, "new": random(1000, step)}}
@@ -310,15 +310,15 @@ def test_frozen_masters_are_shared_and_their_copies_still_cost_nothing(
     assert [part.needs for part in parts[1:]] == [(parts[0].id,)] * 2
     assert parts[2].stored < 10_000
     # And by a saver that knows the one before only from its part.
-    after = Saver(store, Options(compress))
-    after.follow(Previous(store.load_part(store.directory(parts[2].id), 0)))
+    after = PartWriter(store, SaveOptions(compress))
+    after.follow(PreviousPart(store.load_part(store.directory(parts[2].id), 0)))
     part = after.persist(taken(4, state)).part
     assert (casts_of(part), part.stored) == ({"m/half": [0, 1]}, 0)
     assert_holds(store, part, state)
 
 
 def test_a_copy_whose_master_goes_is_stored_and_no_longer_when_it_is_back(store: Store) -> None:
-    weight, one = random(ELEMENTS + 5), Saver(store, Options("small"))
+    weight, one = random(ELEMENTS + 5), PartWriter(store, SaveOptions("small"))
     half = weight.bfloat16()
     for step, (state, expected) in enumerate(
         [
@@ -340,7 +340,7 @@ def test_a_copy_whose_master_goes_is_stored_and_no_longer_when_it_is_back(store:
 
 def all_ranks(store: Store, step: int, states: list[dict[str, Any]]) -> list[Part]:
     def persist(rank: int) -> Saved:
-        return Saver(store).persist(taken(step, states[rank], rank, len(states)))
+        return PartWriter(store).persist(taken(step, states[rank], rank, len(states)))
 
     with ThreadPoolExecutor(len(states)) as pool:
         return [saved.part for saved in pool.map(persist, range(len(states)))]
@@ -406,7 +406,7 @@ def test_a_snapshot_in_memory_restores_only_what_was_saved(
 ) -> None:
     master = random(1000)
     half = master.bfloat16()
-    part = Saver(store).persist(taken(1, {"m": {"half": half, "master": master}})).part
+    part = PartWriter(store).persist(taken(1, {"m": {"half": half, "master": master}})).part
     other = change(half).view(torch.bfloat16)
     memory = taken(1, {"m": {"half": other, "master": master}})
     path = store.directory(part.id)

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from autoglm_resume.checkpoint.chunks.reader import Reader, pack_path
+from autoglm_resume.checkpoint.chunks.reader import ChunkReader, pack_path
 from autoglm_resume.checkpoint.format.document import digest
 from autoglm_resume.checkpoint.format.ids import checkpoint_id
-from autoglm_resume.checkpoint.format.options import Options
+from autoglm_resume.checkpoint.format.options import SaveOptions
 from autoglm_resume.checkpoint.format.part import Part
 from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES, Chunk
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.store import Store
-from autoglm_resume.checkpoint.write.part_writer import Saver
+from autoglm_resume.checkpoint.write.part_writer import PartWriter
 from autoglm_resume.errors import CheckpointError, CorruptCheckpoint
 
 Damage = Callable[[Path], object]
@@ -34,13 +34,13 @@ def store(tmp_path: Path) -> Store:
     weight = torch.randn(CHUNK_BYTES // 2, generator=generator)
     drift = 1 + 1e-6 * torch.randn(CHUNK_BYTES // 2, generator=generator)
     frozen = torch.randn(CHUNK_BYTES // 4, generator=generator)
-    savers = [Saver(store, Options("small")) for _ in (0, 1)]
+    savers = [PartWriter(store, SaveOptions("small")) for _ in (0, 1)]
     for step, state in enumerate([weight, weight * drift], 1):
         tensors = {"weight": state, "frozen": frozen, "half": state.bfloat16()}
         id = checkpoint_id(step, "a0")
         taken = [capture.take({"m": tensors}, id=id, rank=rank, world_size=2) for rank in (0, 1)]
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(Saver.persist, savers, taken))
+            list(pool.map(PartWriter.persist, savers, taken))
     return store
 
 
@@ -49,7 +49,7 @@ def parts(path: Path) -> list[Part]:
     return [store.load_part(path, rank) for rank in (0, 1)]
 
 
-def read(reader: Reader, part: Part, chunk: Chunk) -> bytes:
+def read(reader: ChunkReader, part: Part, chunk: Chunk) -> bytes:
     target = bytearray(chunk.raw)
     reader.read(part, chunk, memoryview(target), "here")
     return bytes(target)
@@ -84,7 +84,7 @@ def test_every_chunk_of_every_rank_is_found_decoded_and_verified(store: Store) -
     path = store.directory(checkpoint_id(2, "a0"))
     found = parts(path)
     assert kinds(found) == {"cast", "delta", "peer's", "older"}
-    with Reader(path, found) as reader:
+    with ChunkReader(path, found) as reader:
         for part in found:
             for chunk in part.chunks:
                 assert digest(read(reader, part, chunk)) == chunk.digest
@@ -93,7 +93,7 @@ def test_every_chunk_of_every_rank_is_found_decoded_and_verified(store: Store) -
 def test_from_any_thread_and_each_file_is_opened_once(store: Store) -> None:
     path = store.directory(checkpoint_id(2, "a0"))
     found = parts(path)
-    with Reader(path, found) as reader, ThreadPoolExecutor(8) as pool:
+    with ChunkReader(path, found) as reader, ThreadPoolExecutor(8) as pool:
         work = [(part, chunk) for part in found for chunk in part.chunks] * 10
         contents = list(pool.map(lambda pair: read(reader, *pair), work))
         assert open_packs() <= 4
@@ -139,7 +139,7 @@ def test_the_file_to_blame_is_named_whichever_of_the_checkpoints_it_is_in(
     bad = store.directory(checkpoint_id(step, "a0")) / "rank-00001.pack"
     damage(bad)
     failures = []
-    with Reader(path, found) as reader:
+    with ChunkReader(path, found) as reader:
         for part in found:
             for chunk in part.chunks:
                 try:
@@ -158,7 +158,7 @@ def test_a_file_that_may_not_be_read_is_not_called_corrupt(store: Store) -> None
     pack = path / part.pack
     pack.unlink()
     pack.symlink_to(pack.name)
-    with Reader(path, found) as reader, pytest.raises(CheckpointError) as caught:
+    with ChunkReader(path, found) as reader, pytest.raises(CheckpointError) as caught:
         read(reader, part, chunk)
     assert not isinstance(caught.value, CorruptCheckpoint)
     assert f"{pack}: cannot be read: Too many levels" in caught.value.message

@@ -26,7 +26,7 @@ from autoglm_resume.checkpoint.interop import bundle, formats
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.store import Store
-from autoglm_resume.checkpoint.write.part_writer import Saver
+from autoglm_resume.checkpoint.write.part_writer import PartWriter
 from autoglm_resume.errors import AutoglmError, CorruptCheckpoint, UsageError
 from tests.checkpoint.ranks import ranks
 
@@ -74,7 +74,7 @@ def commit(store: Store, states: list[dict[str, Any]]) -> Path:
         )
 
     with ThreadPoolExecutor(len(states)) as pool:
-        list(pool.map(lambda rank: Saver(store).persist(taken(rank)), range(len(states))))
+        list(pool.map(lambda rank: PartWriter(store).persist(taken(rank)), range(len(states))))
     return store.directory(ID)
 
 
@@ -270,9 +270,7 @@ def test_a_document_that_makes_no_sense_is_refused(
 ) -> None:
     made = bundle.gather(Store(source.parent), source)
     with pytest.raises(AutoglmError):
-        bundle.put(
-            Store(tmp_path / "to"), bundle.Exchange({**made.document, **change}, made.tensors)
-        )
+        bundle.put(Store(tmp_path / "to"), bundle.Bundle({**made.document, **change}, made.tensors))
 
 
 # What ranks hold together
@@ -299,7 +297,7 @@ def test_shards_are_put_together_and_taken_apart_again(kind: str, tmp_path: Path
 
     def save(model: dict[str, Any], rank: int) -> None:
         taken = capture.take({"model": model}, id=ID, rank=rank, world_size=2)
-        Saver(store).persist(taken)
+        PartWriter(store).persist(taken)
 
     sharded(tmp_path, save)
     source = store.directory(ID)

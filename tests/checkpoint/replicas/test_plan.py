@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from autoglm_resume.checkpoint.replicas.plan import (
     FIRST_RETRY,
     LAST_RETRY,
-    Copy,
+    CommittedFiles,
     by_checkpoint,
     by_run,
     closure,
@@ -28,10 +28,11 @@ def id_of(step: int, attempt: int = 0) -> str:
     return f"step-{step:010d}.a{attempt}"
 
 
-def here_of(**needs: list[int]) -> dict[str, Copy]:
+def here_of(**needs: list[int]) -> dict[str, CommittedFiles]:
     """`here_of(s20=[10])`: the checkpoint of step 20 needs that of step 10."""
     return {
-        id_of(int(name[1:])): Copy(FILES, tuple(map(id_of, steps))) for name, steps in needs.items()
+        id_of(int(name[1:])): CommittedFiles(FILES, tuple(map(id_of, steps)))
+        for name, steps in needs.items()
     }
 
 
@@ -127,7 +128,8 @@ def test_deletions_never_touch_what_is_here_or_the_newest_complete_one(
         step: data.draw(st.lists(st.sampled_from(local), max_size=2).map(set)) for step in local
     }
     here = {
-        id_of(step): Copy(FILES, tuple(id_of(n) for n in needs[step] if n < step)) for step in local
+        id_of(step): CommittedFiles(FILES, tuple(id_of(n) for n in needs[step] if n < step))
+        for step in local
     }
     lacking = data.draw(st.sets(st.sampled_from(remote))) if remote else set()
     there = there_of(*remote) | there_of(*lacking, without=MANIFEST)
@@ -146,7 +148,8 @@ def test_sending_what_is_missing_makes_everything_complete(
     local: list[int], remote: list[int]
 ) -> None:
     here = {
-        id_of(s): Copy(FILES, tuple(id_of(n) for n in local if n in (s - 1, s - 2))) for s in local
+        id_of(s): CommittedFiles(FILES, tuple(id_of(n) for n in local if n in (s - 1, s - 2)))
+        for s in local
     }
     there = there_of(*remote, without="rank-00000.json")
     for id in missing(here, there):

@@ -11,7 +11,7 @@ import torch
 from autoglm_resume import files
 from autoglm_resume.checkpoint.format.ids import checkpoint_id, newest_first
 from autoglm_resume.checkpoint.format.manifest import MANIFEST
-from autoglm_resume.checkpoint.format.options import Options
+from autoglm_resume.checkpoint.format.options import SaveOptions
 from autoglm_resume.checkpoint.replicas.mirror import committed, replicate
 from autoglm_resume.checkpoint.replicas.plan import by_checkpoint, is_complete
 from autoglm_resume.checkpoint.replicas.repair import repair, restore_missing
@@ -20,7 +20,7 @@ from autoglm_resume.checkpoint.storage.directory import Directory
 from autoglm_resume.checkpoint.storage.storage import Storage, open_storage
 from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.store import Store
-from autoglm_resume.checkpoint.write.part_writer import Saver
+from autoglm_resume.checkpoint.write.part_writer import PartWriter
 from autoglm_resume.errors import CheckpointError, CorruptCheckpoint
 
 RUN = "run"
@@ -32,7 +32,7 @@ def train(root: Path, steps: tuple[int, ...] = (10, 20, 30), seed: int = 0) -> S
     generator = torch.Generator().manual_seed(seed)
     frozen = torch.randn(300_000, generator=generator)
     weights = [torch.randn(300_000, generator=generator) for _ in range(2)]
-    savers = [Saver(store, Options(compress="small"), share=False) for _ in range(2)]
+    savers = [PartWriter(store, SaveOptions(compress="small"), share=False) for _ in range(2)]
     ids: list[str] = []
     for step in steps:
         for rank, saver in enumerate(savers):

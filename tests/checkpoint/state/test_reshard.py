@@ -27,7 +27,7 @@ from autoglm_resume.checkpoint.state import capture, reshard, restore, tree
 from autoglm_resume.checkpoint.state.restore import OtherSharding
 from autoglm_resume.checkpoint.state.sharding import Arrangement, Box, Present
 from autoglm_resume.checkpoint.store.store import Store
-from autoglm_resume.checkpoint.write.part_writer import Saver
+from autoglm_resume.checkpoint.write.part_writer import PartWriter
 from autoglm_resume.errors import CheckpointError, CorruptCheckpoint, UsageError, WorldSizeMismatch
 
 Mesh = tuple[int, ...]
@@ -74,7 +74,7 @@ def save(store: Store, full: torch.Tensor, mesh: Mesh, placements: Placements, *
                 **{name: value(rank) for name, value in more.items()},
             }
             identity = {"id": id, "rank": rank, "world_size": math.prod(mesh)}
-            Saver(store, share=False).persist(capture.take(objects, **identity))
+            PartWriter(store, share=False).persist(capture.take(objects, **identity))
     return store.directory(id)
 
 
@@ -171,7 +171,7 @@ def test_tensors_that_rank_zero_leads_may_differ(tmp_path: Path) -> None:
 def test_plain_and_sharded_tensors_become_each_other(tmp_path: Path) -> None:
     full = torch.randn(5, 3)
     store, plain = Store(tmp_path / "plain"), {"model": {"w": full}}
-    Saver(store).persist(capture.take(plain, id=checkpoint_id(1, "a0"), rank=0, world_size=1))
+    PartWriter(store).persist(capture.take(plain, id=checkpoint_id(1, "a0"), rank=0, world_size=1))
     states, expected = load(store.directory(checkpoint_id(1, "a0")), 1, full, (2,), [Shard(0)])
     assert torch.equal(tree.local(states["model"]["w"]), expected)
     path = save(Store(tmp_path), full, (2,), [Shard(0)])

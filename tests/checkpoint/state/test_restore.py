@@ -14,12 +14,12 @@ import torch
 from hypothesis import assume, given, settings
 
 from autoglm_resume.checkpoint.format.ids import checkpoint_id
-from autoglm_resume.checkpoint.format.options import Compress, Options
+from autoglm_resume.checkpoint.format.options import Compress, SaveOptions
 from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES
 from autoglm_resume.checkpoint.state import capture, restore
 from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.store import Store
-from autoglm_resume.checkpoint.write.part_writer import Saver
+from autoglm_resume.checkpoint.write.part_writer import PartWriter
 from autoglm_resume.errors import CheckpointError, CorruptCheckpoint, WorldSizeMismatch
 
 ID = "step-0000000005.a0"
@@ -65,7 +65,7 @@ def test_the_damaged_tensor_is_named(tmp_path: Path, compress: Compress) -> None
     store = Store(tmp_path)
     state = {"a": torch.randn(CHUNK_BYTES // 4), "b": torch.randn(CHUNK_BYTES // 2)}
     taken = capture.take({"m": state}, id=checkpoint_id(1, "a0"), rank=0, world_size=1)
-    part = Saver(store, Options(compress)).persist(taken).part
+    part = PartWriter(store, SaveOptions(compress)).persist(taken).part
     pack = store.directory(taken.id) / part.pack
     content = bytearray(pack.read_bytes())
     content[-1] ^= 0x80
@@ -120,7 +120,7 @@ def test_device_tensors_go_back_to_a_device_and_generators_stay_on_the_host(tmp_
     store = Store(tmp_path)
     state = {"w": torch.randn(4, 5, device="cuda").T, "rng": torch.get_rng_state()}
     taken = capture.take({"m": state}, id=checkpoint_id(1, "a0"), rank=0, world_size=1)
-    Saver(store).persist(taken)
+    PartWriter(store).persist(taken)
     back = restore.read(store, store.directory(taken.id), 0, "cuda").states["m"]
     assert torch.equal(back["w"], state["w"])
     assert back["rng"].device.type == "cpu"

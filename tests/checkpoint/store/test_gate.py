@@ -12,8 +12,8 @@ from hypothesis import given
 from autoglm_resume.checkpoint.format.manifest import Manifest
 from autoglm_resume.checkpoint.format.structure import Structure
 from autoglm_resume.checkpoint.store.gate import (
+    Candidate,
     Expectation,
-    Facts,
     Integrity,
     Verdict,
     agree,
@@ -25,7 +25,7 @@ from autoglm_resume.checkpoint.store.gate import (
 MODEL = Structure.of([("model.w", "float32", (128, 64))])
 OTHER = Structure.of([("model.w", "float32", (128, 32))])
 RENAMED = Structure.of([("model.v", "float32", (128, 64))])
-GOOD = Facts(
+GOOD = Candidate(
     id="step-0000000030.a1",
     step=30,
     path="/c/step-0000000030.a1",
@@ -106,7 +106,7 @@ NEWER = Integrity(False, "fingerprint", "format 2", unreadable=True)
     ],
 )
 def test_a_verdict_says_what_was_expected_and_found(
-    facts: Facts, expectation: Expectation, accepted: bool, corrupt: bool, says: str
+    facts: Candidate, expectation: Expectation, accepted: bool, corrupt: bool, says: str
 ) -> None:
     verdict = judge(facts, expectation)
     assert (verdict.accepted, verdict.corrupt) == (accepted, corrupt)
@@ -115,7 +115,7 @@ def test_a_verdict_says_what_was_expected_and_found(
 
 
 def test_the_newest_acceptable_one_is_taken_and_older_ones_are_not_even_looked_at() -> None:
-    def candidates() -> Iterator[Facts]:
+    def candidates() -> Iterator[Candidate]:
         yield replace(GOOD, id="broken", integrity=TORN)
         yield replace(GOOD, id="other", world_size=3)
         yield GOOD

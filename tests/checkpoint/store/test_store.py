@@ -18,7 +18,7 @@ from autoglm_resume.checkpoint.store.commit import commit, complete, sweep
 from autoglm_resume.checkpoint.store.examine import candidates, examine
 from autoglm_resume.checkpoint.store.gate import Expectation, choose
 from autoglm_resume.checkpoint.store.store import Store
-from autoglm_resume.checkpoint.write.part_writer import Saver
+from autoglm_resume.checkpoint.write.part_writer import PartWriter
 from autoglm_resume.errors import CorruptCheckpoint
 
 Snaps = Callable[..., list[Snapshot]]
@@ -45,7 +45,7 @@ def test_a_store_that_is_not_there_is_empty(store: Store) -> None:
 
 def test_only_a_manifest_makes_a_checkpoint(store: Store, snaps: Snaps, save: Any) -> None:
     save(store, 1)
-    Saver(store, share=False).persist(snaps(2)[1])
+    PartWriter(store, share=False).persist(snaps(2)[1])
     (store.root / "notes").mkdir()
     assert [p.name for p in store.committed()] == [STEP_1]
     assert [p.name for p in store.uncommitted()] == [STEP_2]
@@ -72,7 +72,7 @@ def test_a_parent_that_was_never_finished_or_is_gone_is_skipped(
     store: Store, snaps: Snaps, save: Any
 ) -> None:
     save(store, 1)
-    Saver(store, share=False).persist(snaps(2, lineage=[STEP_1])[0])
+    PartWriter(store, share=False).persist(snaps(2, lineage=[STEP_1])[0])
     save(store, 3, lineage=[STEP_2, STEP_1])
     manifest = store.load_manifest(store.directory(STEP_3))
     assert manifest.parent is not None
@@ -98,7 +98,7 @@ def test_any_order_of_the_ranks_gives_the_same_manifest(tmp_path: Path, snaps: S
         taken = snaps(1, ranks=3, width=4)
         for rank in order:
             assert commit(store, STEP_1) is None
-            Saver(store, share=False).persist(taken[rank])
+            PartWriter(store, share=False).persist(taken[rank])
         manifest = commit(store, STEP_1)
         assert manifest is not None
         assert manifest == store.load_manifest(store.directory(STEP_1))
@@ -122,7 +122,7 @@ def test_parts_that_cannot_belong_together_are_not_committed(
     def parts(root: str, **options: Any) -> Path:
         other = Store(tmp_path / root)
         for taken in snaps(1, width=4, **options):
-            Saver(other, share=False).persist(taken)
+            PartWriter(other, share=False).persist(taken)
         return other.directory(STEP_1)
 
     two, three = parts("two"), parts("three", ranks=3)
@@ -253,7 +253,7 @@ def test_a_sweep_removes_what_was_never_finished_and_nothing_else(
     store: Store, snaps: Snaps, save: Any
 ) -> None:
     save(store, 1)
-    Saver(store, share=False).persist(snaps(2)[0])
+    PartWriter(store, share=False).persist(snaps(2)[0])
     (store.directory(STEP_1) / f"{files.TEMPORARY}9-manifest.json").write_text("half")
     (store.root / "README").write_text("mine")
     assert len(sweep(store)) == 2

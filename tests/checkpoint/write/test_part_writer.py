@@ -12,14 +12,14 @@ import torch
 
 from autoglm_resume.checkpoint.chunks.verify import fingerprint
 from autoglm_resume.checkpoint.format.ids import checkpoint_id
-from autoglm_resume.checkpoint.format.options import Options
+from autoglm_resume.checkpoint.format.options import SaveOptions
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES
 from autoglm_resume.checkpoint.state import capture, restore
 from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write import pack_writer
-from autoglm_resume.checkpoint.write.part_writer import SaveFailed, Saver
+from autoglm_resume.checkpoint.write.part_writer import CheckpointNotSaved, PartWriter
 
 Snaps = Callable[..., list[Snapshot]]
 
@@ -48,9 +48,9 @@ def test_a_part_is_a_pack_and_a_document_and_the_last_rank_commits(
 ) -> None:
     store = Store(tmp_path / "not" / "there" / "yet")
     first, second = snaps(3)
-    assert Saver(store, share=False).persist(first).manifest is None
+    assert PartWriter(store, share=False).persist(first).manifest is None
     assert store.latest() is None
-    saved = Saver(store, share=False).persist(second)
+    saved = PartWriter(store, share=False).persist(second)
     part = saved.part
     path = store.directory(first.id)
     assert store.latest() == path
@@ -71,7 +71,7 @@ def test_equal_chunks_are_stored_once(tmp_path: Path) -> None:
     state = {"a": weight, "b": weight.clone(), "zeros": torch.zeros(CHUNK_BYTES)}
     store = Store(tmp_path)
     taken = capture.take({"m": state}, id=checkpoint_id(1, "a0"), rank=0, world_size=1)
-    part = Saver(store, Options("off")).persist(taken).part
+    part = PartWriter(store, SaveOptions("off")).persist(taken).part
     assert part.raw == taken.nbytes == 7 * CHUNK_BYTES
     assert part.stored == CHUNK_BYTES * 5 // 2
     back = restore.read(store, store.directory(taken.id), 0).states["m"]
@@ -85,7 +85,7 @@ def test_packs_of_several_windows_come_back(
     weight = torch.randn(9 * CHUNK_BYTES // 8)
     store = Store(tmp_path)
     taken = capture.take({"m": {"w": weight}}, id=checkpoint_id(1, "a0"), rank=0, world_size=1)
-    Saver(store, share=False).persist(taken)
+    PartWriter(store, share=False).persist(taken)
     assert examine(store, store.directory(taken.id), deep=True).integrity.ok
     assert torch.equal(restore.read(store, store.directory(taken.id), 0).states["m"]["w"], weight)
 
@@ -96,8 +96,8 @@ def test_a_full_disk_fails_the_save_and_leaves_the_one_before(
     store = Store(small_disk / "ckpt")
     old = save(store, 1)
     for taken in snaps(2, width=800):
-        with pytest.raises(SaveFailed) as caught:
-            Saver(store, share=False).persist(taken)
+        with pytest.raises(CheckpointNotSaved) as caught:
+            PartWriter(store, share=False).persist(taken)
         assert "No space left" in caught.value.message
         assert f"needs {taken.nbytes:,} bytes" in caught.value.message
         assert f"{taken.id}/rank-0000{taken.rank}.pack" in caught.value.message
@@ -113,7 +113,7 @@ def test_a_disk_that_fills_up_leaves_nothing_or_what_only_lacks_its_manifest(
 ) -> None:
     """Room for the pack, and for hardly anything more."""
     (taken,) = snaps(1, ranks=1, width=256)
-    size = Saver(Store(tmp_path / "large")).persist(taken).part.stored
+    size = PartWriter(Store(tmp_path / "large")).persist(taken).part.stored
     store = Store(small_disk)
     directory = store.directory(taken.id)
     ballast = small_disk / "ballast"
@@ -121,8 +121,8 @@ def test_a_disk_that_fills_up_leaves_nothing_or_what_only_lacks_its_manifest(
     for spare in range(0, 40 * 4096, 4096):
         ballast.write_bytes(bytes((2 << 20) - size - spare))
         try:
-            Saver(store).persist(taken)
-        except SaveFailed:
+            PartWriter(store).persist(taken)
+        except CheckpointNotSaved:
             left.append(files_in(directory))
             store.delete(taken.id)
         else:
@@ -135,8 +135,8 @@ def test_a_disk_that_fills_up_leaves_nothing_or_what_only_lacks_its_manifest(
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path, snaps: Snaps) -> None:
     (tmp_path / "ckpt").write_text("a file")
-    with pytest.raises(SaveFailed, match="ckpt") as caught:
-        Saver(Store(tmp_path / "ckpt")).persist(snaps(1)[0])
+    with pytest.raises(CheckpointNotSaved, match="ckpt") as caught:
+        PartWriter(Store(tmp_path / "ckpt")).persist(snaps(1)[0])
     assert caught.value.exit_code == 1
 
 
@@ -145,10 +145,10 @@ def test_a_part_is_never_written_twice_and_a_second_try_only_commits(
 ) -> None:
     store = Store(tmp_path)
     directory = store.directory("step-0000000001.a0")
-    first = Saver(store, share=False).persist(snaps(1)[0])
+    first = PartWriter(store, share=False).persist(snaps(1)[0])
     before = (directory / "rank-00000.json").stat()
     (directory / "manifest.json").unlink(missing_ok=True)
-    assert Saver(store, share=False).persist(snaps(1)[0]) == first
+    assert PartWriter(store, share=False).persist(snaps(1)[0]) == first
     assert (directory / "rank-00000.json").stat() == before
 
 
@@ -162,7 +162,7 @@ def test_ranks_that_save_at_the_same_instant_agree_on_one_manifest(
 
         def rank(taken: Snapshot, barrier: Any = barrier) -> None:
             barrier.wait()
-            Saver(store, share=False).persist(taken)
+            PartWriter(store, share=False).persist(taken)
 
         ranks = [fork.Process(target=rank, args=(s,)) for s in snaps(step, ranks=4, width=8)]
         for process in ranks:

@@ -14,7 +14,7 @@ from autoglm_resume.checkpoint.format.document import digest, digest_of_digests
 from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.format.part import Part
 from autoglm_resume.checkpoint.format.tables import Fingerprint, Pack, Tensor, object_digest
-from autoglm_resume.checkpoint.write.reuse import Previous, Sharing, Table
+from autoglm_resume.checkpoint.write.reuse import ChunkTable, PreviousPart, Sharing
 
 State = dict[str, bytes]
 Stored = Callable[[str, bytes], int]
@@ -29,14 +29,14 @@ class Series:
     parts: list[Part] = field(default_factory=list)
     written: dict[tuple[str, int], str] = field(default_factory=dict)
     """Digest of what lies where in which pack."""
-    previous: Previous | None = None
+    previous: PreviousPart | None = None
 
     def save(
         self, state: State, *, delta: bool = True, stored: Stored = lambda name, raw: 10
     ) -> Part:
         id = checkpoint_id(len(self.parts) + 1, "a0")
         sharing = Sharing(self.previous, self.limit, {digest(raw) for raw in state.values()})
-        table = Table(id, self.previous)
+        table = ChunkTable(id, self.previous)
         rows = {
             name: self._row(sharing, table, name, raw, delta, stored) for name, raw in state.items()
         }
@@ -74,11 +74,17 @@ class Series:
                 self.written[id, chunk.offset] = chunk.digest
         self.parts.append(part)
         memory = {f"model/{name}": memoryview(raw) for name, raw in state.items()}
-        self.previous = Previous(part, memory)
+        self.previous = PreviousPart(part, memory)
         return part
 
     def _row(
-        self, sharing: Sharing, table: Table, name: str, raw: bytes, delta: bool, stored: Stored
+        self,
+        sharing: Sharing,
+        table: ChunkTable,
+        name: str,
+        raw: bytes,
+        delta: bool,
+        stored: Stored,
     ) -> int:
         found, same = table.find(digest(raw)), sharing.identical(digest(raw))
         if found is not None:
@@ -170,9 +176,9 @@ def test_a_delta_is_only_against_the_same_place_as_it_was_stored() -> None:
 def test_memory_that_was_overwritten_is_no_base() -> None:
     series = Series(8)
     part = series.save({"a": b"11"})
-    series.previous = Previous(part, {"model/a": memoryview(b"xx")})
+    series.previous = PreviousPart(part, {"model/a": memoryview(b"xx")})
     assert series.save({"a": b"12"}).needs == ()
-    series.previous = Previous(part)
+    series.previous = PreviousPart(part)
     assert series.save({"a": b"13"}).needs == ()
 
 

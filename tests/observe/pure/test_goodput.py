@@ -119,6 +119,9 @@ def test_a_script_that_reports_no_steps_trains_once_its_ranks_run_and_has_no_goo
     assert summary.step is None
     run.say("attempt_ended", attempt=0, outcome="completed", step=-1).say("run_completed", step=-1)
     assert (summarize(run.events).state, summarize(run.events).step) == ("finished", None)
+    run.events[-1] = {**run.events[-1], "event": "run_failed", "code": 1}
+    failed = summarize(run.events)
+    assert (failed.state, failed.step, failed.kept, failed.goodput) == ("failed", None, None, None)
 
 
 def test_a_save_that_a_restart_cut_off_is_no_failed_save() -> None:

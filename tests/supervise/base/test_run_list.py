@@ -115,6 +115,7 @@ def test_what_a_killed_write_left_behind_is_swept_away_later(state: Path, tmp_pa
         b"[]",
         b"[" * 100_000,
         b'{"path": 3, "name": "x", "started_from": "/", "started": 1}',
+        b'{"path": "/x\\u0000", "name": "x", "started_from": "/", "started": 1}',
         b'{"path": "relative", "name": "x", "started_from": "/", "started": 1}',
         b'{"path": "/x", "name": "x", "started_from": "/", "started": NaN}',
         b'{"path": "/x", "name": "x", "started_from": "/", "started": "yesterday"}',

@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from autoglm_resume.checkpoint.format.ids import checkpoint_id
-from autoglm_resume.checkpoint.format.options import Options
+from autoglm_resume.checkpoint.format.options import SaveOptions
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.checkpoint.storage.object_store import SEGMENT_BYTES
 from autoglm_resume.checkpoint.storage.storage import open_storage
 from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.store import Store
-from autoglm_resume.checkpoint.write.part_writer import Saver
+from autoglm_resume.checkpoint.write.part_writer import PartWriter
 from autoglm_resume.errors import NoAcceptableCheckpoint, UsageError
 from autoglm_resume.linux import DirectoryWatch
 from autoglm_resume.supervise.base.event_loop import EventLoop
@@ -43,7 +43,7 @@ class Watched:
         self.loop = loop
         self.told: list[tuple[str, dict[str, Any]]] = []
         self.replicas: Replicator
-        self._saver = Saver(self.store, Options(compress="off"))
+        self._saver = PartWriter(self.store, SaveOptions(compress="off"))
         self._weight = torch.zeros(1)
 
     def start(self, *targets: str, policy: Any = "local") -> None:

@@ -18,7 +18,7 @@ from autoglm_resume.checkpoint.format.snapshot import describe, layout
 from autoglm_resume.checkpoint.state import capture, restore
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write import chunk_ownership
-from autoglm_resume.checkpoint.write.part_writer import Saver
+from autoglm_resume.checkpoint.write.part_writer import PartWriter
 from autoglm_resume.protocol.assignment import Checkpointing
 from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.services import savers as module
@@ -165,7 +165,7 @@ def test_what_one_rank_lacks_is_given_up_without_a_wait_for_it(run: Run) -> None
 
 def test_a_part_that_is_on_storage_already_counts(run: Run) -> None:
     taken = capture.take({"m": state(5)}, id=id_of(5), rank=0, world_size=RANKS)
-    Saver(run.store, share=False).persist(taken)
+    PartWriter(run.store, share=False).persist(taken)
     chunk_ownership.publish(run.store.directory(id_of(5)), 0, {})
     hand_over(run.rank(1), 1, 5)
     run.settle()

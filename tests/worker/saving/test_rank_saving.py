@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from autoglm_resume.checkpoint.format.ids import checkpoint_id
-from autoglm_resume.checkpoint.format.options import Options
+from autoglm_resume.checkpoint.format.options import SaveOptions
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.checkpoint.state.capture import Identity
 from autoglm_resume.checkpoint.store.store import Store
@@ -25,7 +25,7 @@ Make = Callable[..., Stager]
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Make]:
     def saving(timeout: float = 600.0) -> Stager:
-        checkpoint = Checkpointing(str(tmp_path), options=Options("off", timeout=timeout))
+        checkpoint = Checkpointing(str(tmp_path), options=SaveOptions("off", timeout=timeout))
         settings = Settings(0, 1, checkpoint, None, True, (), "a0", None)
         return Stager(settings, None, lambda: None)
 
