@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from autoglm_resume.checkpoint.format.ids import Branch
 from autoglm_resume.checkpoint.format.options import SaveOptions
 from autoglm_resume.checkpoint.store.retention import KeepRules
 from autoglm_resume.protocol.loss_guard import Bounds
@@ -79,14 +80,14 @@ class Checkpointing:
     options: SaveOptions = field(default_factory=SaveOptions)
     rename: dict[str, str] = field(default_factory=dict)
     strict: bool = True
-    branches: tuple[tuple[int, int], ...] = ()
+    branches: tuple[Branch, ...] = ()
     """(step, attempt) where the run left newer checkpoints behind on purpose."""
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Checkpointing:
         """What `dataclasses.asdict` made of it."""
         keep, options = KeepRules.from_json(data["keep"]), SaveOptions(**data["options"])
-        branches = tuple((step, attempt) for step, attempt in data["branches"])
+        branches = tuple(Branch(step, attempt) for step, attempt in data["branches"])
         return cls(**{**data, "keep": keep, "options": options, "branches": branches})
 
 

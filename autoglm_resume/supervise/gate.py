@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from autoglm_resume import files
-from autoglm_resume.checkpoint.format.ids import step_of
+from autoglm_resume.checkpoint.format.ids import Branch, step_of
 from autoglm_resume.checkpoint.format.manifest import Manifest
 from autoglm_resume.checkpoint.store.gate import (
     Candidate,
@@ -96,7 +96,7 @@ class RunGate(Gatekeeper):
     def branch(self, step: int, attempt: int, **fields: str) -> None:
         """Go on from `step` in `attempt`; `history.recall` knows what the journal then says."""
         self._tell("branched", step=step, **fields)
-        branches = (*self.branches, (step, attempt))
+        branches = (*self.branches, Branch(step, attempt))
         self._expectation = replace(self._expectation, branches=branches)
         self.checkpointed = step
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from autoglm_resume.checkpoint.format.ids import Branch
 from autoglm_resume.checkpoint.write.in_memory import Sealed
 from autoglm_resume.journal import Event
 from autoglm_resume.protocol.assignment import ResumePoint
@@ -40,7 +41,7 @@ class Order:
     """Of whoever decided it. A machine alone has one leader for ever, in term 0."""
     resume: ResumePoint | None
     members: tuple[Member, ...]
-    branches: tuple[tuple[int, int], ...] = ()
+    branches: tuple[Branch, ...] = ()
     """Where the run left newer checkpoints behind on purpose; see `history.History`."""
 
     @property

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autoglm_resume.checkpoint.format.ids import step_of
+from autoglm_resume.checkpoint.format.ids import Branch, step_of
 from autoglm_resume.checkpoint.storage import storage
 from autoglm_resume.checkpoint.store.commit import whole
 from autoglm_resume.checkpoint.store.gate import Choice, Verdict, superseded
@@ -159,7 +159,7 @@ def _ignore(event: str, /, **fields: Any) -> None:
     """A plan leaves no trace in the journal."""
 
 
-def _require_step(store: Store, step: int, branches: Iterable[tuple[int, int]]) -> None:
+def _require_step(store: Store, step: int, branches: Iterable[Branch]) -> None:
     """Raise UsageError, naming the steps there are, unless a checkpoint of `step` is there.
 
     Those of `branches` that were given up do not count, as the gate does not take them.

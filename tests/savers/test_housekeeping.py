@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from autoglm_resume.checkpoint.format.ids import checkpoint_id
+from autoglm_resume.checkpoint.format.ids import Branch, checkpoint_id
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.checkpoint.store.retention import KeepBest, KeepRules
@@ -37,7 +37,7 @@ def left_after(tmp_path: Path, keep: KeepRules) -> list[str]:
         saved(store, step, "a0", loss)
     saved(store, 200, "a1", 2.0)
     last = saved(store, 300, "a1", 2.5)
-    how = Checkpointing(str(tmp_path), keep=keep, branches=((100, 1),))
+    how = Checkpointing(str(tmp_path), keep=keep, branches=(Branch(100, 1),))
     tidy(store, how, last, frozenset(), EventLog(None, 0).emit)
     return [path.name for path in store.committed()]
 

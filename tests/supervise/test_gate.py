@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from autoglm_resume.checkpoint.format.ids import checkpoint_id
+from autoglm_resume.checkpoint.format.ids import Branch, checkpoint_id
 from autoglm_resume.checkpoint.format.structure import combined
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.checkpoint.write.in_memory import Sealed
@@ -228,7 +228,7 @@ def test_a_commit_that_nobody_lived_to_report_is_reported_by_the_gate(run: Run) 
 
 def test_what_a_branch_left_behind_is_not_present(run: Run) -> None:
     kept, _ = run.save(10), run.save(20)
-    assert run.gate(past=History(branches=((10, 1),))).present() == [kept]
+    assert run.gate(past=History(branches=(Branch(10, 1),))).present() == [kept]
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import NamedTuple
 
 _ID = re.compile(r"step-(\d{10,18})\.([a-z0-9]{1,64})\Z")
+
+
+class Branch(NamedTuple):
+    """Where a run went back on purpose, and left newer checkpoints behind."""
+
+    step: int
+    """Of the checkpoint that it went on from."""
+    attempt: int
+    """The first to go on from there; what earlier ones saved after `step` was given up."""
 
 
 def checkpoint_id(step: int, token: str) -> str:

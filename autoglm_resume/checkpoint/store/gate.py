@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 
 from autoglm_resume.checkpoint.format import renaming
 from autoglm_resume.checkpoint.format.document import Json
-from autoglm_resume.checkpoint.format.ids import attempt_of, is_id, step_of
+from autoglm_resume.checkpoint.format.ids import Branch, attempt_of, is_id, step_of
 from autoglm_resume.checkpoint.format.manifest import Manifest
 from autoglm_resume.checkpoint.format.part import Part
 from autoglm_resume.checkpoint.format.structure import Structure, differences
@@ -38,7 +38,7 @@ class Expectation:
     elastic: bool = False
     check_model: bool = True
     refused: Mapping[str, str] = field(default_factory=dict)
-    branches: tuple[tuple[int, int], ...] = ()
+    branches: tuple[Branch, ...] = ()
     """(step, attempt) from where the run went on from an older checkpoint, as it was asked to."""
     rename: Mapping[str, str] = field(default_factory=dict)
     """New names of parameters, by old ones; see renaming.py."""
@@ -237,12 +237,13 @@ def _integrity(candidate: Candidate, expectation: Expectation) -> GateCheck:
     return GateCheck("integrity", True, expected, found)
 
 
-def superseded(id: str, branches: Iterable[tuple[int, int]]) -> int | None:
+def superseded(id: str, branches: Iterable[Branch]) -> int | None:
     """The step from which the branch was given up that checkpoint `id` is of."""
     if not is_id(id):  # somebody's copy under a name of its own
         return None
     step, attempt = step_of(id), attempt_of(id)
-    return next((s for s, first in branches if step > s and attempt < first), None)
+    given_up = (b.step for b in branches if step > b.step and attempt < b.attempt)
+    return next(given_up, None)
 
 
 def _branch(candidate: Candidate, expectation: Expectation) -> list[GateCheck]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
-from autoglm_resume.checkpoint.format.ids import recency
+from autoglm_resume.checkpoint.format.ids import Branch, recency
 from autoglm_resume.checkpoint.format.manifest import MANIFEST, Manifest
 from autoglm_resume.checkpoint.store.commit import abandoned, complete, sweep, whole
 from autoglm_resume.checkpoint.store.gate import (
@@ -74,7 +74,7 @@ class Gatekeeper:
         self._abandoned: list[Path] = []
 
     @property
-    def branches(self) -> tuple[tuple[int, int], ...]:
+    def branches(self) -> tuple[Branch, ...]:
         """(step, attempt) where newer checkpoints were left behind on purpose."""
         return self._expectation.branches
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from autoglm_resume.checkpoint.format.ids import Branch
 from autoglm_resume.checkpoint.format.options import SaveOptions
 from autoglm_resume.job.spec import Job
 from autoglm_resume.protocol.assignment import (
@@ -52,7 +53,7 @@ def source(job: Job) -> Source:
     return Source(script, job.module, tuple(job.args), str(job.workdir))
 
 
-def checkpointing(job: Job, branches: tuple[tuple[int, int], ...] = ()) -> Checkpointing:
+def checkpointing(job: Job, branches: tuple[Branch, ...] = ()) -> Checkpointing:
     """What a rank and its saver need to know of the job's `checkpoint`."""
     asked = job.checkpoint
     return Checkpointing(
@@ -78,7 +79,7 @@ def assignment(
     resume: ResumePoint | None,
     board: str,
     savers: tuple[str, ...] = (),
-    branches: tuple[tuple[int, int], ...] = (),
+    branches: tuple[Branch, ...] = (),
 ) -> Assignment:
     """What the ranks of attempt `number` are told."""
     return Assignment(

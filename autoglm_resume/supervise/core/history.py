@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
+from autoglm_resume.checkpoint.format.ids import Branch
 from autoglm_resume.checkpoint.format.structure import Structure, combined
 from autoglm_resume.errors import CheckpointError
 from autoglm_resume.failures import Kind
@@ -73,7 +74,7 @@ class History:
     imports: tuple[str, ...] = ()
     objects: dict[str, str] | None = None
     """Digests of the newest checkpoint's objects."""
-    branches: tuple[tuple[int, int], ...] = ()
+    branches: tuple[Branch, ...] = ()
     """(step, attempt) where it went back to an older checkpoint on purpose: what earlier attempts
     saved after that step is of a branch that was given up."""
     failures: int = 0
@@ -100,7 +101,7 @@ def recall(events: Iterable[Event]) -> History:
     reported: dict[int, Model] = {}
     imports: list[str] = []
     objects: dict[str, str] | None = None
-    branches: list[tuple[int, int]] = []
+    branches: list[Branch] = []
     failures, trained, began = 0, 0.0, 0.0
     replicated: dict[str, tuple[str, ...]] = {}
     silences: Silences = {}
@@ -127,7 +128,7 @@ def recall(events: Iterable[Event]) -> History:
                 case "imports":
                     imports += [name for name in event["modules"] if name not in imports]
                 case "branched":
-                    branches.append((int(event["step"]), int(event["attempt"])))
+                    branches.append(Branch(int(event["step"]), int(event["attempt"])))
                     checkpointed, finished = int(event["step"]), False
                     pending = pending and replace(pending, done=True)
                     if event.get("reason") is None:  # a person asked for it: what failed is past

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from autoglm_resume.checkpoint.format.ids import Branch
 from autoglm_resume.errors import NoAcceptableCheckpoint
 from tests.checkpoint.checkpoints import Checkpoints
 
@@ -236,7 +237,7 @@ def test_of_a_branch_that_was_given_up_nothing_is_taken_and_nothing_put_away(
     run: Checkpoints,
 ) -> None:
     old, left = run.save(10), run.save(20)
-    accepted = run.gatekeeper(branches=((10, 1),)).admit()
+    accepted = run.gatekeeper(branches=(Branch(10, 1),)).admit()
     assert accepted is not None
     assert accepted.id == old
     assert run.store.directory(left).is_dir()
