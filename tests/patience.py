@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-PATIENCE = 120.0
+PATIENCE = 180.0
 """Seconds: only what hangs takes them, so that no test is a measurement."""
 
 

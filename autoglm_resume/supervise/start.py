@@ -87,7 +87,7 @@ def start(
         require_storage(job)
         check_directory(checkpoints, job.guards.free_disk)
         if not checkpoints.is_relative_to(run.path):
-            held.enter_context(locked_checkpoints(checkpoints))
+            held.enter_context(locked_checkpoints(checkpoints, run.path))
         run.save_job(dump(job))
         run_list.add(run.path, job.name)
         while True:

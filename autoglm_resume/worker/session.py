@@ -34,7 +34,17 @@ from autoglm_resume.errors import (
 from autoglm_resume.protocol.assignment import Assignment, ResumePoint
 from autoglm_resume.protocol.heartbeats import Board, Phase, Pulse
 from autoglm_resume.protocol.loss_guard import LossGuard
-from autoglm_resume.worker import fitting, hooks, imports, restoring, rng, settings, spare, tracked
+from autoglm_resume.worker import (
+    alone,
+    fitting,
+    hooks,
+    imports,
+    restoring,
+    rng,
+    settings,
+    spare,
+    tracked,
+)
 from autoglm_resume.worker.data import ResumableSampler
 from autoglm_resume.worker.event_log import EventLog
 from autoglm_resume.worker.requests import FromClock, FromRankZero, FromSupervisor, Requests
@@ -63,7 +73,7 @@ def init(
     assignment = Assignment.from_environment()
     if assignment is not None:
         return Session(settings.supervised(assignment), assignment)
-    return Session(settings.alone(checkpoint_dir, every_steps, every_seconds, keep), None)
+    return Session(settings.unsupervised(checkpoint_dir, every_steps, every_seconds, keep), None)
 
 
 class Session:
@@ -148,7 +158,7 @@ class Session:
         if self._structure is not None:
             self._events.emit("model", hash=self._structure.hash, model=self._structure.to_json())
         if self._assignment is None:
-            self._settings = settings.agreed(self._settings, self._structure)
+            self._settings = alone.agreed(self._settings, self._structure)
         self._saves = SaveManager(self._settings, self._assignment, self._events, self._pulse)
         self._requests = self._find_requests()
         point = self._settings.resume

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 
 from autoglm_resume.checkpoint.format.ids import checkpoint_id
+from autoglm_resume.checkpoint.format.part import pack_file
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.checkpoint.store.gate import Expectation
 from autoglm_resume.checkpoint.store.gatekeeper import Gatekeeper, WaysOut
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.part_writer import PartWriter
 from autoglm_resume.supervise.ranks.fault_injector import flip_a_bit
+from autoglm_resume.worker import rng
 
 WIDTH = 32
 STRUCTURE = capture.structure_of({"model.w": torch.zeros(WIDTH, WIDTH)})
@@ -36,14 +38,14 @@ class Checkpoints:
         expectation = Expectation(**{"world_size": 2, **expected})
         return Gatekeeper(self.store, expectation, self.tell, ways, checkpointed)
 
-    def save(self, step: int, ranks: int = 2, only: int | None = None) -> str:
+    def save(self, step: int, ranks: int = 2, only: int | None = None, token: str = "a0") -> str:
         for rank in range(ranks) if only is None else [only]:
             weight = torch.randn(
                 WIDTH, WIDTH, generator=torch.Generator().manual_seed(step * 100 + rank)
             )
             taken = capture.take(
-                {"model": {"w": weight}},
-                id=checkpoint_id(step, "a0"),
+                {"model": {"w": weight}, "rng": rng.capture()},
+                id=checkpoint_id(step, token),
                 rank=rank,
                 world_size=ranks,
                 lineage=(checkpoint_id(step - 10, "a0"),),
@@ -52,9 +54,9 @@ class Checkpoints:
             PartWriter(self.store, share=False).persist(taken)
         return taken.id
 
-    def damage(self, id: str) -> None:
+    def damage(self, id: str, rank: int = 1) -> None:
         # flip_a_bit keeps the times as a bad disk would, except the ctime.
-        flip_a_bit(self.store.directory(id) / "rank-00001.pack")
+        flip_a_bit(self.store.directory(id) / pack_file(rank))
 
     def events(self, name: str) -> list[dict[str, Any]]:
         return [fields for event, fields in self.told if event == name]

@@ -30,6 +30,7 @@ from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import CorruptCheckpoint, UsageError
 from tests.checkpoint.ranks import DIED, ranks
+from tests.patience import PATIENCE
 
 ID = "step-0000000100.dcp"
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -222,7 +223,10 @@ def test_the_command_line_knows_it(tmp_path: Path) -> None:
         arguments = [*command.split(), str(tmp_path)]
         code = "from autoglm_resume.cli.app import main; main()"
         done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
+            [sys.executable, "-c", code, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
         )
         assert done.returncode == 0, done.stderr
         assert ID in done.stdout

@@ -19,6 +19,7 @@ import yaml
 
 from autoglm_resume import journal
 from autoglm_resume.linux import DirectoryWatch
+from autoglm_resume.supervise.core.drill import parse
 from tests.patience import PATIENCE, soon
 
 TRAIN = Path(__file__).with_name("train.py")
@@ -34,11 +35,13 @@ class Rehearsal:
         self.run_dir = directory / "runs" / "job"
         self.checkpoints = self.run_dir / "checkpoints"
         self.processes: list[subprocess.Popen[str]] = []
+        self.around: tuple[str, ...] = ()
+        """A command that runs the command."""
         self.job: dict[str, Any] = {
             "script": str(TRAIN),
             "nproc_per_node": 2,
-            "checkpoint": {"every": {"steps": 5}, "keep": 3},
-            "heartbeat": {"timeout": "2s"},
+            "checkpoint": {"every": {"steps": 5}, "keep": 3, "on_busy": "wait"},
+            "heartbeat": {"timeout": "60s"},
             "restart": {"backoff": "10ms", "max_backoff": "50ms"},
             "guards": {"free_disk": 0},
         }
@@ -49,11 +52,12 @@ class Rehearsal:
         path.write_text(yaml.safe_dump({**self.job, **fields, "args": list(args)}))
         return path
 
-    def command(self, *words: str) -> subprocess.Popen[str]:
-        """An `autoglm` command, begun."""
+    def command(self, *words: str, hold: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        """An `autoglm` command, begun; see `holding.hold`."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "autoglm_resume.cli", *words],
+            [*self.around, sys.executable, "-m", "autoglm_resume.cli", *words],
             cwd=self.directory,
+            env={**os.environ, "HOLD": " ".join(hold)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -61,14 +65,36 @@ class Rehearsal:
         self.processes.append(process)
         return process
 
-    def start(self, *args: str, drill: tuple[str, ...] = (), **fields: Any) -> Any:
-        """`autoglm run` of the job, begun."""
+    def start(
+        self,
+        *args: str,
+        drill: tuple[str, ...] = (),
+        hold: tuple[str, ...] = (),
+        **fields: Any,
+    ) -> Any:
+        """`autoglm run` of the job, begun: one drill per attempt, for which it waits."""
         drills = [word for spec in drill for word in ("--drill", spec)]
-        return self.command("run", str(self.write(*args, **fields)), *drills)
+        held = [
+            f"{attempt}:{each.rank or 0}:{each.step + 1}"
+            for attempt, each in enumerate(parse(drill, world_size=8))
+            if each.step is not None and each.kind != "exit"  # a rank exits when it ends a step
+        ]
+        job = str(self.write(*args, **fields))
+        return self.command("run", job, *drills, hold=(*held, *hold))
 
-    def run(self, *args: str, drill: tuple[str, ...] = (), **fields: Any) -> Finished:
+    def release(self, step: int) -> None:
+        """Let go of the rank that is held before `step`."""
+        (self.directory / f"go-on-{step}").touch()
+
+    def run(self, *args: str, **fields: Any) -> Finished:
         """`autoglm run` of the job, to its end."""
-        return finish(self.start(*args, drill=drill, **fields))
+        return finish(self.start(*args, **fields))
+
+    def stop(self, release: int, process: Any, number: int = signal.SIGTERM) -> None:
+        """Ask a run to stop that is held before the step `release`, and let go of it then."""
+        process.send_signal(number)
+        self.wait_for("stop_requested")
+        self.release(release)
 
     def resume(self) -> Finished:
         """`autoglm resume`, to its end."""
@@ -137,9 +163,9 @@ class Finished:
         return f"exit code {self.code}\n{self.out}\n{self.err}"
 
 
-def all_dead(processes: list[psutil.Process], within: float) -> bool:
-    """Whether the processes end within so many seconds; reaped or not, they run no more."""
-    deadline = time.monotonic() + within
+def all_dead(processes: list[psutil.Process]) -> bool:
+    """Whether the processes, which would not do so by themselves, end; reaped or not."""
+    deadline = soon()
     for process in processes:
         try:
             fd = os.pidfd_open(process.pid)

@@ -17,6 +17,9 @@ from tests.patience import PATIENCE
 
 FAST = {"backoff": "10ms", "max_backoff": "50ms"}
 SLOWLY = ("--pause", "0.03")
+SMALLER = ("--fail", "exit", *SLOWLY)
+AGAIN = ("1:0:40",)
+"""The attempt after a failure does not end before its supervisor is killed."""
 
 
 def answers(rehearsal: Rehearsal) -> list[str]:
@@ -60,7 +63,7 @@ def test_a_diverged_loss_is_answered_from_an_older_checkpoint(
 def test_what_was_rolled_back_stays_so_for_the_next_supervisor(
     rehearsal: Rehearsal, undisturbed: dict[str, str]
 ) -> None:
-    process = diverging(rehearsal)
+    process = diverging(rehearsal, hold=AGAIN)
     rehearsal.wait_for("first_step", lambda e: e["attempt"] == 1)
     os.kill(rehearsal.holder(), signal.SIGKILL)
     process.wait(PATIENCE)
@@ -83,7 +86,7 @@ def cut_after(rehearsal: Rehearsal, kind: str) -> None:
 def test_a_roll_back_that_was_decided_and_not_begun_is_carried_out_by_the_next_supervisor(
     rehearsal: Rehearsal, undisturbed: dict[str, str]
 ) -> None:
-    process = diverging(rehearsal)
+    process = diverging(rehearsal, hold=AGAIN)
     step = rehearsal.wait_for("branched")["step"]
     os.kill(rehearsal.holder(), signal.SIGKILL)
     process.wait(PATIENCE)
@@ -98,7 +101,7 @@ def test_a_roll_back_that_was_decided_and_not_begun_is_carried_out_by_the_next_s
 def test_a_run_that_was_to_be_made_smaller_is_so_by_the_next_supervisor(
     rehearsal: Rehearsal,
 ) -> None:
-    process = rehearsal.start("--fail", "exit", *SLOWLY, **on(on={17: "smaller"}), **ELASTIC)
+    process = rehearsal.start(*SMALLER, **on(on={17: "smaller"}), **ELASTIC, hold=AGAIN)
     rehearsal.wait_for("excluded")
     os.kill(rehearsal.holder(), signal.SIGKILL)
     process.wait(PATIENCE)
@@ -155,7 +158,7 @@ ELASTIC = {"guards": {"free_disk": 0, "world_size": "elastic"}}
 def test_an_elastic_run_goes_on_without_the_rank_that_failed_and_stays_so(
     rehearsal: Rehearsal,
 ) -> None:
-    process = rehearsal.start("--fail", "exit", *SLOWLY, **on(on={17: "smaller"}), **ELASTIC)
+    process = rehearsal.start(*SMALLER, **on(on={17: "smaller"}), **ELASTIC, hold=AGAIN)
     rehearsal.wait_for("first_step", lambda e: e["attempt"] == 1)
     assert rehearsal.events("excluded")[0]["rank"] == 1
     os.kill(rehearsal.holder(), signal.SIGKILL)
@@ -168,16 +171,16 @@ def test_an_elastic_run_goes_on_without_the_rank_that_failed_and_stays_so(
 
 
 def test_a_run_that_was_made_smaller_still_stops_when_asked(rehearsal: Rehearsal) -> None:
-    process = rehearsal.start("--fail", "exit", *SLOWLY, **on(on={17: "smaller"}), **ELASTIC)
+    process = rehearsal.start(*SMALLER, **on(on={17: "smaller"}), **ELASTIC, hold=("1:0:20",))
     rehearsal.wait_for("first_step", lambda e: e["attempt"] == 1)
-    process.send_signal(signal.SIGTERM)
+    rehearsal.stop(20, process)
     assert process.wait(PATIENCE) == 75
 
 
 def test_a_stop_while_a_run_is_made_smaller_is_not_lost(rehearsal: Rehearsal) -> None:
-    process = rehearsal.start("--fail", "exit", *SLOWLY, **on(on={17: "smaller"}), **ELASTIC)
+    process = rehearsal.start(*SMALLER, **on(on={17: "smaller"}), **ELASTIC, hold=("1:0:20",))
     rehearsal.wait_for("excluded")
-    process.send_signal(signal.SIGTERM)
+    rehearsal.stop(20, process)
     assert process.wait(PATIENCE) == 75
     assert not rehearsal.events("run_completed")
 
@@ -274,6 +277,9 @@ def _out_of_space(rehearsal: Rehearsal, disk: Path) -> tuple[subprocess.Popen[st
         *SLOWLY,
         checkpoint={**job["checkpoint"], "dir": str(disk / "ckpt")},
         restart=job["restart"],
+        hold=("0:0:20",),
     )
     rehearsal.wait_for("committed", lambda e: e["step"] == 10)
-    return process, fill(disk)
+    hog = fill(disk)
+    rehearsal.release(20)
+    return process, hog

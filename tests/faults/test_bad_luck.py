@@ -125,8 +125,7 @@ def test_a_full_disk_fails_saves_but_neither_training_nor_the_older_checkpoint(
     rehearsal: Rehearsal, small_disk: Path, undisturbed: dict[str, str]
 ) -> None:
     process = rehearsal.start(
-        "--pause",
-        "0.03",
+        hold=("0:0:20", "0:0:40"),
         checkpoint={
             "dir": str(small_disk / "ckpt"),
             "every": {"steps": 5},
@@ -136,20 +135,22 @@ def test_a_full_disk_fails_saves_but_neither_training_nor_the_older_checkpoint(
     )
     rehearsal.wait_for("committed", lambda e: e["step"] == 10)
     hog = fill(small_disk)
+    rehearsal.release(20)
     failed = rehearsal.wait_for("save_failed")
     assert "No space left" in failed["reason"]
     committed = sorted((small_disk / "ckpt").glob("step-*/manifest.json"))
     assert len(committed) >= 2
     hog.unlink()
+    rehearsal.release(40)
     assert process.wait(PATIENCE) == 0
     assert len(rehearsal.events("attempt_started")) == 1
     assert rehearsal.final() == undisturbed
 
 
 def _interrupted_run(rehearsal: Rehearsal) -> None:
-    process = rehearsal.start("--pause", "0.08")
+    process = rehearsal.start("--pause", "0.04", hold=("0:0:22",))
     rehearsal.wait_for("committed", lambda e: e["step"] >= 15)
-    process.terminate()
+    rehearsal.stop(22, process)
     assert process.wait(PATIENCE) == 75
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from typing import Any
 
 import psutil
 import pytest
@@ -26,16 +26,11 @@ def namespaces() -> None:
         pytest.skip(f"no PID namespace here: {done.stderr.strip()}")
 
 
-def start(rehearsal: Rehearsal, *args: str, drill: str = "none") -> psutil.Process:
+def start(rehearsal: Rehearsal, *args: str, **more: Any) -> psutil.Process:
     """`autoglm run` in a container, begun; returns its first process."""
-    command = (sys.executable, "-m", "autoglm_resume.cli", "run", str(rehearsal.write(*args)))
-    outside = subprocess.Popen(
-        [*CONTAINER, *command, "--drill", drill],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    rehearsal.processes.append(outside)
+    rehearsal.around = CONTAINER
+    outside = rehearsal.start(*args, **more)
+    rehearsal.around = ()
     rehearsal.wait_for("first_step")
     assert rehearsal.events("supervisor_started")[0]["pid"] == 1
     (first,) = psutil.Process(outside.pid).children()
@@ -57,8 +52,8 @@ def _command(process: psutil.Process) -> list[str]:
 def test_sigterm_saves_and_the_run_goes_on_elsewhere_exactly(
     rehearsal: Rehearsal, undisturbed: dict[str, str]
 ) -> None:
-    first = start(rehearsal, "--pause", "0.05")
-    first.send_signal(signal.SIGTERM)
+    first = start(rehearsal, "--pause", "0.04", hold=("0:0:20",))
+    rehearsal.stop(20, first)
     stopped = finish(rehearsal.processes[-1])
     assert stopped.code == 75, stopped
     resumed = rehearsal.resume()
@@ -69,7 +64,9 @@ def test_sigterm_saves_and_the_run_goes_on_elsewhere_exactly(
 def test_orphans_of_the_run_are_ended_and_those_of_others_are_left_alone(
     rehearsal: Rehearsal,
 ) -> None:
-    first = start(rehearsal, "--fail", "daemon", "--pause", "0.1", drill="kill:rank=1,step=20")
+    words = ("--fail", "daemon", "--pause", "0.04")
+    holds = ("0:1:20", "1:0:30")
+    first = start(rehearsal, *words, drill=("kill:rank=1,step=20",), hold=holds)
     begun = {p.pid for p in sleepers(first, "1234.5")}
     assert len(begun) == 2
     inside = ["nsenter", "--target", str(first.pid), "--pid", "--mount"]
@@ -77,11 +74,12 @@ def test_orphans_of_the_run_are_ended_and_those_of_others_are_left_alone(
     subprocess.run([*inside, "sh", "-c", leave], check=True)
     (foreign,) = sleepers(first, "4321.5")
     assert foreign.ppid() == first.pid
+    rehearsal.release(20)
     rehearsal.wait_for("first_step", lambda e: e["attempt"] == 1)
     assert not begun & {p.pid for p in sleepers(first, "1234.5")}
     assert foreign.is_running()
     foreign.kill()
-    first.send_signal(signal.SIGTERM)
+    rehearsal.stop(30, first)
     assert finish(rehearsal.processes[-1]).code == 75
 
 

@@ -10,6 +10,7 @@ from tests.faults.conftest import Rehearsal
 from tests.patience import PATIENCE
 
 DEFAULT = {"timeout": "5m"}
+SHORT = {"timeout": "3s"}
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -32,7 +33,7 @@ def test_a_stopped_rank_is_found_by_the_runs_own_pace_long_before_the_limit(
 def test_the_rank_that_others_wait_for_is_named_with_the_line_it_hangs_at(
     rehearsal: Rehearsal, undisturbed: dict[str, str], how: str, line: str
 ) -> None:
-    finished = rehearsal.run("--fail", how)
+    finished = rehearsal.run("--fail", how, heartbeat=SHORT)
     assert finished.code == 0, finished
     failure = rehearsal.events("failure")[0]
     assert (failure["kind"], failure["root_rank"]) == ("hang", 1)
@@ -50,7 +51,7 @@ def test_the_rank_that_others_wait_for_is_named_with_the_line_it_hangs_at(
 def test_ranks_that_wait_for_each_other_in_different_collectives_are_a_hang(
     rehearsal: Rehearsal, undisturbed: dict[str, str]
 ) -> None:
-    finished = rehearsal.run("--fail", "deadlock")
+    finished = rehearsal.run("--fail", "deadlock", heartbeat=SHORT)
     assert finished.code == 0, finished
     failure = rehearsal.events("failure")[0]
     # gloo may notice by itself that the two do not agree.
@@ -59,9 +60,9 @@ def test_ranks_that_wait_for_each_other_in_different_collectives_are_a_hang(
 
 
 def test_what_is_usual_in_a_run_is_remembered_by_the_next_supervisor(rehearsal: Rehearsal) -> None:
-    process = rehearsal.start("--pause", "0.05", "--steps", "150")
+    process = rehearsal.start("--pause", "0.02", "--steps", "80", hold=("0:0:40",))
     rehearsal.wait_for("committed", lambda e: e["step"] >= 15)
-    process.terminate()
+    rehearsal.stop(40, process)
     assert process.wait(PATIENCE) == 75
     silences = rehearsal.events("gaps")[-1]["silences"]
     assert sum(silences["0"]["4"].values()) >= 10  # forward passes

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.conftest import Rehearsal
+from tests.faults.conftest import Rehearsal, finish
 from tests.patience import PATIENCE
 
 
@@ -27,7 +27,10 @@ from tests.patience import PATIENCE
 def test_a_drill_changes_nothing_in_the_result(
     rehearsal: Rehearsal, undisturbed: dict[str, str], drill: str, words: str
 ) -> None:
-    finished = rehearsal.run(drill=(drill,))
+    process = rehearsal.start(drill=(drill,), hold=("0:1:12",) if "exit" in drill else ())
+    rehearsal.wait_for("drill")
+    rehearsal.release(12)
+    finished = finish(process)
     assert finished.code == 0, finished
     assert words in finished.err
     assert "autoglm: drill:" in finished.err
@@ -71,7 +74,7 @@ def test_the_first_failing_ranks_traceback_comes_first_and_has_none_of_our_frame
 def test_all_ranks_killed_at_once_come_back(
     rehearsal: Rehearsal, undisturbed: dict[str, str], both: tuple[int, int]
 ) -> None:
-    process = rehearsal.start()
+    process = rehearsal.start(hold=("0:0:40",))
     rehearsal.wait_for("committed", lambda e: e["step"] >= 10)
     pids = rehearsal.events("attempt_started")[0]["pids"]
     for rank in both:
@@ -112,7 +115,7 @@ def test_every_attempt_meets_at_a_store_that_was_opened_ahead(rehearsal: Rehears
 def test_a_dead_zygote_hurts_nobody_and_the_next_restart_still_works(
     rehearsal: Rehearsal, undisturbed: dict[str, str]
 ) -> None:
-    process = rehearsal.start("--pause", "0.03")
+    process = rehearsal.start(hold=("0:0:40",))
     rehearsal.wait_for("committed", lambda e: e["step"] >= 5)
     ranks = set(rehearsal.events("attempt_started")[0]["pids"].values())
     os.kill(rehearsal.events("zygote_ready")[0]["pid"], signal.SIGKILL)
@@ -163,7 +166,7 @@ def test_one_rank_is_forked_although_numpy_starts_threads(rehearsal: Rehearsal) 
 
 
 def test_nothing_that_a_rank_started_outlives_its_attempt(rehearsal: Rehearsal) -> None:
-    process = rehearsal.start("--fail", "daemon")
+    process = rehearsal.start("--fail", "daemon", hold=("0:0:40",))
     rehearsal.wait_for("committed", lambda e: e["step"] >= 10)
     assert _named(rehearsal, "sleep")
     os.kill(rehearsal.events("attempt_started")[0]["pids"]["1"], signal.SIGKILL)
@@ -181,15 +184,32 @@ def test_a_rank_that_hangs_after_its_script_has_ended_does_not_hold_up_the_run(
     assert rehearsal.final() == undisturbed
 
 
+def test_a_run_without_inotify_recovers_to_the_same_result(
+    rehearsal: Rehearsal, undisturbed: dict[str, str], none_left: tuple[str, ...]
+) -> None:
+    rehearsal.around = none_left
+    finished = rehearsal.run(drill=("kill:rank=1,step=12",))
+    assert finished.code == 0, finished
+    assert "rank 1 died by SIGKILL" in finished.err
+    assert {event["rank"] for event in rehearsal.events("restored")} == {0, 1}
+    assert rehearsal.final() == undisturbed
+
+
 def test_saves_by_the_clock_happen_at_one_step_on_all_ranks(
     rehearsal: Rehearsal, undisturbed: dict[str, str]
 ) -> None:
-    finished = rehearsal.run("--pause", "0.04", checkpoint={"every": {"seconds": "400ms"}})
+    clock = {"every": {"seconds": "100ms"}}
+    finished = rehearsal.run("--pause", "0.02", checkpoint=clock)
     assert finished.code == 0, finished
-    steps = [e["step"] for e in rehearsal.events("committed")]
-    assert len(steps) >= 3
-    assert steps[-1] == 40
+    assert rehearsal.events("committed")[-1]["step"] == 40
     assert rehearsal.final() == undisturbed
+    # How many fit into so many steps is up to the machine.
+    rehearsal.run_dir.rename(rehearsal.directory / "forty")
+    process = rehearsal.start("--steps", "100000", checkpoint=clock)
+    steps: set[int] = set()
+    rehearsal.wait_for("committed", lambda e: steps.add(e["step"]) or len(steps) == 3)
+    process.terminate()
+    assert process.wait(PATIENCE) == 75
 
 
 def _path() -> list[str]:

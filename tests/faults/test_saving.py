@@ -50,12 +50,13 @@ def test_a_rank_killed_while_its_snapshot_is_copied_resumes_from_that_or_the_one
 def test_savers_that_are_killed_are_replaced_and_training_goes_on(
     rehearsal: Rehearsal, undisturbed: dict[str, str]
 ) -> None:
-    process = rehearsal.start("--pause", "0.03", checkpoint=checkpoint(2))
-    rehearsal.wait_for("committed", lambda e: e["step"] >= 10)
+    process = rehearsal.start(checkpoint=checkpoint(2), hold=("0:0:10",))
+    rehearsal.wait_for("committed")
     killed = rehearsal.savers()
     assert len(killed) == 2
     for saver in killed:
         saver.kill()
+    rehearsal.release(10)
     rehearsal.wait_for("committed", lambda e: e["step"] >= 20)
     assert process.wait(PATIENCE) == 0
     assert {event["pid"] for event in rehearsal.events("saver_lost")} == {s.pid for s in killed}
@@ -66,11 +67,12 @@ def test_savers_that_are_killed_are_replaced_and_training_goes_on(
 def test_savers_that_hang_cost_checkpoints_but_no_step(
     rehearsal: Rehearsal, undisturbed: dict[str, str]
 ) -> None:
-    process = rehearsal.start("--pause", "0.03", checkpoint=checkpoint(2, on_busy="skip"))
-    rehearsal.wait_for("committed", lambda e: e["step"] >= 6)
+    process = rehearsal.start(checkpoint=checkpoint(2, on_busy="skip"), hold=("0:0:10",))
+    rehearsal.wait_for("committed")
     savers = rehearsal.savers()
     for saver in savers:
         saver.suspend()
+    rehearsal.release(10)
     skipped = rehearsal.wait_for("save_skipped")
     assert skipped["reason"] == "the last one is under way"
     for saver in savers:
@@ -129,13 +131,13 @@ def test_a_supervisor_killed_in_the_middle_of_a_save_leaves_no_process_and_no_me
     rehearsal: Rehearsal, undisturbed: dict[str, str]
 ) -> None:
     before = shared_memory()
-    rehearsal.start("--pause", "0.03", checkpoint=checkpoint(1))
+    rehearsal.start("--pause", "0.03", checkpoint=checkpoint(1), hold=("0:0:40",))
     rehearsal.wait_for("committed", lambda e: e["step"] >= 10)
     workers, savers = rehearsal.workers(), rehearsal.savers()
     assert len(savers) == 2
     assert {saver.pid for saver in savers} < {worker.pid for worker in workers}
     os.kill(rehearsal.holder(), signal.SIGKILL)
-    assert all_dead(workers, within=1.0)
+    assert all_dead(workers)
     assert not rehearsal.workers()
     assert shared_memory() == before
     resumed = rehearsal.resume()
@@ -163,7 +165,7 @@ def test_what_was_never_on_storage_is_not_missed_there(
     rehearsal.checkpoints.mkdir(parents=True)
     for step in range(5, 40, 5):
         (rehearsal.checkpoints / f"step-{step:010d}.a0").write_text("a file is in the way")
-    process = rehearsal.start("--pause", "0.03", checkpoint=checkpoint(5))
+    process = rehearsal.start(checkpoint=checkpoint(5), hold=("0:0:40",))
     rehearsal.wait_for("save_failed")
     savers = rehearsal.savers()
     for saver in savers:
@@ -183,7 +185,6 @@ def test_a_snapshot_in_memory_serves_as_often_as_ranks_die(
     for attempt in range(3):
         (rehearsal.checkpoints / f"step-0000000010.a{attempt}").write_text("a file is in the way")
     finished = rehearsal.run(
-        *("--pause", "0.03"),
         drill=("kill:rank=0,step=12", "kill:rank=1,step=13"),
         checkpoint=checkpoint(10, on_busy="wait"),
     )

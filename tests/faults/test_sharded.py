@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +38,9 @@ def test_an_fsdp_run_goes_on_with_another_number_of_ranks(rehearsal: Rehearsal) 
     samples = rehearsal.directory / "samples.jsonl"
     job = {"script": SHARDED, "guards": {"free_disk": 0, "world_size": "elastic"}}
     words = ("--steps", "50", "--pause", "0.02", "--epochs", str(samples))
-    process = rehearsal.start(*words, **job, nproc_per_node=3)
+    process = rehearsal.start(*words, **job, nproc_per_node=3, hold=("0:0:20",))
     rehearsal.wait_for("committed", lambda e: e["step"] >= 5)
-    process.send_signal(signal.SIGTERM)
+    rehearsal.stop(20, process)
     assert finish(process).code == 75
     finished = rehearsal.run(*words, **job, nproc_per_node=2)
     assert finished.code == 0, finished

@@ -16,6 +16,10 @@ from tests.patience import PATIENCE, soon
 CLUSTER = Path(__file__).parents[2] / "scripts" / "slurm" / "cluster"
 SBIN = "/usr/sbin:/sbin"
 
+SLOWLY = ("--pause", "0.04")
+HELD = ("0:0:30",)
+"""The first attempt waits for what Slurm does to it."""
+
 pytestmark = pytest.mark.slow
 
 
@@ -51,7 +55,9 @@ class Scheduled:
 
     def submit(self, *options: str) -> Finished:
         """By `autoglm slurm submit`, of the job file that is there."""
-        submitted = finish(self.rehearsal.command("slurm", "submit", "job.yaml", *options))
+        submitted = finish(
+            self.rehearsal.command("slurm", "submit", "job.yaml", *options, hold=HELD)
+        )
         self.rehearsal.processes.clear()
         if not submitted.code and "--dry-run" not in options:
             self.id = submitted.out.strip()
@@ -67,6 +73,11 @@ class Scheduled:
     def preempt(self) -> None:
         """Want both nodes, for a moment."""
         self.command("sbatch", "-p", "high", "-N2", "-c2", "-o", "high.txt", "--wrap", "true")
+
+    def go_on(self) -> None:
+        """Let the first attempt end, once it has been asked to stop."""
+        self.rehearsal.wait_for("stop_requested")
+        self.rehearsal.release(30)
 
     def set_down(self) -> str:
         """Set the node down that it runs on; returns which."""
@@ -117,8 +128,9 @@ def lives(events: list[Event]) -> list[int]:
 def test_a_preempted_run_saves_requeues_itself_and_completes_exactly(
     job: Scheduled, undisturbed: dict[str, str]
 ) -> None:
-    job.start("--pause", "0.2")
+    job.start(*SLOWLY)
     job.preempt()
+    job.go_on()
     job.rehearsal.wait_for("run_completed")
     events = job.rehearsal.events()
     assert lives(events) == [0, 1]
@@ -133,7 +145,7 @@ def test_a_preempted_run_saves_requeues_itself_and_completes_exactly(
 def test_a_run_whose_time_ends_saves_before_that_without_being_told(
     job: Scheduled, undisturbed: dict[str, str]
 ) -> None:
-    job.rehearsal.write("--pause", "0.4")
+    job.rehearsal.write(*SLOWLY)
     script = job.submit("--time", "5", "--dry-run").out
     assert "--signal=B:USR2@25" in script
     # Slurm's own warning is taken out, and the end comes earlier than a limit in minutes can say.
@@ -141,7 +153,8 @@ def test_a_run_whose_time_ends_saves_before_that_without_being_told(
     soon = 'scontrol update job=$SLURM_JOB_ID EndTime=now+30seconds; echo "$?" >> soon.txt'
     lines.insert(lines.index(""), f"[[ ${{SLURM_RESTART_COUNT:-}} ]] || {{ {soon}; }}")
     (job.rehearsal.directory / "job.sh").write_text("\n".join(lines))
-    job.id = job.command("sbatch", "--parsable", "job.sh")
+    job.id = job.command("env", f"HOLD={HELD[0]}", "sbatch", "--parsable", "job.sh")
+    job.go_on()
     job.rehearsal.wait_for("run_completed")
     assert (job.rehearsal.directory / "soon.txt").read_text() == "0\n"
     events = job.rehearsal.events()
@@ -155,7 +168,7 @@ def test_a_run_whose_time_ends_saves_before_that_without_being_told(
 def test_a_run_on_a_node_set_down_goes_on_exactly_on_the_other(
     job: Scheduled, undisturbed: dict[str, str]
 ) -> None:
-    job.start("--pause", "0.2")
+    job.start(*SLOWLY)
     down = job.set_down()
     job.rehearsal.wait_for("run_completed")
     nodes = [event["node"] for event in job.rehearsal.events("slurm")]
@@ -164,7 +177,7 @@ def test_a_run_on_a_node_set_down_goes_on_exactly_on_the_other(
 
 
 def test_a_requeued_run_completes_exactly(job: Scheduled, undisturbed: dict[str, str]) -> None:
-    job.start("--pause", "0.2")
+    job.start(*SLOWLY)
     job.command("scontrol", "requeue", job.id)
     job.rehearsal.wait_for("run_completed")
     assert lives(job.rehearsal.events()) == [0, 1]
@@ -174,13 +187,16 @@ def test_a_requeued_run_completes_exactly(job: Scheduled, undisturbed: dict[str,
 def test_every_task_of_an_array_is_a_run_that_requeues_itself(
     job: Scheduled, undisturbed: dict[str, str]
 ) -> None:
-    job.rehearsal.write("--pause", "0.2")
+    job.rehearsal.write(*SLOWLY)
     assert job.submit("--", "--array=3,7", "--cpus-per-task=2").code == 0
     places = [Rehearsal(job.rehearsal.directory), Rehearsal(job.rehearsal.directory)]
     for place, task in zip(places, (3, 7), strict=True):
         place.run_dir = job.rehearsal.directory / "runs" / f"job-{task}"
         place.wait_for("first_step")
     job.preempt()
+    for place in places:
+        place.wait_for("stop_requested")
+    job.rehearsal.release(30)
     for place, task in zip(places, (3, 7), strict=True):
         place.wait_for("run_completed")
         assert [e["job"] for e in place.events("slurm")] == [f"{job.id}_{task}"] * 2
@@ -197,8 +213,9 @@ def test_a_run_that_fails_for_good_is_not_requeued(job: Scheduled) -> None:
 
 
 def test_a_cancelled_run_saves_and_is_not_requeued(job: Scheduled) -> None:
-    job.start("--pause", "0.2")
+    job.start(*SLOWLY)
     job.command("scancel", job.id)
+    job.go_on()
     assert job.rehearsal.wait_for("run_interrupted")["code"] == 75
     assert job.state("CANCELLED") == "CANCELLED"
     assert job.fact("Restarts") == "0"

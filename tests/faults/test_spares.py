@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import autoglm_resume as autoglm
 import parts
+from holding import hold
 {top}
 
 def setup():
@@ -30,11 +31,12 @@ def train(ready):
     session = autoglm.init()
     session.track(model=model, optimizer=optimizer)
     for step in session.steps(int(sys.argv[1])):
+        hold(session.rank, step)
         loss = model(torch.randn(4, 8)).square().sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        time.sleep(0.05)
+        time.sleep(0.01)
     print("version", parts.VERSION, flush=True)
     dist.destroy_process_group()
 
@@ -56,14 +58,17 @@ class Split:
         self.rehearsal = rehearsal
         self.parts = rehearsal.directory / "parts.py"
         self.parts.write_text(PARTS)
+        holding = Path(__file__).with_name("holding.py").read_text()
+        (rehearsal.directory / "holding.py").write_text(holding)
 
     def write(self, end: str = LAUNCH, top: str = "", setup: str = "pass") -> Path:
         script = self.rehearsal.directory / "split.py"
         script.write_text(SPLIT.format(end=end, top=top, setup=setup))
         return script
 
-    def start(self, script: Path, steps: int = 60, spares: int = 2):  # type: ignore[no-untyped-def]
-        return self.rehearsal.start(str(steps), script=str(script), spares=spares)
+    def start(self, script: Path, steps: int = 40, spares: int = 2):  # type: ignore[no-untyped-def]
+        held = ("0:0:40",) if spares else ()
+        return self.rehearsal.start(str(steps), script=str(script), spares=spares, hold=held)
 
     def spares(self, count: int = 2) -> list[int]:
         """Process ids, once so many are ready."""
@@ -156,7 +161,7 @@ def test_a_spare_that_dies_is_missed_by_nobody(split: Split) -> None:
 def test_a_script_that_cannot_be_prepared_says_why_and_is_forked_as_ever(
     split: Split, top: str, setup: str, reason: str
 ) -> None:
-    process = split.start(split.write(top=top, setup=setup), steps=40)
+    process = split.start(split.write(top=top, setup=setup))
     failed = split.rehearsal.wait_for("spare_failed")
     assert reason in failed["reason"]
     split.kill_rank()
@@ -167,6 +172,6 @@ def test_a_script_that_cannot_be_prepared_says_why_and_is_forked_as_ever(
 def test_spares_end_with_their_run(split: Split) -> None:
     process = split.start(split.write(), steps=1000)
     spares = split.spares()
-    process.terminate()
+    split.rehearsal.stop(40, process)
     assert finish(process).code == 75
     assert not any(Path(f"/proc/{pid}").exists() for pid in spares)

@@ -11,37 +11,40 @@ import pytest
 from tests.faults.conftest import Rehearsal, all_dead, finish
 from tests.patience import PATIENCE
 
+SLOWLY = ("--pause", "0.04")
+"""Ranks stop a quarter of a second after they are asked to: there are steps left then."""
+
 
 @pytest.mark.parametrize("launcher", ["warm", "torchrun"])
 def test_a_supervisor_killed_with_sigkill_leaves_no_rank_and_resume_completes_exactly(
     rehearsal: Rehearsal, undisturbed: dict[str, str], launcher: str
 ) -> None:
-    rehearsal.start("--pause", "0.03", launcher=launcher)
+    rehearsal.start("--pause", "0.03", launcher=launcher, hold=("0:0:40",))
     rehearsal.wait_for("committed", lambda e: e["step"] >= 10)
     before = rehearsal.workers()
     assert len(before) >= 4  # the supervisor, its zygote, two ranks
     os.kill(rehearsal.holder(), signal.SIGKILL)
-    assert all_dead(before, within=1.0)
+    assert all_dead(before)
     resumed = rehearsal.resume()
     assert resumed.code == 0, resumed
     assert rehearsal.final() == undisturbed
 
 
 def test_a_supervisor_killed_during_start_up_leaves_nothing(rehearsal: Rehearsal) -> None:
-    rehearsal.start()
+    rehearsal.start(hold=("0:0:1",))
     rehearsal.wait_for("supervisor_started")
     before = rehearsal.workers()
     os.kill(rehearsal.holder(), signal.SIGKILL)
-    assert all_dead(before, within=2.0)
+    assert all_dead(before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
 def test_a_stop_saves_first_exits_75_and_resumes_exactly(
     rehearsal: Rehearsal, undisturbed: dict[str, str], number: int
 ) -> None:
-    process = rehearsal.start("--pause", "0.08", checkpoint={"every": {"steps": 1000}})
+    process = rehearsal.start(*SLOWLY, checkpoint={"every": {"steps": 1000}}, hold=("0:0:10",))
     rehearsal.wait_for("first_step")
-    process.send_signal(number)
+    rehearsal.stop(10, process, number)
     stopped = finish(process)
     assert stopped.code == 75, stopped
     saved = rehearsal.events("committed")[-1]["step"]
@@ -53,8 +56,9 @@ def test_a_stop_saves_first_exits_75_and_resumes_exactly(
 
 
 def test_a_storm_of_sigterm_is_one_stop(rehearsal: Rehearsal) -> None:
-    process = rehearsal.start("--pause", "0.03", checkpoint={"every": {"steps": 1000}})
+    process = rehearsal.start(*SLOWLY, checkpoint={"every": {"steps": 1000}}, hold=("0:0:10",))
     rehearsal.wait_for("first_step")
+    rehearsal.stop(10, process)
     while process.poll() is None:
         process.send_signal(signal.SIGTERM)
         time.sleep(0.001)
@@ -84,7 +88,7 @@ def test_ranks_that_cannot_stop_in_time_are_ended_and_the_last_checkpoint_counts
 def test_a_stop_before_the_first_checkpoint_exits_with_128_and_the_signal(
     rehearsal: Rehearsal,
 ) -> None:
-    process = rehearsal.start()
+    process = rehearsal.start(hold=("0:0:0",))
     rehearsal.wait_for("supervisor_started")
     process.send_signal(signal.SIGTERM)
     assert finish(process).code == 128 + signal.SIGTERM
@@ -105,11 +109,12 @@ def test_a_schedulers_time_that_ends_before_the_first_checkpoint_fails_for_good(
 def test_a_second_supervisor_is_refused_with_76_and_disturbs_nothing(
     rehearsal: Rehearsal, undisturbed: dict[str, str]
 ) -> None:
-    first = rehearsal.start("--pause", "0.03")
+    first = rehearsal.start(hold=("0:0:40",))
     rehearsal.wait_for("first_step")
     second = rehearsal.resume()
     assert second.code == 76
     assert str(rehearsal.holder()) in second.err
+    rehearsal.release(40)
     assert first.wait(PATIENCE) == 0
     assert rehearsal.final() == undisturbed
 
@@ -124,9 +129,11 @@ def test_resume_of_a_finished_run_exits_0_and_starts_nothing(rehearsal: Rehearsa
 
 
 def test_autoglm_stop_saves_and_waits_until_the_run_has_ended(rehearsal: Rehearsal) -> None:
-    process = rehearsal.start("--pause", "0.05", checkpoint={"every": {"steps": 1000}})
+    process = rehearsal.start(*SLOWLY, checkpoint={"every": {"steps": 1000}}, hold=("0:0:10",))
     rehearsal.wait_for("first_step")
     stop = rehearsal.command("stop", str(rehearsal.run_dir))
+    rehearsal.wait_for("stop_requested")
+    rehearsal.release(10)
     assert finish(stop).code == 0
     assert process.wait(PATIENCE) == 75
     assert rehearsal.events("committed")

@@ -58,6 +58,6 @@ def test_the_death_of_the_supervisor_is_told_and_nothing_stays_behind(
     workers = rehearsal.workers()
     os.kill(rehearsal.holder(), signal.SIGKILL)
     finish(running)
-    assert all_dead(workers, within=15.0)
+    assert all_dead(workers)
     assert [body["event"] for body in told(rehearsal)] == ["started", "died"]
     assert "its supervisor died" in finish(rehearsal.command("status", "runs")).out

@@ -11,13 +11,17 @@ import pytest
 from tests.faults.conftest import Rehearsal, finish
 from tests.patience import PATIENCE
 
+SLOWLY = ("--pause", "0.04")
 
-def start(rehearsal: Rehearsal, name: str, *args: str) -> tuple[Rehearsal, subprocess.Popen[str]]:
+
+def start(
+    rehearsal: Rehearsal, name: str, *args: str, hold: str = ""
+) -> tuple[Rehearsal, subprocess.Popen[str]]:
     """A run of its own in the same directory of runs, begun."""
     place = Rehearsal(rehearsal.directory)
     place.run_dir = rehearsal.directory / "runs" / name
     job = place.write(*args, nproc_per_node=1).rename(rehearsal.directory / f"{name}.yaml")
-    process = place.command("run", str(job))
+    process = place.command("run", str(job), hold=(hold,))
     rehearsal.processes.append(process)
     return place, process
 
@@ -26,11 +30,11 @@ def start(rehearsal: Rehearsal, name: str, *args: str) -> tuple[Rehearsal, subpr
 def test_all_is_idempotent_and_continues_what_goes_on_by_itself(rehearsal: Rehearsal) -> None:
     done, finished = start(rehearsal, "done", "--steps", "6")
     hopeless, gave_up = start(rehearsal, "hopeless", "--fail", "ninety-three")
-    stopped, interrupted = start(rehearsal, "stopped", "--pause", "0.1")
-    dead, killed = start(rehearsal, "dead", "--pause", "0.1")
+    stopped, interrupted = start(rehearsal, "stopped", *SLOWLY, hold="0:0:20")
+    dead, killed = start(rehearsal, "dead", *SLOWLY, hold="0:0:40")
     busy, running = start(rehearsal, "busy", "--pause", "0.1", "--steps", "10000")
     stopped.wait_for("first_step")
-    interrupted.send_signal(signal.SIGTERM)
+    stopped.stop(20, interrupted)
     dead.wait_for("committed")
     os.kill(dead.holder(), signal.SIGKILL)
     busy.wait_for("first_step")
@@ -79,12 +83,13 @@ def test_a_stop_of_all_is_passed_on_and_waited_for(rehearsal: Rehearsal) -> None
 def test_a_killed_supervisor_that_came_further_is_followed_by_another(
     rehearsal: Rehearsal,
 ) -> None:
-    place, process = start(rehearsal, "long", "--pause", "0.05")
+    place, process = start(rehearsal, "long", *SLOWLY, hold="0:0:40")
     place.wait_for("committed")
     process.kill()
     process.wait()
     before = place.events("committed")[-1]["step"]
-    together = rehearsal.command("resume", "--all", str(rehearsal.directory / "runs"))
+    runs = str(rehearsal.directory / "runs")
+    together = rehearsal.command("resume", "--all", runs, hold=("1:0:40",))
     place.processes.append(together)
     place.wait_for("committed", lambda e: e["step"] > before)
     os.kill(place.holder(), signal.SIGKILL)

@@ -12,6 +12,7 @@ import time
 
 import torch
 import torch.distributed as dist
+from holding import hold
 from torch.nn.parallel import DistributedDataParallel
 
 import autoglm_resume as autoglm
@@ -26,6 +27,7 @@ parser.add_argument("--at", type=int, default=12)
 parser.add_argument("--code", type=int, default=17, help="of --fail exit")
 args = parser.parse_args()
 
+hold(int(os.environ.get("RANK", "0")), 0)
 session = autoglm.init(checkpoint_dir="checkpoints", every_steps=args.every_steps)
 attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 failing = attempt == 0 and session.rank == session.world_size - 1
@@ -128,6 +130,7 @@ def go_on_failing() -> None:
 leaked = []
 batches = None
 for step in session.steps(args.steps):
+    hold(session.rank, step)
     if args.fail == "at-once" and failing and step == args.at:
         os.kill(os.getpid(), signal.SIGKILL)
     if args.fail == "leak" and step < args.at:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from holding import hold
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -37,6 +38,7 @@ data = torch.randn(200, 7, generator=torch.Generator().manual_seed(3))
 session.resume()
 batches = iter(sampler)
 for step in session.steps(args.steps):
+    hold(session.rank, step)
     batch = next(batches)
     x = data[batch]
     loss = (net(x) - x.sum(1, keepdim=True)).square().mean()

@@ -180,13 +180,12 @@ def test_no_read_is_ever_torn_and_the_last_beat_survives_sigkill(
         last = 0
         until = time.monotonic() + 0.4
         reads = 0
-        while time.monotonic() < until:
+        while time.monotonic() < until or reads <= 100:
             beat = board[0].beat(rank)
             assert consistent(beat, child), beat
             assert beat.step >= last, "a beat never goes back"
             last, reads = beat.step, reads + 1
         end(child)
-        assert reads > 100
         dead = board[0].beat(rank)
         assert consistent(dead, child)
         assert dead.step >= last

@@ -12,7 +12,7 @@ from autoglm_resume.cluster.slurm import Allocation
 from autoglm_resume.supervise import time_limit
 from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.time_limit import TimeLimit
-from tests.patience import soon
+from tests.patience import PATIENCE, soon
 
 
 class Run:
@@ -28,7 +28,7 @@ class Run:
         self.limit = TimeLimit(self.loop, job, lead, self._reach, self._tell)
         return self.limit
 
-    def stopped(self, within: float = 20.0) -> bool:
+    def stopped(self, within: float = PATIENCE) -> bool:
         return self.loop.wait(lambda: self.reached > 0, time.monotonic() + within)
 
     def _reach(self) -> None:

@@ -1,6 +1,7 @@
 """Ids of checkpoints: `step-0000000030.a1` is what attempt 1 saved at step 30. Pure.
 
-What no attempt of a run has saved has a word in place of the attempt.
+What a script without a supervisor has saved has a word in place of the attempt, or behind it: in
+the directory of a run, it is an attempt after the run's own.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 _ID = re.compile(r"step-(\d{10,18})\.([a-z0-9]{1,64})\Z")
+_ATTEMPT = re.compile(r"a(\d+)(?:x[0-9a-f]+)?\Z")
 
 
 class Branch(NamedTuple):
@@ -22,7 +24,7 @@ class Branch(NamedTuple):
 
 
 def checkpoint_id(step: int, token: str) -> str:
-    """`step` counts completed optimizer steps; `token` is `a<attempt>` or a word."""
+    """`step` counts completed optimizer steps; `token` is `a<attempt>`, a word, or both."""
     name = f"step-{step:010d}.{token}"
     if not _ID.match(name):
         raise ValueError(f"no checkpoint id from step {step!r} and token {token!r}")
@@ -50,8 +52,8 @@ def recency(id: str) -> tuple[int, int, str]:
     if match is None:
         raise ValueError(f"{id!r} is not a checkpoint id")
     step, token = match.groups()
-    attempt = int(token[1:]) if token[0] == "a" and token[1:].isdecimal() else -1
-    return int(step), attempt, token
+    attempt = _ATTEMPT.match(token)
+    return int(step), int(attempt[1]) if attempt else -1, token
 
 
 def newer(id: str, other: str) -> bool:

@@ -39,6 +39,9 @@ class Holder:
     """Unix seconds."""
     board: str = ""
     """Path of the present attempt's heartbeat board."""
+    run: str = ""
+    """Directory of the run whose checkpoints are held; a script without a supervisor asks for it
+    (see worker/run_beside.py)."""
 
 
 class RunDirectory:
@@ -111,10 +114,11 @@ class Lock:
     """The lock this process holds."""
 
     fd: int
+    run: str = ""
 
     def describe(self, board: str) -> None:
         """Tell other commands who holds it and where the heartbeats are."""
-        holder = Holder(os.getpid(), socket.gethostname(), time.time(), board)
+        holder = Holder(os.getpid(), socket.gethostname(), time.time(), board, self.run)
         data = json.dumps(asdict(holder)).encode()
         with contextlib.suppress(OSError):
             os.pwrite(self.fd, data, 0)
@@ -122,9 +126,12 @@ class Lock:
 
 
 @contextlib.contextmanager
-def locked_checkpoints(directory: Path) -> Iterator[None]:
-    """Hold a checkpoint directory, which two runs must never write to at once."""
-    with _held(directory / ".lock"):
+def locked_checkpoints(directory: Path, run: Path | None = None) -> Iterator[None]:
+    """Hold a checkpoint directory, which two runs must never write to at once.
+
+    It then says which `run` it is of; without one, what it said.
+    """
+    with _held(directory / ".lock", str(run or "")):
         yield
 
 
@@ -135,12 +142,12 @@ def undisturbed(run: RunDirectory | None, checkpoints: Path) -> Iterator[None]:
         if run is not None:
             held.enter_context(run.locked())
         if run is None or not checkpoints.is_relative_to(run.path):
-            held.enter_context(locked_checkpoints(checkpoints))
+            held.enter_context(locked_checkpoints(checkpoints, run.path if run else None))
         yield
 
 
 @contextlib.contextmanager
-def _held(path: Path) -> Iterator[Lock]:
+def _held(path: Path, run: str = "") -> Iterator[Lock]:
     path.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -154,7 +161,7 @@ def _held(path: Path) -> Iterator[Lock]:
                 f"{path.parent}: another supervisor has it: {_sentence(_read_holder(fd))}",
                 hint="wait for it, or end it with: autoglm stop",
             ) from None
-        lock = Lock(fd)
+        lock = Lock(fd, run or _read_holder(fd).run)
         lock.describe("")
         yield lock
     finally:

@@ -16,7 +16,7 @@ from autoglm_resume.checkpoint.write.part_writer import CheckpointNotSaved, Part
 from autoglm_resume.errors import CheckpointError
 from autoglm_resume.protocol.assignment import Assignment
 from autoglm_resume.protocol.heartbeats import Pulse
-from autoglm_resume.savers import housekeeping
+from autoglm_resume.savers import directory_lock, housekeeping
 from autoglm_resume.worker.event_log import EventLog
 from autoglm_resume.worker.saving.stager import NoSaver, SaveOutcome, Stager
 from autoglm_resume.worker.settings import Settings
@@ -108,19 +108,21 @@ class SaveManager:
         if self._direct is None:
             self._direct = PartWriter(self._store, self._settings.checkpoint.options, share=False)
         snapshot = state.in_place(identity)
-        try:
-            saved = self._direct.persist(snapshot)
-        except CheckpointNotSaved as error:
-            self._conclude(SaveOutcome(identity.id, False, str(error)))
-            return
-        blocked = time.monotonic() - began
-        housekeeping.announce(self._events.emit, saved, began=began, blocked=blocked)
-        self._direct.forget_memory()
-        # The part is safe; what follows can be done by anybody later, and must not end training.
-        with contextlib.suppress(OSError, CheckpointError):
-            stay = {self._settings.resume.id} if self._settings.resume else set()
-            how = self._settings.checkpoint
-            housekeeping.tidy(self._store, how, snapshot, stay, self._events.emit)
+        # Whoever starts in the same directory meanwhile would take it for something abandoned.
+        with directory_lock.persisting(self._store.root):
+            try:
+                saved = self._direct.persist(snapshot)
+            except CheckpointNotSaved as error:
+                self._conclude(SaveOutcome(identity.id, False, str(error)))
+                return
+            blocked = time.monotonic() - began
+            housekeeping.announce(self._events.emit, saved, began=began, blocked=blocked)
+            self._direct.forget_memory()
+            # The part is safe; what follows anybody can do later, and must not end training.
+            with contextlib.suppress(OSError, CheckpointError):
+                stay = {self._settings.resume.id} if self._settings.resume else set()
+                how = self._settings.checkpoint
+                housekeeping.tidy(self._store, how, snapshot, stay, self._events.emit)
 
     def _conclude(self, outcome: SaveOutcome) -> None:
         if outcome.ok:

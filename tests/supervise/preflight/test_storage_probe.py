@@ -27,8 +27,8 @@ def test_a_place_that_does_not_answer_is_not_waited_for(tmp_path: Path) -> None:
         reach.answers()
         reach = StorageProbe([str(tmp_path)], [str(tmp_path)])
     os.kill(min(reach.pids), signal.SIGSTOP)
-    hung, fine = sorted(reach.answers(within=1.0), key=lambda place: not place.hung)
-    assert (hung.hung, hung.error) == (True, "no answer within 1 s")
+    hung, fine = sorted(reach.answers(within=3.0), key=lambda place: not place.hung)
+    assert (hung.hung, hung.error) == (True, "no answer within 3 s")
     assert (fine.hung, fine.error) == (False, "")
     assert reach.pids == frozenset()  # that one could be ended
 

@@ -14,7 +14,7 @@ import pytest
 from autoglm_resume.errors import Unkillable
 from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.ranks.group import Exit, WorkerGroup
-from tests.patience import soon
+from tests.patience import PATIENCE, soon
 
 Start = Callable[[str], int]
 
@@ -255,7 +255,7 @@ print(json.dumps({
 
 def test_orphans_of_all_generations_are_ended_and_what_is_kept_lives() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", ORPHANS], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", ORPHANS], capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {

@@ -242,7 +242,7 @@ class TestTroubles:
             run.replicas.notice()
             run.wait_for("replicated", id=id, replica=str(directory))
         assert run.wait_for("replica_behind", replica=s3.url)["reason"].startswith("4 checkpoints")
-        assert not run.replicas.flush(0.01)
+        assert not run.replicas.flush(2.0)
         assert list(run.heard("replicas_flushed")[-1]["behind"]) == [s3.url]
         s3.resume()
         run.wait_for("replica_caught_up", replica=s3.url)

@@ -1,0 +1,189 @@
+"""Without a supervisor: the ranks pass the gate by themselves, and all take what it lets through.
+
+One rank passes it for all where they can talk, through the process group's store or that of
+torchrun's agent. Where they cannot, each passes it, one after the other: the first puts away what
+is corrupt, and the same files make the others choose alike.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import uuid
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from autoglm_resume.checkpoint.format.structure import Structure, combined
+from autoglm_resume.checkpoint.store.gate import Expectation, Verdict
+from autoglm_resume.checkpoint.store.gatekeeper import Gatekeeper, WaysOut
+from autoglm_resume.checkpoint.store.store import Store
+from autoglm_resume.errors import NoAcceptableCheckpoint
+from autoglm_resume.protocol.assignment import ResumePoint
+from autoglm_resume.savers import directory_lock
+from autoglm_resume.worker import run_beside
+from autoglm_resume.worker.run_beside import RunBeside
+from autoglm_resume.worker.settings import Settings
+
+PATIENCE = timedelta(days=1)
+"""For rank 0, which may read every byte of a checkpoint, or have it repaired; if it dies, whoever
+launched the ranks ends the others."""
+
+_agreements = itertools.count()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the gate said, for every rank."""
+
+    token: str
+    """Tells this launch's checkpoints from those of other launches at the same step."""
+    branches: tuple[tuple[int, int], ...] = ()
+    resume: ResumePoint | None = None
+    problem: str = ""
+    """Why nothing that is there will do; `hint` says what will."""
+    hint: str = ""
+
+    @classmethod
+    def decode(cls, data: bytes) -> Answer:
+        """What `encode` made of it."""
+        found = json.loads(data)
+        resume = found.pop("resume")
+        branches = tuple((step, attempt) for step, attempt in found.pop("branches"))
+        return cls(
+            resume=ResumePoint(**{**resume, "seals": ()}) if resume else None,
+            branches=branches,
+            **found,
+        )
+
+    def encode(self) -> str:
+        """As JSON."""
+        return json.dumps(asdict(self))
+
+
+def agreed(settings: Settings, model: Structure | None) -> Settings:
+    """Pass the gate; returns `settings` with what to resume from, the same for all ranks.
+
+    `model` is this rank's. Raises NoAcceptableCheckpoint, in every rank.
+    """
+    own = model.hash if model else ""
+    store = _common_store() if settings.world_size > 1 else None
+    if store is None:
+        answer = _pass_gate(settings, own, model, only=settings.world_size == 1)
+    elif settings.rank == 0:
+        others = [f"model {rank}" for rank in range(1, settings.world_size)]
+        if others:
+            store.wait(others, PATIENCE)
+        hashes = [own, *(store.get(key).decode() for key in others)]
+        known = [each for each in hashes if each]
+        answer = _pass_gate(settings, combined(known) if known else "", model, only=True)
+        store.set("answer", answer.encode())
+    else:
+        store.set(f"model {settings.rank}", own)
+        store.wait(["answer"], PATIENCE)
+        answer = Answer.decode(store.get("answer"))
+    if answer.problem:
+        raise NoAcceptableCheckpoint(answer.problem, hint=answer.hint)
+    how = replace(settings.checkpoint, branches=answer.branches)
+    return replace(settings, resume=answer.resume, token=answer.token, checkpoint=how)
+
+
+def _common_store() -> Any | None:
+    """What ranks can talk through, under names that only this agreement has; None without."""
+    if not dist.is_available():
+        return None
+    if dist.is_initialized():
+        store: Any = dist.distributed_c10d._get_default_store()
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False)  # type: ignore[attr-defined]
+    else:
+        return None
+    # torchrun's store outlives its restarts, and so does an answer in it.
+    launch = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    name = f"autoglm gate {launch} {next(_agreements)}"
+    return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
+
+
+def _pass_gate(settings: Settings, hash: str, model: Structure | None, *, only: bool) -> Answer:
+    """`hash` is that of all ranks' models; `only`: no other rank passes for itself."""
+    root = Path(settings.checkpoint.dir)
+    run = run_beside.find(root)
+    store = Store(root)
+    expectation = Expectation(settings.world_size, hash or None, model, branches=run.branches)
+    gate = Gatekeeper(store, expectation, _say, _ways_out(root), run.checkpointed)
+    if only and run.replicas:  # which might answer one rank, and not the next
+        gate.repair_with(lambda id, digest: _repair(store, run, id, digest))
+    token = _token(run, only=only)
+    try:
+        with directory_lock.settled(root):
+            accepted = gate.admit()
+            if only:
+                gate.clean()  # the other ranks wait for this answer, so nothing is being written
+    except NoAcceptableCheckpoint as error:
+        return Answer(token, problem=error.message, hint=error.hint)
+    return Answer(token, run.branches, _point(accepted))
+
+
+def _point(accepted: Verdict | None) -> ResumePoint | None:
+    return ResumePoint(accepted.id, accepted.step, accepted.digest) if accepted else None
+
+
+def _ways_out(root: Path) -> WaysOut:
+    return WaysOut(
+        world_size="start as many ranks as made the checkpoints",
+        model="go back to the model that made the checkpoints",
+        fresh=f"move {root} away to start from step 0",
+    )
+
+
+def _repair(store: Store, run: RunBeside, id: str, digest: str | None) -> list[str]:
+    from autoglm_resume.savers import replicator
+
+    request = {"id": id, "digest": digest}
+    answer = replicator.answer(store, run.replicas, run.id, request)
+    files: list[str] = answer["files"]
+    if files:
+        _print(f"{id} was damaged; replaced from a replica: {', '.join(files)}")
+    else:
+        _print(f"{id} is damaged, and no replica could repair it: {answer['reason']}")
+    return files
+
+
+def _say(event: str, **fields: Any) -> None:
+    """What a gatekeeper tells, to whoever reads the script's standard error."""
+    match event:
+        case "warning":
+            _print(fields["text"])
+        case "quarantined":
+            _print(f"{fields['id']} was moved to quarantine, {fields['reason']}")
+        case "gate" if fields["accepted"] is not None:
+            passed_over = [v for v in fields["verdicts"] if not v["accepted"]]
+            for verdict in passed_over:
+                if not verdict["corrupt"]:
+                    _print(f"{verdict['id']} is left where it is, {verdict['reason']}")
+            if passed_over:
+                _print(f"going on from step {fields['step']}, checkpoint {fields['accepted']}")
+
+
+def _print(text: str) -> None:
+    print(f"autoglm: {text}", file=sys.stderr)
+
+
+def _token(run: RunBeside, *, only: bool) -> str:
+    """In a run's directory it counts as an attempt after all of the run's own: as of its present
+    branch, and newer than what they left at the same step.
+    """
+    if only:
+        word = uuid.uuid4().hex
+    else:
+        names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
+        launch = "/".join(os.environ.get(name, "") for name in names)
+        word = uuid.uuid5(uuid.NAMESPACE_OID, launch).hex
+    attempt = max(run.attempts, *(first for _, first in run.branches), 0)
+    return f"a{attempt}x{word[:8]}" if run.id else f"x{word[:8]}"

@@ -1,0 +1,73 @@
+"""The run that made the checkpoints which a script uses without its supervisor.
+
+So a script alone leaves behind what `autoglm resume --from` left behind, and knows the replicas.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autoglm_resume import events, journal
+from autoglm_resume.events import Event
+
+LOCK = ".lock"
+"""In a directory of checkpoints outside of its run's: says which run had it last."""
+
+
+@dataclass(frozen=True)
+class RunBeside:
+    """As much of a run as its checkpoints need; all empty where no run made them."""
+
+    id: str = ""
+    replicas: tuple[str, ...] = ()
+    attempts: int = 0
+    checkpointed: int = 0
+    """Step of the newest checkpoint that was ever committed, 0 without one."""
+    branches: tuple[tuple[int, int], ...] = ()
+    """(step, attempt) where the run left newer checkpoints behind on purpose."""
+
+
+def find(root: Path) -> RunBeside:
+    """The run whose checkpoints are in `root`."""
+    for directory in (*root.parents, _named_in(root / LOCK)):
+        job = _read(directory / "job.json") if directory else {}
+        how = job.get("checkpoint") or {}
+        if directory and how.get("dir") and Path(how["dir"]).resolve() == root.resolve():
+            lines = journal.read(directory / "events.jsonl")
+            return recall(map(events.read, lines), tuple(how.get("replicas") or ()))
+    return RunBeside()
+
+
+def recall(told: Iterable[Event], replicas: tuple[str, ...] = ()) -> RunBeside:
+    """What a run's journal says of it, as far as it matters here."""
+    id, attempts, checkpointed = "", 0, 0
+    branches: list[tuple[int, int]] = []
+    for event in told:
+        match event:
+            case events.RunStarted(run_id=started):
+                id = started
+            case events.AttemptStarted(attempt=number):
+                attempts = max(attempts, number + 1)
+            case events.Committed(step=step):
+                checkpointed = max(checkpointed, step)
+            case events.Branched(step=step, attempt=int(first)):
+                branches.append((step, first))
+                checkpointed = step
+    return RunBeside(id, replicas, attempts, checkpointed, tuple(branches))
+
+
+def _named_in(lock: Path) -> Path | None:
+    run = _read(lock).get("run")
+    return Path(run) if run and isinstance(run, str) else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_bytes())
+        return found if isinstance(found, dict) else {}
+    return {}
