@@ -19,6 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from autoglm_resume.checkpoint.format.ids import Branch
 from autoglm_resume.checkpoint.format.structure import Structure, combined
 from autoglm_resume.checkpoint.store.gate import Expectation, Verdict
 from autoglm_resume.checkpoint.store.gatekeeper import Gatekeeper, WaysOut
@@ -43,7 +44,7 @@ class Answer:
 
     token: str
     """Tells this launch's checkpoints from those of other launches at the same step."""
-    branches: tuple[tuple[int, int], ...] = ()
+    branches: tuple[Branch, ...] = ()
     resume: ResumePoint | None = None
     problem: str = ""
     """Why nothing that is there will do; `hint` says what will."""
@@ -54,7 +55,7 @@ class Answer:
         """What `encode` made of it."""
         found = json.loads(data)
         resume = found.pop("resume")
-        branches = tuple((step, attempt) for step, attempt in found.pop("branches"))
+        branches = tuple(Branch(step, attempt) for step, attempt in found.pop("branches"))
         return cls(
             resume=ResumePoint(**{**resume, "seals": ()}) if resume else None,
             branches=branches,
@@ -185,5 +186,5 @@ def _token(run: RunBeside, *, only: bool) -> str:
         names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
         launch = "/".join(os.environ.get(name, "") for name in names)
         word = uuid.uuid5(uuid.NAMESPACE_OID, launch).hex
-    attempt = max(run.attempts, *(first for _, first in run.branches), 0)
+    attempt = max(run.attempts, *(branch.attempt for branch in run.branches), 0)
     return f"a{attempt}x{word[:8]}" if run.id else f"x{word[:8]}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from autoglm_resume import events, journal
+from autoglm_resume.checkpoint.format.ids import Branch
 from autoglm_resume.events import Event
 
 LOCK = ".lock"
@@ -28,7 +29,7 @@ class RunBeside:
     attempts: int = 0
     checkpointed: int = 0
     """Step of the newest checkpoint that was ever committed, 0 without one."""
-    branches: tuple[tuple[int, int], ...] = ()
+    branches: tuple[Branch, ...] = ()
     """(step, attempt) where the run left newer checkpoints behind on purpose."""
 
 
@@ -46,7 +47,7 @@ def find(root: Path) -> RunBeside:
 def recall(told: Iterable[Event], replicas: tuple[str, ...] = ()) -> RunBeside:
     """What a run's journal says of it, as far as it matters here."""
     id, attempts, checkpointed = "", 0, 0
-    branches: list[tuple[int, int]] = []
+    branches: list[Branch] = []
     for event in told:
         match event:
             case events.RunStarted(run_id=started):
@@ -56,7 +57,7 @@ def recall(told: Iterable[Event], replicas: tuple[str, ...] = ()) -> RunBeside:
             case events.Committed(step=step):
                 checkpointed = max(checkpointed, step)
             case events.Branched(step=step, attempt=int(first)):
-                branches.append((step, first))
+                branches.append(Branch(step, first))
                 checkpointed = step
     return RunBeside(id, replicas, attempts, checkpointed, tuple(branches))
 
