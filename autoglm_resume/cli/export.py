@@ -57,12 +57,13 @@ def export(
         raise UsageError(f"{found.store.root}: no checkpoint there yet")
     path, target = found.paths[0], Path(out)
 
-    from autoglm_resume.checkpoint.interop import bundle, formats
+    from autoglm_resume.checkpoint.interop import formats
+    from autoglm_resume.checkpoint.interop.gather import gather
 
     formats.check(to, target)
     total = found.store.load_manifest(path).raw
     with Progress(f"exporting {path.name}", 2 * total) as progress:
-        content = bundle.gather(found.store, path, progress)
+        content = gather(found.store, path, progress)
         formats.write(to, target, content)
     print(f"{out}: {path.name}, {len(content.tensors)} tensors, {size(content.nbytes)}")
     return 0

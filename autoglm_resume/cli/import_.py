@@ -59,10 +59,11 @@ def import_(
             raise
         store, run = Store(Path(directory).absolute()), None
 
-    from autoglm_resume.checkpoint.interop import bundle, formats
+    from autoglm_resume.checkpoint.interop import formats
+    from autoglm_resume.checkpoint.interop.adopt import adopt
 
     content = formats.read(Path(source))
     with Progress("importing", 2 * content.raw) as progress, undisturbed(run, store.root):
-        manifest = bundle.put(store, content, step, progress)
+        manifest = adopt(store, content, step, progress)
     print(f"{store.directory(manifest.id)}: {size(manifest.raw)}, {manifest.world_size} ranks")
     return 0

@@ -22,7 +22,10 @@ from autoglm_resume.checkpoint.dcp import Reader, Writer
 from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.format.part import pack_file
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
-from autoglm_resume.checkpoint.interop import bundle, formats
+from autoglm_resume.checkpoint.interop import formats
+from autoglm_resume.checkpoint.interop.adopt import adopt
+from autoglm_resume.checkpoint.interop.bundle import Bundle
+from autoglm_resume.checkpoint.interop.gather import gather
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.store import Store
@@ -86,14 +89,14 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def export(kind: str, source: Path) -> Path:
     out = source.parent.parent / OUT[kind]
-    formats.write(kind, out, bundle.gather(Store(source.parent), source))
+    formats.write(kind, out, gather(Store(source.parent), source))
     return out
 
 
 def back(source: Path, out: Path, step: int | None = None) -> Path:
     """Import what was exported from `source`, and compare the two."""
     store = Store(out.parent / "to")
-    manifest = bundle.put(store, formats.read(out), step)
+    manifest = adopt(store, formats.read(out), step)
     path = store.directory(manifest.id)
     original = Store(source.parent).load_manifest(source)
     assert manifest.objects == original.objects
@@ -268,9 +271,9 @@ def test_what_autoglm_has_not_exported_is_refused(tmp_path: Path) -> None:
 def test_a_document_that_makes_no_sense_is_refused(
     change: dict[str, Any], source: Path, tmp_path: Path
 ) -> None:
-    made = bundle.gather(Store(source.parent), source)
+    made = gather(Store(source.parent), source)
     with pytest.raises(AutoglmError):
-        bundle.put(Store(tmp_path / "to"), bundle.Bundle({**made.document, **change}, made.tensors))
+        adopt(Store(tmp_path / "to"), Bundle({**made.document, **change}, made.tensors))
 
 
 # What ranks hold together

@@ -1,0 +1,77 @@
+"""torch: one file for `torch.load`, the states by object, as scripts know them.
+
+NumPy's arrays and scalars, frozen sets and default dicts would keep `torch.load` from loading a
+file as it does by default (weights_only). There they are tensors, numbers, sets and dicts;
+importing the file again brings back what they were.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict, defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoglm_resume import files
+from autoglm_resume.checkpoint.interop.bundle import Bundle, nested
+from autoglm_resume.checkpoint.interop.exported import (
+    OURS,
+    begin_of,
+    damaged,
+    not_ours,
+    parsed,
+    text_of,
+)
+
+
+def write(out: Path, bundle: Bundle) -> None:
+    """Raises OSError."""
+    # Tensors that are in the state twice are in the file once.
+    ours = {"document": text_of(bundle.document), "tensors": dict(bundle.tensors)}
+    with files.writing(out, replace=False) as file:
+        torch.save({**_plain(nested(bundle)), OURS: ours}, file)
+
+
+def recognises(source: Path) -> bool:
+    """An archive of zip, as torch.save makes."""
+    return begin_of(source).startswith(b"PK")
+
+
+def read(source: Path) -> Bundle:
+    """Raises CorruptCheckpoint, and UsageError."""
+    try:
+        found = torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever untrusted bytes can make of it
+        raise damaged(source, "an archive that torch.load does not take", error) from error
+    ours = found.get(OURS) if isinstance(found, dict) else None
+    if not isinstance(ours, dict) or not isinstance(ours.get("tensors"), dict):
+        raise not_ours(source)
+    document = parsed(ours.get("document"), source)
+    return Bundle(document, ours["tensors"])
+
+
+def _plain(value: Any) -> Any:
+    """Of types that torch.load takes by default."""
+    kind = type(value)
+    if kind is dict or kind is defaultdict:
+        return {key: _plain(child) for key, child in value.items()}
+    if kind is OrderedDict:
+        copy = OrderedDict((key, _plain(child)) for key, child in value.items())
+        if hasattr(value, "_metadata"):
+            copy._metadata = _plain(value._metadata)  # type: ignore[attr-defined]
+        return copy
+    if kind in (list, tuple):
+        return kind(_plain(child) for child in value)
+    if kind in (set, frozenset):
+        return {_plain(child) for child in value}
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and kind is numpy.ndarray:
+        try:
+            return torch.from_numpy(value)
+        except TypeError:  # of text, of times
+            return value.tolist()
+    if numpy is not None and isinstance(value, numpy.generic):
+        return value.item()
+    return value
