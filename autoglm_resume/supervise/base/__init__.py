@@ -1,4 +1,4 @@
 """What all of `supervise` stands on: event loop, stops, run directory, this machine.
 
-Nothing here knows of ranks, checkpoints or failures.
+And what a job comes to here: its world size, environment and assignments.
 """
