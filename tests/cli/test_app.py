@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from autoglm_resume.supervise.base import run_list
 from autoglm_resume.supervise.base.run_directory import RunDirectory
 from tests.observe.runs import Script, checkpoint, directory, flip, killed_once
 from tests.patience import PATIENCE
@@ -185,23 +184,6 @@ def test_without_sbatch_a_person_hears_what_to_do(
     assert ended.returncode == 2
     assert "sbatch: not found here" in ended.stderr
     assert "--dry-run" in ended.stderr
-
-
-def test_runs_lists_what_was_started_as_a_table_or_as_json(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    none = autoglm("runs", cwd=tmp_path)
-    assert (none.returncode, none.stdout) == (0, "")
-    assert "autoglm run JOB.yaml" in none.stderr
-    assert autoglm("runs", "--json", cwd=tmp_path).stdout == "[]\n"
-    run_list.add(run, "demo")
-    head, line = autoglm("runs", cwd=tmp_path).stdout.splitlines()
-    assert head.split() == ["run", "state", "step", "started", "directory"]
-    assert line.split()[:3] == ["demo", "finished", "10"]
-    assert line.endswith(f"  {run}")
-    (found,) = json.loads(autoglm("runs", "--json", cwd=tmp_path).stdout)
-    assert (found["name"], found["step"], found["run"]) == ("demo", 10, str(run))
 
 
 def test_resuming_a_finished_run_says_so_and_exits_0(run: Path) -> None:

@@ -37,12 +37,15 @@ class Hurt:
         self._journal = common.Lines(directory / "run" / "events.jsonl")
         self._pids: dict[int, int] = {}
         """Of the ranks at the injection."""
+        self._old: set[int] = set()
+        """Of all ranks up to then: one that seemed to hang was restarted before."""
 
     def recover(self) -> dict[str, Any]:
         """Seconds after the injection at which all ranks reached each mark. Raises Stuck."""
         process = self.system.start(self.place)
         try:
             self._wait(self._ready, "the moment to strike", process)
+            self._old = {line["pid"] for line in self._lines.all}
             struck = time.monotonic()
             os.kill(self._pids[VICTIM], SIGNALS[self.scenario])
             self._wait(self._stepped, "a step of all new ranks", process)
@@ -92,8 +95,7 @@ class Hurt:
     def _new(self) -> list[dict[str, Any]]:
         """What ranks wrote that are not those of before."""
         self._lines.new()
-        old = set(self._pids.values())
-        return [line for line in self._lines.all if line["pid"] not in old]
+        return [line for line in self._lines.all if line["pid"] not in self._old]
 
     def _first(self) -> int:
         return min(int(line["step"]) for line in self._new() if line["what"] == "step")

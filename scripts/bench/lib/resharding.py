@@ -32,7 +32,9 @@ TOLERANCE = 0.3
 
 def measure() -> common.Report:
     """The run, and what its resharding changed."""
-    run = Run("elastic", STEPS, {"every": {"steps": 4}, "keep": 1000}, f"--pause={PAUSE}")
+    # Training waits for its saves: with a busy disk it would be over before it is stopped.
+    checkpoint = {"every": {"steps": 4}, "on_busy": "wait", "keep": 1000}
+    run = Run("elastic", STEPS, checkpoint, f"--pause={PAUSE}")
     attempt = -1
     try:
         for ranks in RANKS:
