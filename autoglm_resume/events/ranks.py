@@ -100,7 +100,7 @@ class SaveSkipped(OfRank):
     reason: str = "?"
 
 
-class SaveFailed(OfRank):
+class PartFailed(OfRank, name="save_failed"):
     id: str = ""
     step: int | None = None
     reason: str = "no reason was recorded"

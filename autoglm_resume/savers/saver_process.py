@@ -49,7 +49,7 @@ from autoglm_resume.checkpoint.format.manifest import MANIFEST
 from autoglm_resume.checkpoint.format.snapshot import Snapshot, from_slot
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write import in_memory
-from autoglm_resume.checkpoint.write.part_writer import GIVEN_UP, CheckpointNotSaved, PartWriter
+from autoglm_resume.checkpoint.write.part_writer import GIVEN_UP, PartWriter, SaveFailed
 from autoglm_resume.checkpoint.write.reuse import PreviousPart
 from autoglm_resume.errors import CheckpointError
 from autoglm_resume.journal import stamped
@@ -278,7 +278,7 @@ class SaverProcess:
         slots = self._slots
         try:
             saved = saver.persist(snapshot, abandoned, lambda names: self._seal(snapshot, names))
-        except CheckpointNotSaved as error:
+        except SaveFailed as error:
             reason = str(error)
         except Exception as error:
             traceback.print_exc()

@@ -268,7 +268,7 @@ class Session:
             self._lineage = (self._id(), *self._lineage)[:LINEAGE]
             self._pulse.phase(Phase.DATA)
 
-    def _save_for_certain(self) -> part_writer.CheckpointNotSaved | None:
+    def _save_for_certain(self) -> part_writer.SaveFailed | None:
         """Save, and return when it is certain what became of it."""
         self._save()
         self._pulse.phase(Phase.SAVE)

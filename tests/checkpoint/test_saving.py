@@ -26,7 +26,7 @@ from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.retention import KeepRules, RetentionEntry
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write import chunk_ownership, pack_writer, part_writer
-from autoglm_resume.checkpoint.write.part_writer import CheckpointNotSaved, PartWriter
+from autoglm_resume.checkpoint.write.part_writer import PartWriter, SaveFailed
 from autoglm_resume.checkpoint.write.reuse import PreviousPart
 from autoglm_resume.errors import CorruptCheckpoint
 
@@ -259,9 +259,7 @@ def test_a_save_that_is_given_up_leaves_nothing(store: Store) -> None:
     (tensors,) = series(1)
     given_up = threading.Event()
     given_up.set()
-    with pytest.raises(
-        CheckpointNotSaved, match="given up, because not all ranks have a snapshot of it"
-    ):
+    with pytest.raises(SaveFailed, match="given up, because not all ranks have a snapshot of it"):
         PartWriter(store).persist(taken(1, tensors), given_up)
     assert files_in(store.root) == []
 
@@ -272,12 +270,12 @@ def test_a_save_that_is_given_up_while_it_waits_for_another_rank_ends_at_once(
     monkeypatch.setattr(chunk_ownership, "PATIENCE", 1e9)
     (tensors,) = series(1)
     given_up = threading.Event()
-    failures: list[CheckpointNotSaved] = []
+    failures: list[SaveFailed] = []
 
     def persist() -> None:
         try:
             PartWriter(store).persist(taken(1, tensors, 0, 2), given_up)
-        except CheckpointNotSaved as error:
+        except SaveFailed as error:
             failures.append(error)
 
     thread = threading.Thread(target=persist)
@@ -294,7 +292,7 @@ def test_a_save_that_is_given_up_while_it_waits_for_another_rank_ends_at_once(
 def test_a_save_takes_no_longer_than_it_may(store: Store) -> None:
     tensors = list(series(2))
     one = PartWriter(store, SaveOptions(timeout=0))
-    with pytest.raises(CheckpointNotSaved, match="not done within 0 s") as caught:
+    with pytest.raises(SaveFailed, match="not done within 0 s") as caught:
         one.persist(taken(1, tensors[0]))
     assert "training goes on" in caught.value.hint
     assert files_in(store.root) == []
@@ -334,7 +332,7 @@ def test_one_that_stays_is_reported_and_one_that_cannot_pass_is_not_tried_again(
     flushing = Flushing(100, error)
     monkeypatch.setattr(os, "fdatasync", flushing)
     first, second = series(2)
-    with pytest.raises(CheckpointNotSaved, match=os.strerror(error)) as caught:
+    with pytest.raises(SaveFailed, match=os.strerror(error)) as caught:
         PartWriter(store).persist(taken(1, first))
     assert "rank-00000.pack: not saved" in caught.value.message
     assert flushing.times == 100 - tries
@@ -354,7 +352,7 @@ def test_nobody_waits_for_another_try_of_a_save_that_is_given_up(
         raise OSError(errno.EIO, "bad")
 
     monkeypatch.setattr(os, "fdatasync", flush)
-    with pytest.raises(CheckpointNotSaved):
+    with pytest.raises(SaveFailed):
         PartWriter(store).persist(taken(1, next(series(1))), given_up)
 
 
@@ -390,7 +388,7 @@ def test_a_disk_that_gives_back_other_bytes_is_found_out_before_the_commit(
         place //= 8  # what follows is smaller
     lying = Lying(place)
     monkeypatch.setattr(os, "fdatasync", lying)
-    with pytest.raises(CheckpointNotSaved, match="reading it back: "):
+    with pytest.raises(SaveFailed, match="reading it back: "):
         one.persist(taken(2, new))
     assert lying.done
     assert store.latest() == store.directory(before.id)

@@ -120,7 +120,7 @@ def test_a_job_may_ask_to_be_stopped_by_a_save_that_fails(
     finished = rehearsal.run("--pause", "0.03", checkpoint=saves)
     assert finished.code == 0, finished
     failure = rehearsal.events("failure")[0]
-    assert "CheckpointNotSaved" in failure["summary"]
+    assert "SaveFailed" in failure["summary"]
     assert "step-0000000015.a0" in rehearsal.events("save_failed")[0]["reason"]
     restored = rehearsal.events("restored")[0]
     assert (restored["step"], restored["memory"]) == (15, True), "memory did not fail"

@@ -48,7 +48,7 @@ from autoglm_resume.checkpoint.store.commit import commit
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.pack_writer import THREADS, Item, Packer, chunks_of
 from autoglm_resume.checkpoint.write.part_writer import (
-    CheckpointNotSaved,
+    SaveFailed,
     discard,
     make_directory,
     part_of,
@@ -193,9 +193,7 @@ class Writer(StorageWriter):
             else:
                 _write_part(path, written)
         except FileExistsError as error:
-            raise CheckpointNotSaved(
-                f"{error.filename2 or pack}: written by another save"
-            ) from None
+            raise SaveFailed(f"{error.filename2 or pack}: written by another save") from None
         except BaseException:
             discard(path / part_file(self._rank), pack)
             raise

@@ -50,7 +50,7 @@ _LASTING = {
 }
 
 
-class CheckpointNotSaved(AutoglmError):
+class SaveFailed(AutoglmError):
     """A checkpoint could not be written; the older ones are untouched."""
 
 
@@ -279,14 +279,14 @@ def discard(*paths: Path) -> None:
             path.unlink()
 
 
-def _failure(error: Exception, file: Path, needed: int) -> CheckpointNotSaved:
+def _failure(error: Exception, file: Path, needed: int) -> SaveFailed:
     hint = "training goes on, and the checkpoint before stays the latest"
     if not isinstance(error, OSError):
-        return CheckpointNotSaved(f"{file}: not saved: {error}", hint=hint)
+        return SaveFailed(f"{file}: not saved: {error}", hint=hint)
     free = "an unknown number"
     with suppress(OSError):
         free = f"{linux.free_bytes(file):,}"
-    return CheckpointNotSaved(
+    return SaveFailed(
         f"{file}: not saved: {error.strerror}; it needs {needed:,} bytes, {free} are free there",
         hint=hint,
     )

@@ -12,7 +12,7 @@ from autoglm_resume.checkpoint.format.ids import step_of
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.state.capture import CapturedState, Identity
 from autoglm_resume.checkpoint.store.store import Store
-from autoglm_resume.checkpoint.write.part_writer import CheckpointNotSaved, PartWriter
+from autoglm_resume.checkpoint.write.part_writer import PartWriter, SaveFailed
 from autoglm_resume.errors import CheckpointError
 from autoglm_resume.protocol.assignment import Assignment
 from autoglm_resume.protocol.heartbeats import Pulse
@@ -35,7 +35,7 @@ class SaveManager:
         self._store = Store(Path(settings.checkpoint.dir))
         self._direct: PartWriter | None = None
         self._stager: Stager | None = None
-        self._failures: dict[str, CheckpointNotSaved] = {}
+        self._failures: dict[str, SaveFailed] = {}
         self._warned = False
         if settings.checkpoint.memory:
             name = assignment.savers[settings.rank] if assignment else None
@@ -96,11 +96,11 @@ class SaveManager:
         if self._stager is not None:
             self._stager.start_copy()
 
-    def failure(self, id: str, *, wait: bool = False) -> CheckpointNotSaved | None:
+    def failure(self, id: str, *, wait: bool = False) -> SaveFailed | None:
         """Why checkpoint `id` failed, if it did; with `wait`, when that is certain."""
         if self._stager is not None and wait:
             self._stager.wait()
-        with contextlib.suppress(CheckpointNotSaved):
+        with contextlib.suppress(SaveFailed):
             self.take_in()
         return self._failures.get(id)
 
@@ -112,7 +112,7 @@ class SaveManager:
         with directory_lock.persisting(self._store.root):
             try:
                 saved = self._direct.persist(snapshot)
-            except CheckpointNotSaved as error:
+            except SaveFailed as error:
                 self._conclude(SaveOutcome(identity.id, False, str(error)))
                 return
             blocked = time.monotonic() - began
@@ -127,7 +127,7 @@ class SaveManager:
     def _conclude(self, outcome: SaveOutcome) -> None:
         if outcome.ok:
             return
-        failure = CheckpointNotSaved(outcome.reason)
+        failure = SaveFailed(outcome.reason)
         self._failures[outcome.id] = failure
         if not outcome.told:
             self._events.emit(

@@ -19,7 +19,7 @@ from autoglm_resume.checkpoint.state import capture, restore
 from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write import pack_writer
-from autoglm_resume.checkpoint.write.part_writer import CheckpointNotSaved, PartWriter
+from autoglm_resume.checkpoint.write.part_writer import PartWriter, SaveFailed
 
 Snaps = Callable[..., list[Snapshot]]
 
@@ -96,7 +96,7 @@ def test_a_full_disk_fails_the_save_and_leaves_the_one_before(
     store = Store(small_disk / "ckpt")
     old = save(store, 1)
     for taken in snaps(2, width=800):
-        with pytest.raises(CheckpointNotSaved) as caught:
+        with pytest.raises(SaveFailed) as caught:
             PartWriter(store, share=False).persist(taken)
         assert "No space left" in caught.value.message
         assert f"needs {taken.nbytes:,} bytes" in caught.value.message
@@ -122,7 +122,7 @@ def test_a_disk_that_fills_up_leaves_nothing_or_what_only_lacks_its_manifest(
         ballast.write_bytes(bytes((2 << 20) - size - spare))
         try:
             PartWriter(store).persist(taken)
-        except CheckpointNotSaved:
+        except SaveFailed:
             left.append(files_in(directory))
             store.delete(taken.id)
         else:
@@ -135,7 +135,7 @@ def test_a_disk_that_fills_up_leaves_nothing_or_what_only_lacks_its_manifest(
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path, snaps: Snaps) -> None:
     (tmp_path / "ckpt").write_text("a file")
-    with pytest.raises(CheckpointNotSaved, match="ckpt") as caught:
+    with pytest.raises(SaveFailed, match="ckpt") as caught:
         PartWriter(Store(tmp_path / "ckpt")).persist(snaps(1)[0])
     assert caught.value.exit_code == 1
 
