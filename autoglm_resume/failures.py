@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 
 class Kind(enum.Enum):
@@ -58,3 +60,85 @@ class Answer(enum.Enum):
     REQUEUE = "requeue"
     """Exit 75: a scheduler is to start it elsewhere."""
     STOP = "stop"
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What is true of every failure of a class."""
+
+    means: str
+    """In a sentence, after the name of the class."""
+    called: str = ""
+    """Before a sentence that says what died, where that does not name the class itself."""
+    heals: bool = False
+    """Whether time may heal it: worth another try later; of all others the same one again means
+    that it will come again."""
+    free: bool = False
+    """Whether it is what the run cannot help: it spends no budget."""
+    answer: Answer = Answer.RESTART
+    """Where the job does not map the class."""
+    of_code: bool = False
+    """Whether the same one again at the same place is an error of the code."""
+    like_gpu: bool = False
+    """Whether a GPU that breaks can look like it."""
+
+
+TRAITS: Mapping[Kind, Traits] = {
+    Kind.KILLED: Traits("a signal from outside ended it, and nothing says who sent it", heals=True),
+    Kind.CRASHED: Traits(
+        "it crashed: the signal was of its own making", heals=True, of_code=True, like_gpu=True
+    ),
+    Kind.EXITED: Traits(
+        "it exited by itself, with an exit code and no exception", of_code=True, like_gpu=True
+    ),
+    Kind.EXCEPTION: Traits("an exception that no other class claims", of_code=True, like_gpu=True),
+    Kind.CODE_ERROR: Traits(
+        "the code fails at the same place each time; running it again will not help",
+        "the same error as before, without progress",
+    ),
+    Kind.LAUNCH: Traits("the script could not be imported or started", "the script did not start"),
+    Kind.CUDA_OOM: Traits("the GPU's memory was full", "out of GPU memory"),
+    Kind.HOST_OOM: Traits("the host's memory was full", "out of host memory", heals=True),
+    Kind.COMMUNICATION: Traits(
+        "the ranks lost each other, and none of them failed by itself",
+        "the ranks lost each other",
+        heals=True,
+        like_gpu=True,
+    ),
+    Kind.GPU_FAULT: Traits(
+        "the GPU or its driver failed",
+        "GPU fault",
+        heals=True,
+        answer=Answer.SMALLER,
+        like_gpu=True,
+    ),
+    Kind.HANG: Traits(
+        "it made no progress for longer than its own pace allows", heals=True, like_gpu=True
+    ),
+    Kind.STRAGGLER: Traits("it was much slower than its peers for too long", heals=True),
+    Kind.DIVERGED: Traits(
+        "the loss is not a number, or leapt", "the training diverged", answer=Answer.ROLL_BACK
+    ),
+    Kind.DATA_ERROR: Traits("the data could not be read", "data error"),
+    Kind.DISK_FULL: Traits("the disk was full", "disk full", heals=True, answer=Answer.PAUSE),
+    Kind.STORAGE: Traits(
+        "the storage did not answer", "storage failed", heals=True, answer=Answer.PAUSE
+    ),
+    Kind.REFUSED: Traits("the rank would not load the checkpoint that the gate had accepted"),
+    Kind.PORT: Traits("somebody else had the port", "port in use", heals=True),
+    Kind.PREEMPTED: Traits(
+        "the scheduler took the machine",
+        "preempted",
+        heals=True,
+        free=True,
+        answer=Answer.REQUEUE,
+    ),
+    Kind.STOPPED: Traits("a person stopped it", free=True, answer=Answer.REQUEUE),
+    Kind.UNKNOWN: Traits("the evidence fits no class", heals=True),
+}
+"""A row for every class."""
+
+
+def known(name: str) -> Kind | None:
+    """A class by its name in the journal, None for one of a newer version."""
+    return next((kind for kind in Kind if kind.value == name), None)

@@ -13,30 +13,32 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-Event = dict[str, Any]
+from autoglm_resume import events
+from autoglm_resume.events import Event, to_record
 
 
-def stamped(event: str, fields: Mapping[str, Any]) -> Event:
-    """An event of now."""
-    return {"event": event, "time": time.time(), "mono": time.monotonic(), **fields}
+def stamped(event: Event, *, attempt: int | None = None, rank: int | None = None) -> Event:
+    """`event`, as one of now, of this attempt and this rank, unless it says otherwise itself."""
+    stamps = {"time": time.time(), "mono": time.monotonic(), "attempt": attempt, "rank": rank}
+    unset = [name for name, own in vars(event).items() if own is None and name in stamps]
+    return event.but(**{name: stamps[name] for name in unset})
 
 
 def encode(event: Event) -> bytes:
     """One line."""
-    return json.dumps(event, separators=(",", ":"), default=str).encode() + b"\n"
+    return json.dumps(to_record(event), separators=(",", ":"), default=str).encode() + b"\n"
 
 
 def decode(lines: bytes) -> Iterator[Event]:
     """The events in whole lines; what is not a JSON object with an `event` is skipped."""
     for line in lines.splitlines():
         with contextlib.suppress(ValueError, RecursionError):
-            event = json.loads(line)
-            if isinstance(event, dict) and isinstance(event.get("event"), str):
-                yield event
+            found = json.loads(line)
+            if isinstance(found, dict) and isinstance(found.get("event"), str):
+                yield events.read(found)
 
 
 def read(path: Path) -> list[Event]:

@@ -83,8 +83,8 @@ def test_what_an_older_version_did_not_say_has_its_default() -> None:
     "record",
     [
         {"event": "attempt_started", "attempt": 0},
-        {"event": "attempt_started", "attempt": "0", "step": 1},
-        {"event": "committed", "id": None, "step": 1},
+        {"event": "attempt_started", "attempt": 0, "step": "1"},
+        {"event": "pruned", "id": None},
         {"event": "committed", "id": "x", "step": True},
         {"event": "committed", "id": "x", "step": float("nan")},
         {"event": "committed", "id": "x", "step": 10**20},

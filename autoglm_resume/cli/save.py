@@ -28,5 +28,5 @@ def save(
             hint=f"autoglm ckpts {found.path} lists what is saved",
         )
     saved = saving.save(found, holder)
-    print(f"{found.path}: saved at step {saved.get('step')} ({saved.get('id')})")
+    print(f"{found.path}: saved at step {saved.step} ({saved.id})")
     return 0

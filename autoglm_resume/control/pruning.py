@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from autoglm_resume.checkpoint.store.retention import KeepRules
 from autoglm_resume.errors import UsageError
+from autoglm_resume.events import Pruned
 from autoglm_resume.journal import Journal
 from autoglm_resume.observe import listing
 from autoglm_resume.observe.inspection import Target
@@ -46,7 +47,7 @@ def prune(target: Target, keep: KeepRules) -> Listing:
 
 def _note(journal: Journal, id: str) -> None:
     # Without monotonic time, because the supervisor whose journal this is did not live until now.
-    journal.append({"event": "pruned", "time": time.time(), "id": id, "by": "autoglm prune"})
+    journal.append(Pruned(time=time.time(), id=id, by="autoglm prune"))
     journal.close()
 
 

@@ -8,9 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from autoglm_resume import events
 from autoglm_resume.control.asking import just_starting, send, supervisor
 from autoglm_resume.errors import AutoglmError
-from autoglm_resume.journal import Event, decode
+from autoglm_resume.events import Event
+from autoglm_resume.journal import decode
 from autoglm_resume.linux import DirectoryWatch
 from autoglm_resume.observe.progress import Waiting
 from autoglm_resume.observe.pure.say import short
@@ -18,11 +20,11 @@ from autoglm_resume.observe.pure.segments import step_of
 from autoglm_resume.supervise.base.run_directory import Holder, RunDirectory
 from autoglm_resume.supervise.base.stops import SAVE
 
-_OVER = {
-    "attempt_started": "the ranks were restarted before it was saved",
-    "run_completed": "the run was complete before it was saved",
-    "run_interrupted": "the run was stopped before it was saved",
-    "run_failed": "the run failed before it was saved",
+_OVER: dict[type[Event], str] = {
+    events.AttemptStarted: "the ranks were restarted before it was saved",
+    events.RunCompleted: "the run was complete before it was saved",
+    events.RunInterrupted: "the run was stopped before it was saved",
+    events.RunFailed: "the run failed before it was saved",
 }
 
 
@@ -32,7 +34,7 @@ class Request:
 
     step: int | None = None
     """What the ranks agreed to save after, None before they have."""
-    saved: Event | None = None
+    saved: events.Committed | None = None
     """The commit that answers it."""
     problem: str = ""
     """Why it never will be, empty while it may."""
@@ -46,25 +48,27 @@ class Request:
         """Take in the next event of the journal."""
         if self.settled:
             return
-        name, step = event["event"], step_of(event)
+        step = step_of(event)
         reached = self.step is not None and step is not None and step >= self.step
-        if name == "save_requested":
-            # Said once more, for a later step, where a rank was faster than the announcement.
-            self.step = step
-            if step is None:
-                self.problem = str(event.get("reason") or "the ranks cannot save now")
-        elif reached:
-            if name == "committed":
+        match event:
+            case events.SaveRequested(reason=reason):
+                # Said once more, for a later step, where a rank was faster than the announcement.
+                self.step = step
+                if step is None:
+                    self.problem = reason or "the ranks cannot save now"
+            case events.Committed() if reached:
                 self.saved = event
-            elif name == "save_failed":
-                rank = event.get("rank", "?")
-                self.problem = f"rank {rank} could not save step {step}: {event.get('reason', '?')}"
-        # A restart out of memory goes on with writing what it started from.
-        if not self.settled and name in _OVER and not (name == "attempt_started" and reached):
-            self.problem = _OVER[name]
+            case events.PartFailed(rank=rank, reason=reason) if reached:
+                who = "?" if rank is None else rank
+                self.problem = f"rank {who} could not save step {step}: {reason}"
+            # A restart out of memory goes on with writing what it started from.
+            case events.AttemptStarted() if reached:
+                pass
+            case _:
+                self.problem = _OVER.get(type(event), "")
 
 
-def save(run: RunDirectory, holder: Holder) -> Event:
+def save(run: RunDirectory, holder: Holder) -> events.Committed:
     """Ask the supervisor `holder` to save, and return the `committed` event when it is.
 
     Raises UsageError if it is on another host, AutoglmError if it cannot save now.

@@ -38,4 +38,5 @@ def make(name: str, fields: Mapping[str, Any]) -> Event:
     """The event of that name. Raises TypeError for a name or field that is not known here."""
     if name not in TABLE:
         raise TypeError(f"no such event: {name}")
-    return TABLE[name](**{key + "_" * (key == "from"): value for key, value in fields.items()})
+    known = {key + "_" * (key == "from"): value for key, value in fields.items()}
+    return read(to_record(TABLE[name](**known)))

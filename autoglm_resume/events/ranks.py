@@ -86,11 +86,11 @@ class FirstStep(OfRank):
 
 
 class ModulesImported(OfRank, name="imports"):
-    """What the script imported, which the next zygote imports ahead."""
+    """What the script imported; the next zygote imports `modules` ahead."""
 
     modules: tuple[str, ...] = ()
     own: tuple[str, ...] = ()
-    """Files of the job's own modules among what is loaded."""
+    """The project's own, which no zygote may."""
     staged: bool = False
     """Whether the script can become a spare."""
 

@@ -217,7 +217,7 @@ class BroughtBack(Event):
 class Committed(OfRank):
     """A checkpoint exists from now on; told by a saver, or by the gate that found it complete."""
 
-    id: str
+    id: str = ""
     step: int
     digest: str = ""
     """Of the manifest."""
@@ -281,7 +281,6 @@ class RepairFailed(Event):
 
 
 class AttemptStarted(Event):
-    attempt: int
     port: int | None = None
     resume: str | None = None
     """Id of the checkpoint that it begins with."""
@@ -375,8 +374,8 @@ class DecisionMade(Event, name="decision"):
     """What a pause waits for: space or storage."""
     before: int | None = unsaid(-1)
     """Of a roll-back; see `supervise.core.policy.RollBack`. -1 of anything else."""
-    rank: int = unsaid(-1)
-    """Whose GPU, on `host`, the run goes on without; -1 of anything but smaller."""
+    rank: int | None = unsaid(None)
+    """Whose GPU, on `host`, the run goes on without."""
     host: str = unsaid("")
 
 

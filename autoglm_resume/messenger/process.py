@@ -20,7 +20,7 @@ import time
 from collections import deque
 from typing import Any
 
-from autoglm_resume import linux
+from autoglm_resume import events, linux
 from autoglm_resume.job.secret import mask
 from autoglm_resume.observe.pure.notify import Context, Message, after, died, message
 
@@ -201,7 +201,7 @@ def main(fd: int, workdir: str) -> None:
         elif "about" in said:
             context = Context(**said["about"])
         elif context is not None:
-            event = said["event"]
+            event = events.read(said["event"])
             told, context = message(event, context), after(event, context)
             for target in targets if told else ():
                 target.tell(told)  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.gate import Candidate, Expectation, GateCheck, Verdict, judge
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import CheckpointError, UsageError
+from autoglm_resume.events import CheckMade, RunStarted
 from autoglm_resume.observe.progress import Progress
 from autoglm_resume.observe.pure.say import check as failed_check
 from autoglm_resume.observe.pure.say import plural, short, size
@@ -131,12 +132,12 @@ def expectation(run: RunDirectory | None) -> Expectation | None:
         return None
     from autoglm_resume.supervise.core import history
 
-    events = run.events()
-    world = next((e.get("world_size") for e in events if e["event"] == "run_started"), None)
+    journal = run.events()
+    world = next((e.world_size for e in journal if isinstance(e, RunStarted)), None)
     job = run.job()
     guards, checkpoint = job.get("guards") or {}, job.get("checkpoint") or {}
     size = guards.get("world_size", "strict")
-    past = history.recall(events)
+    past = history.recall(journal)
     model = history.model_of(past.models, world or 0)
     return Expectation(
         world_size=world or 0,
@@ -270,7 +271,7 @@ def verdicts_table(verdicts: Iterable[Verdict]) -> Table:
     """One line per checkpoint."""
     table = Table(("checkpoint", "step", "verdict", "why"), right=frozenset([1]))
     for verdict in verdicts:
-        failed = [failed_check(asdict(c)) for c in verdict.checks if not c.ok]
+        failed = [failed_check(CheckMade(**asdict(c))) for c in verdict.checks if not c.ok]
         passed = ", ".join(f"{c.name} {short(c.found)}" for c in verdict.checks if c.ok)
         table.add(
             verdict.id,

@@ -19,6 +19,7 @@ from autoglm_resume.checkpoint.store.gate import Candidate, Verdict
 from autoglm_resume.checkpoint.store.retention import KeepRules, RetentionEntry
 from autoglm_resume.checkpoint.store.store import REASON
 from autoglm_resume.errors import CheckpointError
+from autoglm_resume.events import CheckMade, GatePassed
 from autoglm_resume.observe import inspection
 from autoglm_resume.observe.inspection import Target
 from autoglm_resume.observe.progress import Progress
@@ -126,8 +127,8 @@ def _needs(facts: Candidate, candidates: Iterable[RetentionEntry]) -> list[str]:
 
 def _accepted_last(run: RunDirectory | None) -> dict[str, str]:
     """What the gate of `run` let the ranks start from most recently, and that as a reason."""
-    gates = [e for e in run.events() if e["event"] == "gate"] if run else []
-    ids = [str(gate["accepted"]) for gate in gates[-1:] if gate.get("accepted")]
+    gates = [e for e in run.events() if isinstance(e, GatePassed)] if run else []
+    ids = [gate.accepted for gate in gates[-1:] if gate.accepted]
     return dict.fromkeys(ids, retention.PROTECTED)
 
 
@@ -227,7 +228,7 @@ def kept_words(each: Listed) -> str:
 
 def failure(verdict: Verdict) -> str:
     """What the gate has against it."""
-    return "; ".join(failed_check(asdict(c)) for c in verdict.checks if not c.ok)
+    return "; ".join(failed_check(CheckMade(**asdict(c))) for c in verdict.checks if not c.ok)
 
 
 def _parent_words(each: Listed) -> str:

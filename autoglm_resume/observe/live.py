@@ -14,7 +14,7 @@ import select
 import time
 from typing import Literal
 
-from autoglm_resume.journal import Event
+from autoglm_resume.events import Event, GatePassed
 from autoglm_resume.observe.pure.say import sentence
 
 Console = Literal["all", "rank0", "none"]
@@ -146,10 +146,10 @@ class Screen:
         text = sentence(event)
         if text is None:
             return
-        color = _MOODS.get(event["event"], "") if self._err.colors else ""
+        color = _MOODS.get(event.event, "") if self._err.colors else ""
         for line in text.split("\n"):
             mood = color
-            if self._err.colors and event["event"] == "gate":
+            if self._err.colors and isinstance(event, GatePassed):
                 mood = _GREEN if " accepted " in line else _RED
             line = printable(line, colors=False)
             self._print(self._err, f"autoglm: {mood}{line}{_RESET if mood else ''}\n")

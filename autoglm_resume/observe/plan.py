@@ -6,6 +6,7 @@ import json as jsonlib
 import shlex
 import sys
 
+from autoglm_resume.events import Judged
 from autoglm_resume.observe.live import printable
 from autoglm_resume.observe.pure.say import rejection, short
 from autoglm_resume.supervise.start import Plan
@@ -45,6 +46,6 @@ def as_text(plan: Plan) -> str:
 def _gate(plan: Plan) -> list[str]:
     lines = ["checkpoints, newest first:"] if plan.verdicts else ["no checkpoint yet"]
     for verdict in plan.verdicts:
-        refused = f"rejected: {rejection(verdict.to_json())}"
+        refused = f"rejected: {rejection(Judged.from_json(verdict.to_json()))}"
         lines.append(f"  {verdict.id}  {short(verdict.reason) if verdict.accepted else refused}")
     return [*lines, *f"it would {plan.outlook}".splitlines()]

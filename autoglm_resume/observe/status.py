@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from autoglm_resume import events
 from autoglm_resume.errors import AutoglmError
+from autoglm_resume.events import Event
 from autoglm_resume.job.units import parse_duration
-from autoglm_resume.journal import Event
 from autoglm_resume.observe import report
 from autoglm_resume.observe.pure import replicas
 from autoglm_resume.observe.pure.explain import reason
@@ -28,6 +29,7 @@ from autoglm_resume.supervise.base.run_directory import Holder, RunDirectory
 from autoglm_resume.supervise.core.history import Silences, recall
 from autoglm_resume.supervise.core.liveness import Limits, Look, health, silence
 
+SLURM = ("job", "restarts", "node")
 UNREADABLE = "unreadable"
 """State of a run of which nothing can be told."""
 
@@ -60,7 +62,7 @@ class Status:
     """None of them if there is no supervisor, or it is on another host or of another user."""
     replicas: tuple[Replica, ...] = ()
     """In the order of the job."""
-    slurm: Event | None = None
+    slurm: events.Slurm | None = None
     """The job of Slurm that the newest supervisor was in."""
 
     @property
@@ -75,8 +77,8 @@ def of(run: RunDirectory) -> Status:
     holder = run.holder()
     here = holder is not None and holder.host == socket.gethostname()
     now = time.monotonic() if here else None
-    events = run.events()
-    summary = summarize(events, alive=holder is not None, now=now)
+    journal = run.events()
+    summary = summarize(journal, alive=holder is not None, now=now)
     job = run.job()
     targets = _section(job, "checkpoint").get("replicas")
     targets = [each for each in targets if isinstance(each, str)] if type(targets) is list else []
@@ -84,9 +86,9 @@ def of(run: RunDirectory) -> Status:
         run.path,
         summary,
         holder,
-        _ranks(holder, recall(events).silences, _limits(job)) if here and holder else (),
-        replicas.of(events, targets) if targets else (),
-        _slurm(events),
+        _ranks(holder, recall(journal).silences, _limits(job)) if here and holder else (),
+        replicas.of(journal, targets) if targets else (),
+        _slurm(journal),
     )
 
 
@@ -117,12 +119,13 @@ def _section(job: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _slurm(events: Sequence[Event]) -> Event | None:
-    for event in reversed(events):
-        if event.get("event") == "slurm":
-            return event
-        if event.get("event") == "supervisor_started":
-            return None
+def _slurm(journal: Sequence[Event]) -> events.Slurm | None:
+    for event in reversed(journal):
+        match event:
+            case events.Slurm():
+                return event
+            case events.SupervisorStarted():
+                return None
     return None
 
 
@@ -168,9 +171,7 @@ def to_json(status: Status | Unreadable) -> dict[str, Any]:
     return {
         "run": str(status.run),
         "supervisor": asdict(status.holder) if status.holder else None,
-        "slurm": {key: status.slurm.get(key) for key in ("job", "restarts", "node")}
-        if status.slurm
-        else None,
+        "slurm": status.slurm and {key: vars(status.slurm)[key] for key in SLURM},
         "ranks": [asdict(rank) for rank in status.ranks],
         "replicas": [asdict(replica) for replica in status.replicas],
         **report.to_json(status.summary),

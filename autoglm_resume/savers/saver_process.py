@@ -43,7 +43,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from autoglm_resume import linux
+from autoglm_resume import events, linux
 from autoglm_resume.checkpoint.format.ids import step_of
 from autoglm_resume.checkpoint.format.manifest import MANIFEST
 from autoglm_resume.checkpoint.format.snapshot import Snapshot, from_slot
@@ -335,10 +335,11 @@ class SaverProcess:
                 self._tell("save_failed", id=id, step=step_of(id), reason=reason)
             self._saved(id, abandoned, reason)
 
-    def _tell(self, event: str, **fields: Any) -> None:
+    def _tell(self, event: events.Event | str, /, **fields: Any) -> None:
         """Have the supervisor put an event into the journal."""
         if self._supervisor is not None:
-            said = stamped(event, {"rank": self._request["rank"], **fields})
+            event = events.make(event, fields) if isinstance(event, str) else event
+            said = events.to_record(stamped(event, rank=self._request["rank"]))
             self._reply(self._supervisor, {"op": "said", "event": said})
 
     def _start(self, work: Callable[[], None]) -> None:

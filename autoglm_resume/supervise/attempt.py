@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from autoglm_resume.errors import Unkillable
+from autoglm_resume.events import Event
 from autoglm_resume.failures import Kind
-from autoglm_resume.journal import Event
 from autoglm_resume.protocol.heartbeats import Beat, Control, Phase
 from autoglm_resume.supervise.base.context import RunContext
 from autoglm_resume.supervise.core import liveness

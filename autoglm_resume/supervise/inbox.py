@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
+from autoglm_resume import events
 from autoglm_resume.checkpoint.format.ids import attempt_of
 from autoglm_resume.checkpoint.format.structure import Structure
 from autoglm_resume.errors import CorruptCheckpoint
-from autoglm_resume.journal import Event
+from autoglm_resume.events import Event
 from autoglm_resume.protocol.assignment import ResumePoint
 from autoglm_resume.supervise.attempt import Attempt
 from autoglm_resume.supervise.base.context import Tell
@@ -64,64 +64,60 @@ class Inbox:
         """The run goes on from the checkpoint of an earlier step."""
         self._objects_step = min(self._objects_step, step)
 
-    def committed(self, step: int, objects: dict[str, str]) -> None:
-        """A checkpoint holds these; ranks' files are read in any order, and an older one may come
-        last.
-        """
-        if step >= self._objects_step:
-            self.objects, self._objects_step = objects, step
+    def committed(self, event: events.Committed) -> None:
+        """Ranks' files are read in any order, and an older checkpoint may come last."""
+        if event.step >= self._objects_step:
+            self.objects, self._objects_step = dict(event.objects), event.step
 
     def from_saver(self, rank: int, event: Event) -> None:
         """Of a save, which may end after the attempt that it is of."""
-        if event["event"] != "pruned":
-            event = {**event, "attempt": attempt_of(event["id"])}
+        if isinstance(event, events.PartSaved | events.Committed | events.PartFailed):
+            event = event.but(attempt=attempt_of(event.id))
         self.hear(rank, event)
 
     def hear(self, rank: int, event: Event) -> None:
         """Of `rank`."""
         if self._attempt is not None and not self._attempt.observe(rank, event):
             return
-        kept = self._learnt(event)
+        kept = self._learnt(rank, event)
         if kept is not None:
-            fields: dict[str, Any] = {key: at for key, at in kept.items() if key != "event"}
-            self._tell(kept["event"], **fields)
+            self._tell(kept)
 
-    def _learnt(self, event: Event) -> Event | None:
+    def _learnt(self, rank: int, event: Event) -> Event | None:
         """Returns what the journal should keep."""
         node, persistence = self._node, self._persistence
         assert node is not None  # there are ranks
         assert persistence is not None
-        match event["event"]:
-            case "model":
-                return self._model(event)
-            case "first_step":
+        match event:
+            case events.ModelReported():
+                return self._model(rank, event)
+            case events.FirstStep():
                 persistence.work_on()
                 self._gate.clean()
                 self._sync()
-            case "imports":
-                node.learn(StartUp(event["modules"], event["own"], event["staged"]))
-            case "saved":
-                self._save_timer.saved(event["blocked"], event["seconds"])
-            case "committed":
-                if not self._gate.notice(event["id"], event["step"]):
+            case events.ModulesImported(modules=modules, own=own, staged=staged):
+                node.learn(StartUp(modules, own, staged))
+            case events.PartSaved(blocked=float(blocked), seconds=float(seconds)):
+                self._save_timer.saved(blocked, seconds)
+            case events.Committed(id=id, step=step):
+                if not self._gate.notice(id, step):
                     return None
-                self.committed(event["step"], event["objects"])
+                self.committed(event)
                 persistence.notice()
-            case "pruned":
+            case events.Pruned():
                 persistence.notice()
-            case "refused" if event["kind"] == CorruptCheckpoint.__name__ and self._resume:
+            case events.Refused(kind=kind) if kind == CorruptCheckpoint.__name__ and self._resume:
                 # Only damage is the checkpoint's own fault. A model that differs is judged by the
                 # gate itself, for every checkpoint.
-                self._gate.not_loaded(self._resume, event["reason"])
+                self._gate.not_loaded(self._resume, event.reason)
         return event
 
-    def _model(self, event: Event) -> Event | None:
-        rank = event["rank"]
+    def _model(self, rank: int, event: events.ModelReported) -> Event | None:
         known = self._reported.get(rank)
-        structure = Structure.from_json(event["model"])
-        self._reported[rank] = history.Model(event["hash"], structure)
+        structure = Structure.from_json(event.model) if event.model else None
+        self._reported[rank] = history.Model(event.hash, structure)
         self._gate.expect_model(history.model_of(self._reported, self._world_size))
-        if known is not None and known.hash == event["hash"]:
+        if known is not None and known.hash == event.hash:
             return None
         # A large model's structure is written down once.
-        return event if rank == 0 else {**event, "model": None}
+        return event if rank == 0 else event.but(model=None)

@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from autoglm_resume import files
+from autoglm_resume import events, files
 from autoglm_resume.checkpoint.write.in_memory import Sealed
-from autoglm_resume.journal import Event
+from autoglm_resume.events import Event
 from autoglm_resume.protocol.assignment import Assignment
 from autoglm_resume.protocol.heartbeats import Beat, Board, Control
 from autoglm_resume.supervise.base import machine
@@ -245,10 +245,11 @@ class _Ranks:
         return silences
 
     def _heard(self, rank: int, event: Event) -> None:
-        if event["event"] == "rank_started" and AGENT in self.group.pids:
-            self.group.add(rank, event["pid"])
-        if event["event"] == "rank_ended":
-            self.ends.add(rank, event["code"], event["mono"])
+        match event:
+            case events.RankStarted(pid=pid) if AGENT in self.group.pids:
+                self.group.add(rank, pid)
+            case events.RankEnded(code=code, mono=float(at)):
+                self.ends.add(rank, code, at)
         self._listener.heard(rank, event)
 
     def _exited(self, rank: int, how: Exit) -> None:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from autoglm_resume.checkpoint.format.ids import Branch
 from autoglm_resume.checkpoint.write.in_memory import Sealed
-from autoglm_resume.journal import Event
+from autoglm_resume.events import Event
 from autoglm_resume.protocol.assignment import ResumePoint
 from autoglm_resume.protocol.heartbeats import Beat, Control
 from autoglm_resume.supervise.core.evidence import Evidence

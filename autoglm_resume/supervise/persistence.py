@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 
 from autoglm_resume.checkpoint.write.in_memory import Sealed
-from autoglm_resume.journal import Event
+from autoglm_resume.events import Event
 from autoglm_resume.supervise.base.context import RunContext
 from autoglm_resume.supervise.core.history import History
 from autoglm_resume.supervise.gate import RunGate

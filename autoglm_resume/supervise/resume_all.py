@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoglm_resume.errors import AutoglmError, died_by_signal
+from autoglm_resume.events import Committed
 from autoglm_resume.supervise.base.event_loop import EventLoop, Signals
 from autoglm_resume.supervise.base.run_directory import RunDirectory
 from autoglm_resume.supervise.base.stops import ASKS
@@ -107,7 +108,7 @@ class _Together:
 
 
 def _commits(run: RunDirectory) -> int:
-    return sum(event.get("event") == "committed" for event in run.events())
+    return sum(isinstance(event, Committed) for event in run.events())
 
 
 def _reason_against(run: RunDirectory) -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import autoglm_resume
-from autoglm_resume import linux
+from autoglm_resume import events, linux
 from autoglm_resume.cluster import slurm
 from autoglm_resume.errors import (
     AutoglmError,
@@ -21,6 +21,7 @@ from autoglm_resume.errors import (
     NoAcceptableCheckpoint,
     died_by_signal,
 )
+from autoglm_resume.events import Event
 from autoglm_resume.job.spec import Job, shown
 from autoglm_resume.journal import Journal, stamped
 from autoglm_resume.protocol.assignment import ResumePoint
@@ -339,15 +340,17 @@ class Supervisor:
             self._tell,
         )
 
-    def _tell_next(self, event: str, /, **fields: Any) -> None:
+    def _tell_next(self, event: Event | str, /, **fields: Any) -> None:
         """What the gate says is about the attempt to come."""
-        if event == "committed":
-            self._inbox.committed(fields["step"], fields["objects"])
-        self._tell(event, attempt=self._number, **fields)
+        event = events.make(event, fields) if isinstance(event, str) else event
+        if isinstance(event, events.Committed):
+            self._inbox.committed(event)
+        self._tell(event.but(attempt=self._number))
 
-    def _tell(self, event: str, /, **fields: Any) -> None:
+    def _tell(self, event: Event | str, /, **fields: Any) -> None:
         """Into the journal and onto the screen; an event of a rank keeps its own time."""
-        record = stamped(event, {"attempt": max(0, self._number - 1), **fields})
-        self._journal.append(record)
-        self._notifier.event(record)
-        self._screen.event(record)
+        event = events.make(event, fields) if isinstance(event, str) else event
+        event = stamped(event, attempt=max(0, self._number - 1))
+        self._journal.append(event)
+        self._notifier.event(event)
+        self._screen.event(event)

@@ -40,7 +40,7 @@ def find(root: Path) -> RunBeside:
         how = job.get("checkpoint") or {}
         if directory and how.get("dir") and Path(how["dir"]).resolve() == root.resolve():
             lines = journal.read(directory / "events.jsonl")
-            return recall(map(events.read, lines), tuple(how.get("replicas") or ()))
+            return recall(lines, tuple(how.get("replicas") or ()))
     return RunBeside()
 
 
@@ -52,7 +52,7 @@ def recall(told: Iterable[Event], replicas: tuple[str, ...] = ()) -> RunBeside:
         match event:
             case events.RunStarted(run_id=started):
                 id = started
-            case events.AttemptStarted(attempt=number):
+            case events.AttemptStarted(attempt=int(number)):
                 attempts = max(attempts, number + 1)
             case events.Committed(step=step):
                 checkpointed = max(checkpointed, step)

@@ -43,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with one real checkpoint."""
     path = tmp_path_factory.mktemp("runs") / "demo"
     checkpoint(path / "checkpoints", 20)
-    directory(path, [e for e in killed_once().events if e["event"] != "model"])
+    directory(path, [e for e in killed_once().events if e.event != "model"])
     log = path / "attempts" / "000" / "rank-0.log"
     log.parent.mkdir(parents=True)
     log.write_text("".join(f"line {n}\n" for n in range(20_000)))

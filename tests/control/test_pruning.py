@@ -14,6 +14,7 @@ from autoglm_resume.checkpoint.store.retention import KeepBest, KeepRules
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.control import pruning
 from autoglm_resume.errors import RunLocked, UsageError
+from autoglm_resume.events import Pruned, Replicated, RunCompleted, SupervisorStarted
 from autoglm_resume.observe import inspection, listing
 from autoglm_resume.observe.pure.goodput import summarize
 from autoglm_resume.supervise.base.run_directory import RunDirectory, locked_checkpoints
@@ -34,7 +35,7 @@ def run(tmp_path: Path) -> Path:
         lineage = (id_of(step - 10),) if step > 10 else ()
         metrics = {"loss": loss}
         checkpoint(path / "checkpoints", step, lineage=lineage, refer=step == 30, metrics=metrics)
-    return directory(path, [e for e in killed_once().events if e["event"] not in ("model", "gate")])
+    return directory(path, [e for e in killed_once().events if e.event not in ("model", "gate")])
 
 
 def prune(path: Path, keep: KeepRules) -> list[int]:
@@ -53,25 +54,21 @@ def test_what_no_rule_keeps_is_deleted_and_the_rest_is_whole(run: Path) -> None:
 def test_what_was_deleted_is_in_the_journal_and_changes_no_figure(run: Path) -> None:
     before = summarize(RunDirectory(run).events())
     prune(run, KeepRules(last=1))
-    events = RunDirectory(run).events()
-    pruned = [e["id"] for e in events if e["event"] == "pruned"]
+    told = RunDirectory(run).events()
+    pruned = [e.id for e in told if isinstance(e, Pruned)]
     assert pruned == [id_of(30), id_of(20), id_of(10)]
-    assert summarize(events) == before
+    assert summarize(told) == before
 
 
 def test_a_machine_that_was_restarted_since_changes_no_figure_either(run: Path) -> None:
-    events = journal.read(run / "events.jsonl")
+    told = journal.read(run / "events.jsonl")
+    end = told[-1].time or 0.0
     later = [
-        {
-            "event": "supervisor_started",
-            "time": events[-1]["time"] + 50,
-            "mono": 1.0,
-            "boot_id": "2",
-        },
-        {"event": "run_completed", "time": events[-1]["time"] + 60, "mono": 11.0, "step": 10},
+        SupervisorStarted(time=end + 50, mono=1.0, boot_id="2"),
+        RunCompleted(time=end + 60, mono=11.0, step=10),
     ]
-    pruned = {"event": "pruned", "time": events[-1]["time"] + 40, "id": id_of(10)}
-    assert summarize([*events, pruned, *later]).down == summarize([*events, *later]).down == 50.0
+    pruned = Pruned(time=end + 40, id=id_of(10))
+    assert summarize([*told, pruned, *later]).down == summarize([*told, *later]).down == 50.0
 
 
 def replicated_to(run: Path, **ids: int) -> None:
@@ -79,8 +76,7 @@ def replicated_to(run: Path, **ids: int) -> None:
     with (run / "events.jsonl").open("ab") as file:
         for target, newest in ids.items():
             for step in range(10, newest + 1, 10):
-                record = {"event": "replicated", "id": id_of(step), "replica": f"/{target}"}
-                file.write(journal.encode(record))
+                file.write(journal.encode(Replicated(id=id_of(step), replica=f"/{target}")))
 
 
 def set_checkpoint(run: Path, **fields: Any) -> None:

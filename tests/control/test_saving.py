@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from autoglm_resume import events
 from autoglm_resume.control import saving
 from autoglm_resume.control.saving import Request
 from autoglm_resume.errors import AutoglmError, UsageError
-from autoglm_resume.journal import Event, Journal, stamped
+from autoglm_resume.journal import Journal, stamped
 from autoglm_resume.supervise.base.run_directory import Holder, RunDirectory
 from autoglm_resume.supervise.base.stops import SAVE
 from tests.observe.runs import Script, directory
@@ -40,7 +41,7 @@ def _supervise(path: Path, answer: Said, obey: bool, ready: Callable[[], object]
         signal.sigwait([SAVE])
         journal = Journal(path / "events.jsonl")
         for event, fields in answer:
-            journal.append(stamped(event, fields))
+            journal.append(stamped(events.make(event, fields)))
 
 
 def held(path: Path, answer: Said, *, obey: bool = True) -> BaseProcess:
@@ -57,7 +58,7 @@ def run(tmp_path: Path) -> RunDirectory:
     return RunDirectory(directory(tmp_path / "demo", Script().life().save(0, 20).events))
 
 
-def ask(run: RunDirectory, answer: Said) -> Event:
+def ask(run: RunDirectory, answer: Said) -> events.Committed:
     supervisor = held(run.path, answer)
     holder = run.holder()
     assert holder
@@ -68,7 +69,7 @@ def ask(run: RunDirectory, answer: Said) -> Event:
 
 
 def test_the_save_that_was_asked_for_is_waited_for(run: RunDirectory) -> None:
-    assert ask(run, [OLDER, ASKED, OLDER, SAVED])["id"] == "step-0000000033.a0"
+    assert ask(run, [OLDER, ASKED, OLDER, SAVED]).id == "step-0000000033.a0"
 
 
 def test_a_save_that_failed_says_why(run: RunDirectory) -> None:
@@ -107,19 +108,19 @@ def test_a_run_of_another_host_cannot_be_asked_here(run: RunDirectory) -> None:
     assert "autoglm save" in refused.value.hint
 
 
-def heard(*events: tuple[str, dict[str, Any]]) -> Request:
+def heard(*told: tuple[str, dict[str, Any]]) -> Request:
     request = Request()
-    for event, fields in events:
-        request.hear({"event": event, **fields})
+    for event, fields in told:
+        request.hear(events.read({"event": event, **fields}))
     return request
 
 
 def test_a_step_that_was_announced_anew_replaces_the_first() -> None:
     request = heard(ASKED, ("save_requested", {"step": 40}), SAVED)
     assert not request.settled
-    request.hear({"event": "committed", "step": 41, "id": "later"})
+    request.hear(events.Committed(step=41, id="later"))
     assert request.saved
-    assert request.saved["id"] == "later"
+    assert request.saved.id == "later"
 
 
 def test_nothing_counts_before_the_request_is_heard() -> None:
@@ -137,6 +138,6 @@ def test_nothing_counts_before_the_request_is_heard() -> None:
     ],
 )
 def test_what_ends_the_ranks_ends_the_wait(event: str, problem: str) -> None:
-    assert problem in heard(ASKED, (event, {"step": 30})).problem
+    assert problem in heard(ASKED, (event, {"attempt": 1, "step": 30})).problem
     # A rank's death alone does not: the gate may yet commit what is whole.
     assert heard(ASKED, ("attempt_ended", {}), ("failure", {"step": 33}), SAVED).saved

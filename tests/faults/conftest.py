@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from autoglm_resume import journal
+from autoglm_resume.events import to_record
 from autoglm_resume.linux import DirectoryWatch
 from autoglm_resume.supervise.core.drill import parse
 from tests.patience import PATIENCE, soon
@@ -102,7 +103,7 @@ class Rehearsal:
 
     def events(self, kind: str | None = None) -> list[Event]:
         """The journal."""
-        events = journal.read(self.run_dir / "events.jsonl")
+        events = [to_record(event) for event in journal.read(self.run_dir / "events.jsonl")]
         return [e for e in events if kind is None or e["event"] == kind]
 
     def wait_for(self, kind: str, matches: Callable[[Event], bool] = lambda _: True) -> Event:

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from autoglm_resume.journal import Event, encode
+from autoglm_resume import events
+from autoglm_resume.events import Event
+from autoglm_resume.journal import encode
 
 WALL = 1_700_000_000.0
 """Unix seconds at monotonic 0 of the first boot."""
@@ -26,7 +28,7 @@ class Script:
 
     def say(self, event: str, **fields: Any) -> Script:
         stamped = {"event": event, "time": self.wall + self.now, "mono": self.now}
-        self.events.append({**stamped, **fields})
+        self.events.append(events.read({**stamped, **fields}))
         return self
 
     def both(self, event: str, **fields: Any) -> Script:
@@ -40,7 +42,7 @@ class Script:
         return self.say("supervisor_started", boot_id=boot, resumed=resumed, pid=1)
 
     def attempt(self, number: int, step: int = 0, resume: str | None = None) -> Script:
-        self.both("rank_started", attempt=number)
+        self.both("rank_started", pid=1, attempt=number)
         self.say("attempt_started", attempt=number, step=step, resume=resume)
         return self.both("model", attempt=number, hash="h", model=None)
 
@@ -106,12 +108,12 @@ def killed_once() -> Script:
     return run.say("run_completed", step=10, objects={"rng": "blake3:r", "model": "blake3:f"})
 
 
-def directory(path: Path, events: list[Event], **job: Any) -> Path:
+def directory(path: Path, told: list[Event], **job: Any) -> Path:
     """A run directory with this journal."""
     path.mkdir(parents=True, exist_ok=True)
     document = {"name": path.name, "checkpoint": {"dir": str(path / "checkpoints")}, **job}
     (path / "job.json").write_text(json.dumps(document))
-    (path / "events.jsonl").write_bytes(b"".join(map(encode, events)))
+    (path / "events.jsonl").write_bytes(b"".join(map(encode, told)))
     return path
 
 

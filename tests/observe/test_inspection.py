@@ -7,6 +7,7 @@ import pytest
 
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import UsageError
+from autoglm_resume.events import Branched
 from autoglm_resume.journal import encode
 from autoglm_resume.observe import inspection
 from tests.observe.runs import Script, checkpoint, directory, flip
@@ -160,7 +161,7 @@ def test_verdicts_of_all_come_newest_first(run: Path) -> None:
 
 def test_a_checkpoint_of_a_branch_that_was_given_up_is_not_broken(run: Path) -> None:
     with (run / "events.jsonl").open("ab") as journal:
-        journal.write(encode({"event": "branched", "step": 10, "attempt": 1}))
+        journal.write(encode(Branched(step=10, attempt=1)))
     target = inspection.find(run)
     verdicts = inspection.verdicts(target, inspection.expectation(target.run))
     assert [inspection.word(verdict) for verdict in verdicts] == ["given up", "ok"]

@@ -10,6 +10,7 @@ import pytest
 from autoglm_resume.checkpoint.store.retention import KeepRules
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import UsageError
+from autoglm_resume.events import Branched
 from autoglm_resume.journal import encode
 from autoglm_resume.observe import inspection, listing
 from autoglm_resume.observe.listing import Listed, Listing
@@ -119,7 +120,7 @@ def test_an_unreadable_manifest_leaves_the_sizes_blank(run: Path) -> None:
 
 def test_a_branch_that_was_given_up_may_go_and_pushes_out_nothing(run: Path) -> None:
     with (run / "events.jsonl").open("ab") as journal:
-        journal.write(encode({"event": "branched", "step": 10, "attempt": 2}))
+        journal.write(encode(Branched(step=10, attempt=2)))
     checkpoint(run / "checkpoints", 20, token="a2", lineage=(id_of(10),))
     found = of(run, KeepRules(last=2))
     assert [(each.facts.id, each.kept) for each in found.checkpoints] == [

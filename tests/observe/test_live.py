@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from autoglm_resume.events import read
 from autoglm_resume.observe import live
 from autoglm_resume.observe.live import Screen, printable
 
@@ -63,7 +64,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipes]:
 
 def test_ranks_print_on_standard_output_and_sentences_on_standard_error(pipes: Pipes) -> None:
     pipes.screen.worker_line(1, "loss 2.5")
-    pipes.screen.event({"event": "failure", "summary": "rank 1 died"})
+    pipes.screen.event(read({"event": "failure", "summary": "rank 1 died"}))
     assert pipes.read() == ["[rank 1] loss 2.5\n", "autoglm: rank 1 died\n"]
 
 
@@ -89,7 +90,7 @@ def test_a_reader_that_left_costs_lines_and_never_an_error() -> None:
     os.close(out[0])
     for _ in range(3):
         screen.worker_line(0, "x" * 100_000)
-    screen.event({"event": "run_completed", "step": 1})
+    screen.event(read({"event": "run_completed", "step": 1}))
     assert os.read(err[0], 100).startswith(b"autoglm: run completed")
     for fd in (out[1], *err):
         os.close(fd)
@@ -166,10 +167,10 @@ def test_before_the_first_step_the_live_line_says_starting(terminal: Pipes) -> N
 
 
 def test_drills_failures_and_success_have_their_colours(terminal: Pipes) -> None:
-    terminal.screen.event({"event": "failure", "summary": "died"})
-    terminal.screen.event({"event": "drill", "kind": "kill", "rank": 1})
-    terminal.screen.event({"event": "run_completed", "step": 1})
-    terminal.screen.event({"event": "save_cut_off", "step": 60, "missing": [1]})
+    terminal.screen.event(read({"event": "failure", "summary": "died"}))
+    terminal.screen.event(read({"event": "drill", "kind": "kill", "rank": 1}))
+    terminal.screen.event(read({"event": "run_completed", "step": 1}))
+    terminal.screen.event(read({"event": "save_cut_off", "step": 60, "missing": [1]}))
     failure, drill, success, cut_off = terminal.read()[0].splitlines()
     assert "\x1b[31mdied" in failure
     assert "\x1b[35mdrill: " in drill

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from autoglm_resume.errors import UsageError
+from autoglm_resume.events import Branched
 from autoglm_resume.job.load import load
 from autoglm_resume.observe.live import Screen
 from autoglm_resume.supervise import start
@@ -44,7 +45,7 @@ def test_only_a_step_that_was_saved_can_be_gone_on_from(
 def test_what_a_branch_left_behind_cannot_be_gone_on_from(home: Path) -> None:
     for step, token in ((10, "a0"), (20, "a0"), (15, "a1")):
         checkpoint(home / "ckpt", step, token=token, ranks=1)
-    directory(home / "runs/job", [{"event": "branched", "step": 10, "attempt": 1}])
+    directory(home / "runs/job", [Branched(step=10, attempt=1)])
     with pytest.raises(
         UsageError, match="no checkpoint of step 20; there are those of steps 10, 15"
     ):

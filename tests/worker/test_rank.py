@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import autoglm_resume
+from autoglm_resume.events import RankStarted
 from autoglm_resume.journal import read
 from autoglm_resume.protocol.assignment import Assignment
 from autoglm_resume.protocol.heartbeats import Board, Phase
@@ -94,9 +95,9 @@ def test_an_exception_is_recorded_as_the_script_alone_would_show_it(assign: Make
     assert (ended.error["rank"], ended.error["type"]) == (0, "ValueError")
     assert ended.error["message"] == "bad \N{SNOWMAN} number"
     assert ended.error["mono"] > 0
-    events = [event["event"] for event in read(ended.assignment.events(0))]
+    events = [event.event for event in read(ended.assignment.events(0))]
     assert events == ["rank_started", "rank_ended"]
-    assert read(ended.assignment.events(0))[1]["code"] == 1
+    assert getattr(read(ended.assignment.events(0))[1], "code", None) == 1
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_exceptions_of_all_kinds_are_recorded(assign: Make, text: str) -> None:
     assert ended.error["traceback"][-1000:].strip() in ended.log
     assert len(ended.error["traceback"]) < 200_000
     assert "autoglm_resume" not in ended.log
-    assert [event["event"] for event in read(ended.assignment.events(0))][-1] == "rank_ended"
+    assert [event.event for event in read(ended.assignment.events(0))][-1] == "rank_ended"
 
 
 def test_a_syntax_error_is_shown_as_python_shows_it(assign: Make) -> None:
@@ -239,7 +240,8 @@ def test_a_rank_says_that_it_started_and_beats_without_a_phase(assign: Make) -> 
     process = start(assignment, rank=1)
     process.wait(PATIENCE)
     (started, _) = read(assignment.events(1))
-    assert (started["event"], started["rank"], started["pid"]) == ("rank_started", 1, process.pid)
+    assert isinstance(started, RankStarted)
+    assert (started.rank, started.pid) == (1, process.pid)
     board = Board.open(Path(assignment.board))
     assert board.beat(1).pid == process.pid
     assert board.beat(1).phase is Phase.NONE

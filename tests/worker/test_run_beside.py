@@ -31,13 +31,13 @@ def write_run(directory: Path, root: Path, story: list[dict[str, Any]], **how: A
     directory.mkdir(parents=True, exist_ok=True)
     job = {"name": "run", "checkpoint": {"dir": str(root), **how}}
     (directory / "job.json").write_text(json.dumps(job))
-    (directory / "events.jsonl").write_bytes(b"".join(map(encode, story)))
+    (directory / "events.jsonl").write_bytes(b"".join(encode(events.read(line)) for line in story))
 
 
 @pytest.mark.parametrize("length", range(len(STORY) + 1))
 def test_it_knows_of_a_run_what_its_supervisor_knows(length: int) -> None:
-    story = STORY[:length]
-    found = run_beside.recall(map(events.read, story))
+    story = list(map(events.read, STORY[:length]))
+    found = run_beside.recall(story)
     past = history.recall(story)
     assert found.branches == past.branches
     assert (found.attempts, found.checkpointed) == (past.attempts, past.checkpointed)

@@ -8,19 +8,21 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from autoglm_resume.journal import Event
+from autoglm_resume import events
+from autoglm_resume.events import Event
 from autoglm_resume.observe.pure.goodput import Summary, summarize
 from autoglm_resume.observe.pure.recovery import Recovery, Rejected, rejected
 from autoglm_resume.observe.pure.say import concluded, plural, seconds, sentence, short
-from autoglm_resume.observe.pure.segments import Segment, attempts, mono, number
+from autoglm_resume.observe.pure.segments import Segment, attempts, mono
 
 NOTICED = (
-    *("warning", "save_failed", "saver_lost", "straggler", "zygote_lost", "cold_start"),
-    *("replica_behind", "repaired", "repair_failed", "quarantined", "resharded", "notify_failed"),
-    *("partly_restored", "spare_failed", "save_cut_off"),
+    *(events.WarningGiven, events.PartFailed, events.SaverLost, events.Straggler),
+    *(events.ZygoteLost, events.ColdStart, events.ReplicaBehind, events.Repaired),
+    *(events.RepairFailed, events.Quarantined, events.Resharded, events.NotifyFailed),
+    *(events.PartlyRestored, events.SpareFailed, events.SaveCutOff),
 )
 """Events that belong to the story of an attempt without ending it."""
 MOST_NOTICED = 8
@@ -130,8 +132,7 @@ class Story:
             return
         done = []
         if self.decided is not None:
-            event = {"event": "decision", **vars(self.decided)}
-            done.append(short(sentence(event) or ""))
+            done.append(short(sentence(events.DecisionMade(**vars(self.decided))) or ""))
             if self.decided.breaker not in ("", "closed"):
                 done.append(f"the circuit breaker is {self.decided.breaker}")
         if failure.next_attempt is not None:
@@ -164,18 +165,18 @@ class Explanation:
 
 
 def explain(
-    events: Iterable[Event],
+    journal: Iterable[Event],
     *,
     alive: bool = False,
     now: float | None = None,
     step: int | None = None,
 ) -> Explanation:
-    """The run of which `events` is the journal, oldest first.
+    """The run of this journal, oldest event first.
 
     `alive`: whether a supervisor has the run; `now`: then the monotonic time on its machine;
     `step`: completed steps, where the heartbeats know better than the journal.
     """
-    everything = list(events)
+    everything = list(journal)
     segments = attempts(everything)
     summary = summarize(everything, alive=alive, now=now)
     hosts = _hosts(everything)
@@ -247,34 +248,25 @@ def frames(traceback: str) -> list[tuple[str, str]]:
     return found
 
 
-def line_of(failure: Event) -> Line | None:
+def line_of(failure: events.GroupFailed) -> Line | None:
     """The line that a failure event points to: the traceback's, the stack's, or the log's last."""
-    told = frames(str(failure.get("traceback") or ""))
+    told = frames(failure.traceback)
     if told:
         own = [frame for frame in told if not _NOT_THE_USERS.search(frame[0])]
         place, code = (own or told)[-1]
         return Line(place, code, "traceback")
-    stack = _stack(failure)
+    # The suspect's Python stack, innermost frame first.
+    stack = failure.stacks.get(-1 if failure.root_rank is None else failure.root_rank)
     if stack:
         own_frame = next((frame for frame in stack if not _NOT_THE_USERS.search(frame)), stack[0])
         inside = f"inside {stack[0]}" if own_frame != stack[0] else ""
         return Line(own_frame, inside, "stack")
-    tail = [line.strip() for line in str(failure.get("tail") or "").splitlines() if line.strip()]
-    place = str(failure.get("place") or "")
-    if not _LINE.match(place):  # “SIGKILL at step 20, in backward”: the summary says so already
-        place = ""
+    tail = [line.strip() for line in failure.tail.splitlines() if line.strip()]
+    # “SIGKILL at step 20, in backward” is no line: the summary says so already.
+    place = failure.place if _LINE.match(failure.place) else ""
     if not tail and not place:
         return None
     return Line(place, tail[-1][:300] if tail else "", "log" if tail else "evidence")
-
-
-def _stack(failure: Event) -> list[str]:
-    """The suspect's Python stack, innermost frame first."""
-    stacks = failure.get("stacks")
-    if not isinstance(stacks, Mapping):
-        return []
-    stack = stacks.get(str(failure.get("root_rank")))
-    return [str(frame) for frame in stack] if isinstance(stack, list) else []
 
 
 def _story(
@@ -285,11 +277,11 @@ def _story(
     *,
     going: bool,
 ) -> Story:
-    failure: Event = segment.last("failure") or {}
-    ended: Event = segment.last("attempt_ended") or {}
-    decision = segment.last("decision")
-    stop = segment.last("stop_requested")
-    outcome = ended.get("outcome") or (
+    failure = segment.last(events.GroupFailed)
+    ended = segment.last(events.AttemptEnded)
+    decision = segment.last(events.DecisionMade)
+    stop = segment.last(events.StopRequested)
+    outcome = (ended and ended.outcome) or (
         "failed" if failure else "lost" if recovery is not None or not going else None
     )
     times = [mono(event) for event in ([ended] if ended else segment.events) if mono(event)]
@@ -297,63 +289,56 @@ def _story(
     return Story(
         attempt=segment.attempt,
         node=_node(failure, host),
-        began=number(segment.started, "time"),
+        began=segment.started.time,
         start_step=segment.start_step,
-        checkpoint=segment.started.get("resume"),
+        checkpoint=segment.started.resume,
         rejected=not_taken,
         last_step=segment.last_step,
-        outcome=None if outcome is None else str(outcome),
+        outcome=outcome,
         lived=max(0.0, max(times) - began) if times and began else None,
         recovery=recovery,
-        line=line_of(failure),
-        evidence=_sentences(failure.get("evidence")),
-        decided=None if decision is None else _decided(decision),
+        line=line_of(failure) if failure else None,
+        evidence=tuple(map(short, failure.evidence)) if failure else (),
+        decided=_decided(decision) if decision else None,
         lost_seconds=_lost(segment, recovery),
-        stopped_by=str(stop.get("by", "?")) if stop and not failure else "",
+        stopped_by=stop.by if stop and not failure else "",
         noticed=_noticed(segment),
     )
 
 
-def _decided(decision: Event) -> Decided:
-    return Decided(
-        str(decision.get("action", "")),
-        number(decision, "delay") or 0.0,
-        str(decision.get("reason", "")),
-        str(decision.get("breaker") or ""),
-    )
+def _decided(decision: events.DecisionMade) -> Decided:
+    return Decided(decision.action, decision.delay, decision.reason, decision.breaker)
 
 
-def _sentences(value: object) -> tuple[str, ...]:
-    return tuple(short(str(each)) for each in value) if isinstance(value, list) else ()
-
-
-def _node(failure: Event, host: str) -> str:
+def _node(failure: events.GroupFailed | None, host: str) -> str:
     """Of the rank that failed first, where ranks say theirs."""
-    ranks = failure.get("ranks")
-    for rank in ranks if isinstance(ranks, list) else ():
-        if isinstance(rank, dict) and rank.get("rank") == failure.get("root_rank"):
-            return str(rank.get("node") or host)
-    return host
+    ranks = failure.ranks if failure else ()
+    nodes = (rank.node for rank in ranks if failure and rank.rank == failure.root_rank)
+    return next(nodes, "") or host
 
 
-def _hosts(events: Iterable[Event]) -> dict[int, str]:
+def _hosts(journal: Iterable[Event]) -> dict[int, str]:
     """Host of the supervisor that began each attempt."""
     hosts: dict[int, str] = {}
     host = ""
-    for event in events:
-        if event["event"] in ("run_started", "supervisor_started"):
-            host = str(event.get("host") or "")
-        elif event["event"] == "attempt_started":
-            hosts.setdefault(int(number(event, "attempt") or 0), host)
+    for event in journal:
+        match event:
+            case events.RunStarted() | events.SupervisorStarted():
+                host = event.host
+            case events.AttemptStarted(attempt=attempt):
+                hosts.setdefault(attempt or 0, host)
     return hosts
 
 
-def _open_gate(events: Iterable[Event]) -> Event | None:
+def _open_gate(journal: Iterable[Event]) -> events.GatePassed | None:
     """The last gate, unless an attempt went through it."""
-    gate: Event | None = None
-    for event in events:
-        if event["event"] in ("gate", "attempt_started"):
-            gate = event if event["event"] == "gate" else None
+    gate: events.GatePassed | None = None
+    for event in journal:
+        match event:
+            case events.GatePassed():
+                gate = event
+            case events.AttemptStarted():
+                gate = None
     return gate
 
 

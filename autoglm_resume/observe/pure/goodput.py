@@ -10,20 +10,21 @@ supervisors with a reboot in between is there nothing but the wall clock.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from autoglm_resume.journal import Event
+from autoglm_resume import events
+from autoglm_resume.events import Event
 from autoglm_resume.observe.pure.recovery import Recovery, recoveries
-from autoglm_resume.observe.pure.say import entries, sentence
+from autoglm_resume.observe.pure.say import sentence
 from autoglm_resume.observe.pure.segments import (
+    ENDS,
     Life,
     Segment,
     attempts,
     lives,
     mono,
-    number,
     step_of,
 )
 
@@ -31,15 +32,13 @@ State = Literal[
     "starting", "training", "recovering", "paused", "finished", "interrupted", "failed", "dead"
 ]
 
-_ENDS: dict[str, State] = {
-    "run_completed": "finished",
-    "run_interrupted": "interrupted",
-    "run_failed": "failed",
-}
+_ENDS: dict[type[Event], State] = dict(
+    zip(ENDS, ("finished", "interrupted", "failed"), strict=True)
+)
 
 
 @dataclass(frozen=True)
-class Attempt:
+class AttemptSummary:
     """One launch of the worker group."""
 
     number: int
@@ -64,7 +63,7 @@ class Summary:
     world_size: int | None
     began: float | None
     """Unix seconds."""
-    attempts: tuple[Attempt, ...]
+    attempts: tuple[AttemptSummary, ...]
     recoveries: tuple[Recovery, ...]
     step: int | None
     """Steps completed, as far as the journal knows; None if the script does not report steps."""
@@ -101,12 +100,14 @@ class Summary:
         return min(1.0, max(0.0, self.kept / self.elapsed))
 
 
-def summarize(events: Iterable[Event], *, alive: bool = False, now: float | None = None) -> Summary:
-    """The run of which `events` is the journal, oldest first.
+def summarize(
+    journal: Iterable[Event], *, alive: bool = False, now: float | None = None
+) -> Summary:
+    """The run of this journal, oldest event first.
 
     `alive`: whether a supervisor has the run; `now`: then the monotonic time on its machine.
     """
-    supervisors = lives(events)
+    supervisors = lives(journal)
     everything = [event for life in supervisors for event in life.events]
     segments = attempts(everything)
     last_life = supervisors[-1].events if supervisors else []
@@ -114,67 +115,66 @@ def summarize(events: Iterable[Event], *, alive: bool = False, now: float | None
     now = now if alive else None
     elapsed, down = _elapsed(supervisors, now)
     kept, saving = _kept(segments, state, now)
-    started = next((e for e in everything if e["event"] == "run_started"), {})
-    end = next((e for e in reversed(last_life) if e["event"] in _ENDS), {})
+    started = next((e for e in everything if isinstance(e, events.RunStarted)), None)
+    end = next((e for e in reversed(last_life) if isinstance(e, ENDS)), None)
     newest = _newest_checkpoint(everything)
-    interval: Event = next((e for e in reversed(everything) if e["event"] == "interval"), {})
-    steps = (
-        [s for s in (segments[-1].last_step, segments[-1].start_step) if s is not None]
-        if (segments)
-        else []
-    )
-    final = step_of(end)
-    step = final if final is not None else max(steps, default=None)
-    code = number(end, "code")
+    interval = next((e for e in reversed(everything) if isinstance(e, events.SaveInterval)), None)
+    step = step_of(end)
+    if step is None and segments:
+        step = max(segments[-1].last_step or 0, segments[-1].start_step)
+    completed = end.objects if isinstance(end, events.RunCompleted) else {}
+    failed = end if isinstance(end, events.RunInterrupted | events.RunFailed) else None
     return Summary(
-        name=str(started.get("name", "")),
-        run_id=str(started.get("run_id", "")),
+        name=started.name if started else "",
+        run_id=started.run_id if started else "",
         state=state,
-        world_size=started.get("world_size"),
-        began=number(started, "time") if started else None,
+        world_size=started.world_size if started else None,
+        began=started.time if started else None,
         attempts=tuple(map(_attempt, segments)),
         recoveries=tuple(recoveries(segments)),
         step=step if step or _speaks(segments) else None,
-        checkpoint=newest.get("id"),
+        checkpoint=newest.id if newest else None,
         checkpoint_step=step_of(newest),
-        save_failures=sum(e["event"] == "save_failed" for e in everything),
-        saves_skipped=sum(e["event"] == "save_skipped" for e in everything),
-        interval=str(interval.get("reason", "")),
+        save_failures=sum(isinstance(e, events.PartFailed) for e in everything),
+        saves_skipped=sum(isinstance(e, events.SaveSkipped) for e in everything),
+        interval=interval.reason if interval else "",
         elapsed=elapsed,
         down=down,
         kept=kept,
         saving=saving,
-        objects=_objects(end.get("objects") or newest.get("objects")),
-        code=0 if state == "finished" else None if code is None else int(code),
-        reason=str(end.get("reason", "")) if state in ("interrupted", "failed") else "",
+        objects=_objects(completed or (newest.objects if newest else {})),
+        code=0 if state == "finished" else failed.code if failed else None,
+        reason=failed.reason if failed else "",
         waiting=_waiting(last_life, segments) if state in ("recovering", "paused") else "",
     )
 
 
 def _state(life: Sequence[Event], segments: Sequence[Segment], alive: bool) -> State:
     for event in reversed(life):
-        if event["event"] in _ENDS:
-            return _ENDS[event["event"]]
+        if isinstance(event, ENDS):
+            return _ENDS[type(event)]
     if not alive:
         return "dead"
     latest = segments[-1] if segments else None
-    going = latest is not None and latest.started in life and not latest.all("failure")
-    sign = "first_step" if _speaks(segments) else "rank_started"
+    going = latest is not None and latest.started in life and not latest.all(events.GroupFailed)
+    sign = events.FirstStep if _speaks(segments) else events.RankStarted
     if latest is not None and going and latest.all(sign):
         return "training"
-    if (_undone(life, segments) or {}).get("action") == "pause":
+    undone = _undone(life, segments)
+    if undone is not None and undone.action == "pause":
         return "paused"
     return "recovering" if segments and (len(segments) > 1 or not going) else "starting"
 
 
 def _speaks(segments: Sequence[Segment]) -> bool:
     """Whether the script says that it steps; that the ranks run has to do for one that does not."""
-    return any(segment.all("model", "restored", "first_step") for segment in segments)
+    signs = (events.ModelReported, events.StateRestored, events.FirstStep)
+    return any(segment.all(*signs) for segment in segments)
 
 
-def _undone(life: Sequence[Event], segments: Sequence[Segment]) -> Event | None:
+def _undone(life: Sequence[Event], segments: Sequence[Segment]) -> events.DecisionMade | None:
     """The present supervisor's decision that no attempt has followed yet."""
-    decision = segments[-1].last("decision") if segments else None
+    decision = segments[-1].last(events.DecisionMade) if segments else None
     return decision if decision in life else None
 
 
@@ -201,8 +201,8 @@ def _between(before: Life, after: Life) -> float:
 
 def _wall(life: Life) -> list[float]:
     """Unix seconds of its events; what `autoglm prune` adds has no monotonic time and is none."""
-    own = (event for event in life.events if number(event, "mono") is not None)
-    return [at for event in own if (at := number(event, "time")) is not None]
+    own = (event for event in life.events if event.mono is not None)
+    return [event.time for event in own if event.time is not None]
 
 
 def _kept(
@@ -210,7 +210,7 @@ def _kept(
 ) -> tuple[float | None, float]:
     """(time on kept steps without saves, time of the saves among them)."""
     unheard = state in ("finished", "training") or not _speaks(segments)
-    if unheard and not any(s.all("first_step") for s in segments):
+    if unheard and not any(s.all(events.FirstStep) for s in segments):
         return None, 0.0
     kept = saving = 0.0
     limit: int | None = None
@@ -220,7 +220,7 @@ def _kept(
     for segment in reversed(segments):
         begin = segment.stepping_since
         end = _kept_until(segment, limit, now if segment is segments[-1] else None)
-        if segment.all("failure") and segment is segments[-1]:
+        if segment.all(events.GroupFailed) and segment is segments[-1]:
             end = _kept_until(segment, _checkpointed([segment]), None)
         if begin is not None and end is not None and end > begin:
             blocked = min(_blocked(segment, begin, end), end - begin)
@@ -239,7 +239,7 @@ def _kept_until(segment: Segment, limit: int | None, now: float | None) -> float
 
 
 def _checkpointed(segments: Sequence[Segment]) -> int:
-    committed = (step_of(e) for s in segments for e in s.all("committed"))
+    committed = (step_of(e) for s in segments for e in s.all(events.Committed))
     starts = (segment.start_step for segment in segments)
     return max(max((s for s in committed if s is not None), default=0), max(starts, default=0))
 
@@ -247,45 +247,41 @@ def _checkpointed(segments: Sequence[Segment]) -> int:
 def _blocked(segment: Segment, begin: float, end: float) -> float:
     """Time between `begin` and `end` in which saves blocked; the slowest rank holds up the rest."""
     longest: dict[str, float] = {}
-    for event in segment.all("saved"):
-        at, seconds = number(event, "began"), number(event, "blocked")
-        if at is None or seconds is None:
+    for saved in segment.all(events.PartSaved):
+        if saved.began is None or saved.blocked is None:
             continue
-        inside = min(end, at + seconds) - max(begin, at)
-        key = str(event.get("id"))
-        longest[key] = max(longest.get(key, 0.0), inside)
+        inside = min(end, saved.began + saved.blocked) - max(begin, saved.began)
+        longest[saved.id] = max(longest.get(saved.id, 0.0), inside)
     return sum(longest.values())
 
 
-def _newest_checkpoint(events: Sequence[Event]) -> Event:
+def _newest_checkpoint(journal: Iterable[Event]) -> events.Committed | None:
     """The last one committed that no gate has rejected since; or the one a gate fell back to."""
-    committed: dict[str, Event] = {}
-    for event in events:
-        match event["event"]:
-            case "committed":
-                committed[str(event.get("id"))] = event
-            case "gate":
-                for verdict in entries(event.get("verdicts")):
-                    if not verdict.get("accepted"):
-                        committed.pop(str(verdict.get("id")), None)
-    return max(committed.values(), key=lambda e: (step_of(e) or 0, mono(e)), default={})
+    committed: dict[str, events.Committed] = {}
+    for event in journal:
+        match event:
+            case events.Committed():
+                committed[event.id] = event
+            case events.GatePassed():
+                for verdict in event.verdicts:
+                    if not verdict.accepted:
+                        committed.pop(verdict.id, None)
+    return max(committed.values(), key=lambda e: (step_of(e) or 0, mono(e)), default=None)
 
 
-def _attempt(segment: Segment) -> Attempt:
-    ended = segment.last("attempt_ended") or {}
-    return Attempt(
+def _attempt(segment: Segment) -> AttemptSummary:
+    ended = segment.last(events.AttemptEnded)
+    return AttemptSummary(
         number=segment.attempt,
-        began=number(segment.started, "time"),
+        began=segment.started.time,
         start_step=segment.start_step,
-        checkpoint=segment.started.get("resume"),
+        checkpoint=segment.started.resume,
         last_step=segment.last_step,
-        outcome=ended.get("outcome"),
+        outcome=ended.outcome if ended else None,
     )
 
 
-def _objects(found: object) -> dict[str, str]:
+def _objects(found: Mapping[str, str]) -> dict[str, str]:
     """`model` first, then the others by name."""
-    if not isinstance(found, dict):
-        return {}
-    names = sorted(map(str, found), key=lambda name: (name != "model", name))
-    return {name: str(found[name]) for name in names}
+    names = sorted(found, key=lambda name: (name != "model", name))
+    return {name: found[name] for name in names}

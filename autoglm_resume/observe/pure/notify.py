@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autoglm_resume.journal import Event
+from autoglm_resume import events
+from autoglm_resume.events import Event
 from autoglm_resume.observe.pure.say import failed, seconds, sentence, short
-from autoglm_resume.observe.pure.segments import number, step_of
+from autoglm_resume.observe.pure.segments import step_of
 
-ENDS = {
-    "run_completed": "completed",
-    "run_interrupted": "interrupted",
-    "run_failed": "gave_up",
+ENDS: dict[type[Event], str] = {
+    events.RunCompleted: "completed",
+    events.RunInterrupted: "interrupted",
+    events.RunFailed: "gave_up",
 }
 _STATES = {
     "started": "training",
@@ -40,7 +41,7 @@ class Context:
     step: int | None = None
     checkpoint: int | None = None
     """Step of the newest checkpoint."""
-    failure: Event | None = None
+    failure: events.GroupFailed | None = None
     """The last one, until the run trains again."""
     stepped: bool = False
     """Whether the present supervisor's ranks have completed a step."""
@@ -59,22 +60,21 @@ class Message:
 
 def message(event: Event, before: Context) -> Message | None:
     """What to tell of `event`, which follows `before`; None if nothing."""
-    match event["event"]:
-        case "first_step" if before.failure is not None:
-            since = number(before.failure, "time")
-            now = number(event, "time")
+    match event:
+        case events.FirstStep(time=now) if before.failure is not None:
+            since = before.failure.time
             after = "" if since is None or now is None else f" after {seconds(max(0, now - since))}"
             return _message("recovered", f"training again{after}", event, before)
-        case "first_step" if not before.stepped:
+        case events.FirstStep() if not before.stepped:
             return _message("started", "training", event, before)
-        case "failure":
+        case events.GroupFailed():
             return _message("failed", failed(event), event, before)
-        case "decision" if event.get("action") == "pause":
+        case events.DecisionMade(action="pause"):
             return _message("paused", sentence(event) or "paused", event, before)
-        case "straggler":
+        case events.Straggler():
             return _message("straggler", sentence(event) or "a rank is slow", event, before)
-        case name if name in ENDS:
-            return _message(ENDS[name], sentence(event) or name, event, before)
+        case _ if type(event) in ENDS:
+            return _message(ENDS[type(event)], sentence(event) or event.event, event, before)
         case _:
             return None
 
@@ -86,26 +86,27 @@ def died(context: Context, now: float) -> Message | None:
     saved = context.checkpoint
     goes_on = "the beginning" if saved is None else f"step {saved}"
     text = f"its supervisor died; `autoglm resume` continues from {goes_on}"
-    return _message("died", text, {"event": "died", "time": now}, context)
+    return _message("died", text, events.Unknown(time=now, said={}), context)
 
 
 def after(event: Event, before: Context) -> Context:
     """The context for the event that follows."""
     step = step_of(event)
-    match event["event"]:
-        case "supervisor_started":
+    match event:
+        case events.SupervisorStarted():
             return replace(before, stepped=False, ended=False)
-        case "attempt_started":
+        case events.AttemptStarted(attempt=attempt):
             # From the beginning, no step is complete yet; without a session none ever is.
-            return replace(before, attempt=_attempt(event, before), step=step or None)
-        case "first_step":
+            attempt = before.attempt if attempt is None else attempt
+            return replace(before, attempt=attempt, step=step or None)
+        case events.FirstStep():
             return replace(before, failure=None, stepped=True, step=step)
-        case "committed" if step is not None:
-            return replace(before, checkpoint=step, step=max(step, before.step or 0))
-        case "failure":
+        case events.Committed(step=saved):
+            return replace(before, checkpoint=saved, step=max(saved, before.step or 0))
+        case events.GroupFailed():
             furthest = before.step if step is None else step
             return replace(before, failure=before.failure or event, step=furthest)
-        case name if name in ENDS:
+        case _ if type(event) in ENDS:
             return replace(before, ended=True)
         case _:
             return before
@@ -114,8 +115,8 @@ def after(event: Event, before: Context) -> Context:
 def _message(on: str, what: str, event: Event, context: Context) -> Message:
     step = step_of(event)
     step = context.step if step is None else step
-    about = event if event["event"] == "failure" else context.failure or {}
-    reason = short(str(event.get("reason") or about.get("summary") or ""))
+    about = event if isinstance(event, events.GroupFailed) else context.failure
+    reason = short(getattr(event, "reason", "") or (about.summary if about else ""))
     where = f" on {context.host}" if context.host else ""
     at = "" if step is None or "at step" in what else f" (step {step})"
     body = {
@@ -126,19 +127,14 @@ def _message(on: str, what: str, event: Event, context: Context) -> Message:
         "run_id": context.run_id,
         "name": context.name,
         "host": context.host,
-        "attempt": _attempt(event, context),
+        "attempt": context.attempt if event.attempt is None else event.attempt,
         "step": step,
         "checkpoint_step": context.checkpoint,
-        "kind": about.get("kind"),
-        "rank": about.get("root_rank") if about else event.get("rank"),
-        "place": about.get("place") or None,
+        "kind": about.kind if about else None,
+        "rank": about.root_rank if about else getattr(event, "rank", None),
+        "place": (about.place if about else "") or None,
         "reason": reason or None,
-        "code": event.get("code"),
-        "time": event.get("time"),
+        "code": getattr(event, "code", None),
+        "time": event.time,
     }
     return Message(on, body)
-
-
-def _attempt(event: Event, context: Context) -> int:
-    found = number(event, "attempt")
-    return context.attempt if found is None else int(found)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autoglm_resume.journal import Event
-from autoglm_resume.observe.pure.say import entries, failed, rejection
-from autoglm_resume.observe.pure.segments import Segment, mono, number, step_of
+from autoglm_resume import events
+from autoglm_resume.events import OfRank
+from autoglm_resume.observe.pure.say import failed, rejection
+from autoglm_resume.observe.pure.segments import Segment, mono, step_of
+
+_GONE = events.GroupFailed(kind="supervisor", summary="the supervisor died, and its ranks with it")
 
 
 @dataclass(frozen=True)
@@ -59,69 +62,59 @@ def recoveries(segments: Sequence[Segment]) -> list[Recovery]:
     found = []
     for index, segment in enumerate(segments):
         later = segments[index + 1 :]
-        failure = segment.last("failure")
+        failure = segment.last(events.GroupFailed)
         if failure is not None:
             found.append(_recovery(segment, failure, later))
-        elif later and not segment.all("attempt_ended", "run_interrupted"):
-            gone: Event = {
-                "event": "failure",
-                "kind": "supervisor",
-                "summary": "the supervisor died, and its ranks with it",
-            }
-            found.append(_recovery(segment, gone, later))
+        elif later and not segment.all(events.AttemptEnded, events.RunInterrupted):
+            found.append(_recovery(segment, _GONE, later))
     return found
 
 
-def rejected(gate: Event | None) -> tuple[Rejected, ...]:
+def rejected(gate: events.GatePassed | None) -> tuple[Rejected, ...]:
     """What a gate did not take."""
-    return tuple(
-        Rejected(str(v.get("id", "")), step_of(v) or 0, rejection(v))
-        for v in entries((gate or {}).get("verdicts"))
-        if not v.get("accepted")
-    )
+    verdicts = gate.verdicts if gate else ()
+    return tuple(Rejected(v.id, v.step or 0, rejection(v)) for v in verdicts if not v.accepted)
 
 
-def _recovery(segment: Segment, failure: Event, later: Sequence[Segment]) -> Recovery:
+def _recovery(segment: Segment, failure: events.GroupFailed, later: Sequence[Segment]) -> Recovery:
     following = later[0] if later else None
-    decision = segment.last("decision") or {}
-    drills = segment.all("drill")
+    decision = segment.last(events.DecisionMade)
+    drills = segment.all(events.DrillFired)
     cause = _cause(failure, drills)
     stepped = next((s.stepped for s in later if s.stepped is not None), None)
     at_step = step_of(failure)
     gate = following.gate if following else None
     from_step = following.start_step if following else None
-    rank = number(failure, "root_rank")
     return Recovery(
         attempt=segment.attempt,
         what=failed(failure),
-        kind=str(failure.get("kind", "")),
-        rank=int(rank) if rank is not None else None,
-        drills=tuple(str(drill.get("spec", "drill")) for drill in drills),
+        kind=failure.kind,
+        rank=failure.root_rank,
+        drills=tuple(drill.spec for drill in drills),
         at_step=at_step,
-        detected=_since(cause, number(failure, "mono")),
+        detected=_since(cause, failure.mono),
         phases=_phases(cause, failure, segment, following),
-        total=_since(cause if cause is not None else number(failure, "mono"), stepped),
+        total=_since(cause if cause is not None else failure.mono, stepped),
         next_attempt=following.attempt if following else None,
-        checkpoint=following.started.get("resume") if following else None,
+        checkpoint=following.started.resume if following else None,
         from_step=from_step,
         checks=_checks(gate),
         rejected=rejected(gate),
         lost=max(0, at_step - from_step) if at_step is not None and from_step is not None else None,
-        gave_up=str(decision.get("reason", "")) if decision.get("action") == "give_up" else "",
+        gave_up=decision.reason if decision and decision.action == "give_up" else "",
     )
 
 
-def _cause(failure: Event, drills: Sequence[Event]) -> float | None:
+def _cause(failure: events.GroupFailed, drills: Sequence[events.DrillFired]) -> float | None:
     """When it happened, None if only its detection is known.
 
     A drill says so just before it kills or stops; but one that lets a rank exit is announced long
     before.
     """
-    known = number(failure, "cause_mono")
-    struck = [mono(d) for d in drills if d.get("kind") != "exit"]
-    if struck and failure.get("kind") in ("killed", "crashed", "hang"):
+    struck = [mono(drill) for drill in drills if drill.kind != "exit"]
+    if struck and failure.kind in ("killed", "crashed", "hang"):
         return max(struck)
-    return known
+    return failure.cause_mono
 
 
 def _since(begin: float | None, end: float | None) -> float | None:
@@ -129,10 +122,10 @@ def _since(begin: float | None, end: float | None) -> float | None:
 
 
 def _phases(
-    cause: float | None, failure: Event, segment: Segment, following: Segment | None
+    cause: float | None, failure: events.GroupFailed, segment: Segment, following: Segment | None
 ) -> tuple[tuple[str, float], ...]:
-    detected = number(failure, "mono")
-    stopped = segment.last("group_stopped")
+    detected = failure.mono
+    stopped = segment.last(events.GroupStopped)
     moments: list[tuple[str, float | None]] = [
         ("", cause),
         ("detect", detected),
@@ -141,14 +134,13 @@ def _phases(
     if following is not None and detected is not None:
         gate = following.gate
         if gate is not None:
-            begun = mono(gate) - (number(gate, "seconds") or 0.0)
-            moments += [("wait", begun), ("gate", mono(gate))]
-        restored = following.all("restored")
-        restoring = [mono(e) - (number(e, "seconds") or 0.0) for e in restored]
+            moments += [("wait", mono(gate) - gate.seconds), ("gate", mono(gate))]
+        restored = following.all(events.StateRestored)
+        restoring = [mono(event) - (event.seconds or 0.0) for event in restored]
         moments += [
-            ("spawn", max(map(mono, following.all("rank_started")), default=None)),
-            ("set-up", max(restoring, default=None) or _latest(following, "model")),
-            ("restore", _latest(following, "restored")),
+            ("spawn", _latest(following, events.RankStarted)),
+            ("set-up", max(restoring, default=None) or _latest(following, events.ModelReported)),
+            ("restore", _latest(following, events.StateRestored)),
             ("first step", following.stepped),
         ]
     phases = []
@@ -162,10 +154,10 @@ def _phases(
     return tuple(phases)
 
 
-def _latest(segment: Segment, name: str) -> float | None:
-    return max(map(mono, segment.all(name)), default=None)
+def _latest(segment: Segment, kind: type[OfRank]) -> float | None:
+    return max(map(mono, segment.all(kind)), default=None)
 
 
-def _checks(gate: Event | None) -> tuple[str, ...]:
-    accepted = (v for v in entries((gate or {}).get("verdicts")) if v.get("accepted"))
-    return tuple(str(check.get("name")) for v in accepted for check in entries(v.get("checks")))
+def _checks(gate: events.GatePassed | None) -> tuple[str, ...]:
+    accepted = (v for v in (gate.verdicts if gate else ()) if v.accepted)
+    return tuple(check.name for v in accepted for check in v.checks)

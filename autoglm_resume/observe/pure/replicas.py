@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from autoglm_resume import events
 from autoglm_resume.checkpoint.format.ids import is_id, newer, recency
 from autoglm_resume.checkpoint.store.gate import superseded
-from autoglm_resume.journal import Event
+from autoglm_resume.events import Event
 from autoglm_resume.observe.pure.say import plural, short
-from autoglm_resume.observe.pure.segments import number
 from autoglm_resume.observe.tables import Table
 from autoglm_resume.supervise.core import history
 
@@ -33,22 +33,21 @@ class Replica:
     """Unix seconds from when that is so."""
 
 
-def of(events: Sequence[Event], targets: Iterable[str]) -> tuple[Replica, ...]:
-    """The replicas at `targets`; `events` come oldest first."""
-    past = history.recall(events)
+def of(journal: Sequence[Event], targets: Iterable[str]) -> tuple[Replica, ...]:
+    """The replicas at `targets`; the events of `journal` come oldest first."""
+    past = history.recall(journal)
     here: dict[str, None] = {}
-    behind: dict[str, Event] = {}
-    for event in events:
-        id, target = str(event.get("id")), str(event.get("replica"))
-        match event["event"]:
-            case "committed" | "brought_back" if is_id(id):
+    behind: dict[str, events.ReplicaBehind] = {}
+    for event in journal:
+        match event:
+            case events.Committed(id=id) | events.BroughtBack(id=id) if is_id(id):
                 here[id] = None
-            case "pruned" | "quarantined":
+            case events.Pruned(id=id) | events.Quarantined(id=id):
                 here.pop(id, None)
-            case "replica_behind":
-                behind[target] = event
-            case "replica_caught_up":
-                behind.pop(target, None)
+            case events.ReplicaBehind(replica=replica):
+                behind[replica] = event
+            case events.ReplicaCaughtUp(replica=replica):
+                behind.pop(replica, None)
     present = [id for id in here if superseded(id, past.branches) is None]
     found = []
     for target in targets:
@@ -57,9 +56,9 @@ def of(events: Sequence[Event], targets: Iterable[str]) -> tuple[Replica, ...]:
         ]
         newest = max(copied, key=recency, default=None)
         waiting = [id for id in present if newest is None or newer(id, newest)]
-        last = behind.get(target, {})
-        reason = short(str(last.get("reason", "")))
-        found.append(Replica(target, newest, len(waiting), reason, number(last, "time")))
+        last = behind.get(target)
+        reason, since = (short(last.reason), last.time) if last else ("", None)
+        found.append(Replica(target, newest, len(waiting), reason, since))
     return tuple(found)
 
 

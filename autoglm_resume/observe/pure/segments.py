@@ -8,31 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from autoglm_resume.journal import Event
+from autoglm_resume import events
+from autoglm_resume.events import Event
 
-_LARGEST = 1e18
-"""No step, time or size of ours comes near; what is beyond (or not finite) was damaged."""
-_TELL_STEP = ("first_step", "restored", "saved", "committed", "failure", "finished", "stopped")
+E = TypeVar("E", bound=Event)
 
-
-def number(event: Event, key: str) -> float | None:
-    """The number under `key`; None where there is none, whatever there is instead."""
-    value = event.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
-        return None
-    return float(value)
+ENDS = (events.RunCompleted, events.RunInterrupted, events.RunFailed)
+"""The last words of a supervisor."""
+_TELL_STEP = (
+    *(events.FirstStep, events.StateRestored, events.PartSaved, events.Committed),
+    *(events.GroupFailed, events.Finished, events.Stopped, events.AttemptEnded),
+)
 
 
 def mono(event: Event) -> float:
     """Monotonic seconds of an event."""
-    return number(event, "mono") or 0.0
+    return event.mono or 0.0
 
 
-def step_of(event: Event) -> int | None:
+def step_of(event: Event | None) -> int | None:
     """Completed steps that an event speaks of, None where no step was completed."""
-    value = number(event, "step")
-    return int(value) if value is not None and value >= 0 else None
+    step: int | None = getattr(event, "step", None)
+    return step if step is not None and step >= 0 else None
 
 
 @dataclass
@@ -54,58 +53,54 @@ class Life:
         return max(self._times(), default=0.0)
 
     def _times(self) -> list[float]:
-        return [at for event in self.events if (at := number(event, "mono")) is not None]
+        return [event.mono for event in self.events if event.mono is not None]
 
 
 @dataclass
 class Segment:
     """One attempt: the event that began it, the gate it went through, and all that was said."""
 
-    started: Event
-    gate: Event | None
+    started: events.AttemptStarted
+    gate: events.GatePassed | None
     events: list[Event] = field(default_factory=list)
 
     @property
     def attempt(self) -> int:
         """Its number."""
-        return int(number(self.started, "attempt") or 0)
+        return self.started.attempt or 0
 
     @property
     def start_step(self) -> int:
         """Step of the checkpoint it began with, 0 without one."""
         return step_of(self.started) or 0
 
-    def all(self, *names: str) -> list[Event]:
-        """Events of these names."""
-        return [event for event in self.events if event["event"] in names]
+    def all(self, *kinds: type[E]) -> list[E]:
+        """Events of these kinds."""
+        return [event for event in self.events if isinstance(event, kinds)]
 
-    def last(self, name: str) -> Event | None:
-        """The last event of this name."""
-        return next((e for e in reversed(self.events) if e["event"] == name), None)
+    def last(self, kind: type[E]) -> E | None:
+        """The last event of this kind."""
+        return next((event for event in reversed(self.events) if isinstance(event, kind)), None)
 
     @property
     def last_step(self) -> int | None:
         """Steps completed by the furthest rank, None if not known."""
-        known = (
-            step_of(event)
-            for event in self.events
-            if event["event"] in (*_TELL_STEP, "attempt_ended")
-        )
+        known = map(step_of, self.all(*_TELL_STEP))
         return max((step for step in known if step is not None), default=None)
 
     @property
     def stepping_since(self) -> float | None:
         """When its first step began, None if none was completed: the ranks had their state then."""
-        stepped = self.all("first_step")
+        stepped = self.all(events.FirstStep)
         if not stepped:
             return None
-        ready = self.all("restored") or self.all("model") or stepped
-        return max(map(mono, ready))
+        signs = (events.StateRestored, events.ModelReported, events.FirstStep)
+        return next(max(map(mono, found)) for sign in signs if (found := self.all(sign)))
 
     @property
     def stepped(self) -> float | None:
         """When its first step was complete on every rank that said so."""
-        return max(map(mono, self.all("first_step")), default=None)
+        return max(map(mono, self.all(events.FirstStep)), default=None)
 
     def reached(self, step: int) -> float | None:
         """When `step` steps were complete: known where a save began, estimated in between."""
@@ -122,34 +117,34 @@ class Segment:
         points: dict[int, float] = {}
         if (since := self.stepping_since) is not None:
             points[self.start_step] = since
-        for event in self.all("first_step"):
+        for event in self.all(events.FirstStep):
             if (step := step_of(event)) is not None:
                 points[step] = max(mono(event), points.get(step, 0.0))
-        if (ended := self.last("attempt_ended")) and (step := step_of(ended)) is not None:
-            at = number(ended, "last_step_mono")
+        if (ended := self.last(events.AttemptEnded)) and (step := step_of(ended)) is not None:
+            at = ended.last_step_mono
             if at and since is not None and at >= since:
                 points.setdefault(step, at)
         # The ranks save at the same step, and each says when that step was complete.
         saves: dict[int, float] = {}
-        for event in self.all("saved", "committed"):
-            step, at = step_of(event), number(event, "began")
-            if step is not None and at is not None and step != self.start_step:
-                saves[step] = max(at, saves.get(step, 0.0))
+        for save in self.events:
+            if isinstance(save, events.PartSaved | events.Committed):
+                step, at = step_of(save), save.began
+                if step is not None and at is not None and step != self.start_step:
+                    saves[step] = max(at, saves.get(step, 0.0))
         return sorted({**points, **saves}.items())
 
 
-def lives(events: Iterable[Event]) -> list[Life]:
+def lives(journal: Iterable[Event]) -> list[Life]:
     """The supervisors of a run, oldest first."""
     found: list[Life] = []
-    for event in events:
-        if event["event"] == "supervisor_started":
-            boot = str(event.get("boot_id", ""))
+    for event in journal:
+        if isinstance(event, events.SupervisorStarted):
             # What comes before it (`run_started`) belongs to the same process.
             only_introduced = len(found) == 1 and found[0].boot == "" and not _worked(found[0])
             if only_introduced:
-                found[0].boot = boot
+                found[0].boot = event.boot_id
             else:
-                found.append(Life(boot))
+                found.append(Life(event.boot_id))
         elif not found:
             found.append(Life(""))
         found[-1].events.append(event)
@@ -157,31 +152,30 @@ def lives(events: Iterable[Event]) -> list[Life]:
 
 
 def _worked(life: Life) -> bool:
-    return any(event["event"] != "run_started" for event in life.events)
+    return any(not isinstance(event, events.RunStarted) for event in life.events)
 
 
-def attempts(events: Iterable[Event]) -> list[Segment]:
+def attempts(journal: Iterable[Event]) -> list[Segment]:
     """The attempts of a run, oldest first.
 
     A rank's event names its attempt, which may not have been announced yet, or be over already;
     the supervisor's events between two attempts name the first, but a gate opens the second.
     """
-    everything = list(events)
+    everything = list(journal)
     found: dict[int, Segment] = {}
-    gate: Event | None = None
+    gate: events.GatePassed | None = None
     for event in everything:
-        if event["event"] == "gate":
-            gate = event
-        elif event["event"] == "attempt_started":
-            segment = Segment(event, gate)
-            found.setdefault(segment.attempt, segment)
-            gate = None
+        match event:
+            case events.GatePassed():
+                gate = event
+            case events.AttemptStarted():
+                found.setdefault(event.attempt or 0, Segment(event, gate))
+                gate = None
     latest: Segment | None = None
     for event in everything:
-        named = number(event, "attempt")
-        home = latest if named is None else found.get(int(named), latest)
-        if event["event"] == "attempt_started":
+        home = latest if event.attempt is None else found.get(event.attempt, latest)
+        if isinstance(event, events.AttemptStarted):
             latest = home
-        elif home is not None and event["event"] != "gate":
+        elif home is not None and not isinstance(event, events.GatePassed):
             home.events.append(event)
     return list(found.values())

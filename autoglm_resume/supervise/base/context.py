@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from autoglm_resume.events import Event
 from autoglm_resume.job.spec import Job
-from autoglm_resume.journal import Event
 from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.base.run_directory import RunDirectory
 from autoglm_resume.supervise.base.stops import Stops
@@ -16,7 +16,7 @@ from autoglm_resume.supervise.base.stops import Stops
 class Tell(Protocol):
     """Into the journal, onto the screen, and to those who are notified."""
 
-    def __call__(self, event: str, /, **fields: Any) -> object: ...
+    def __call__(self, event: Event | str, /, **fields: Any) -> object: ...
 
 
 class Presenter(Protocol):

@@ -24,6 +24,7 @@ from typing import Any
 
 from autoglm_resume import files, journal
 from autoglm_resume.errors import RunLocked, UsageError
+from autoglm_resume.events import Event
 
 _WHOLE_FILE = struct.Struct("hhqqi4x")
 """struct flock: type, whence, start, length, pid."""
@@ -68,7 +69,7 @@ class RunDirectory:
         names = [path.name for path in self.attempts.glob("[0-9]*")]
         return max((int(name) for name in names if name.isdecimal()), default=-1) + 1
 
-    def events(self) -> list[journal.Event]:
+    def events(self) -> list[Event]:
         """The whole journal."""
         return journal.read(self.journal)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autoglm_resume.errors import WorldSizeMismatch
-from autoglm_resume.failures import Kind
+from autoglm_resume.failures import TRAITS, Kind
 from autoglm_resume.supervise.core import code_location, patterns
 from autoglm_resume.supervise.core.evidence import (
     ErrorRecord,
@@ -115,13 +115,9 @@ def _is_final(refusal: Refusal) -> bool:
     return refusal.kind == WorldSizeMismatch.__name__
 
 
-_OPEN = (Kind.CRASHED, Kind.EXITED, Kind.EXCEPTION, Kind.COMMUNICATION, Kind.GPU_FAULT, Kind.HANG)
-"""Classes that a broken GPU can look like."""
-
-
 def _by_hardware(failure: Failure, roots: Sequence[RankEvidence], machine: Machine) -> Failure:
     """The same, if a GPU broke at the time: that then is the cause."""
-    if failure.kind not in _OPEN:
+    if not TRAITS[failure.kind].like_gpu:
         return failure
     pids, said = {rank.pid for rank in roots}, []
     for line in machine.kernel or ():
@@ -199,12 +195,9 @@ def _place(root: RankEvidence, error: ErrorRecord | None, trace: str) -> str:
     return f"{how} {where(root.beat)}"
 
 
-_DETERMINISTIC = (Kind.EXCEPTION, Kind.CRASHED, Kind.EXITED)
-
-
 def _repeated(failure: Failure, previous: Failure | Previous | None) -> Failure:
     """The same, as the code's error, if it did just this before and came no further since."""
-    if previous is None or not failure.place or failure.kind not in _DETERMINISTIC:
+    if previous is None or not failure.place or not TRAITS[failure.kind].of_code:
         return failure
     if failure.place != previous.place or failure.step > previous.step:
         return failure

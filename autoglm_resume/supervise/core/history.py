@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
+from autoglm_resume import events
 from autoglm_resume.checkpoint.format.ids import Branch
 from autoglm_resume.checkpoint.format.structure import Structure, combined
 from autoglm_resume.errors import CheckpointError
-from autoglm_resume.failures import Kind
-from autoglm_resume.journal import Event
+from autoglm_resume.events import Event
+from autoglm_resume.failures import Kind, known
 from autoglm_resume.protocol.silences import Counts, merged
 from autoglm_resume.supervise.core.diagnosis import Previous
 from autoglm_resume.supervise.core.policy import Ended
@@ -90,130 +90,134 @@ class History:
     excluded: tuple[Exclusion, ...] = ()
     """Since the run was last given up."""
     pending: Pending | None = None
+    started_from: int = 0
+    """Step that the newest attempt began with."""
+    began: float = 0.0
+    """When, in Unix seconds."""
 
 
-def recall(events: Iterable[Event]) -> History:
+def recall(journal: Iterable[Event]) -> History:
     """Read a journal, oldest event first; what is missing or unknown is passed over."""
-    run_id: str | None = None
-    attempts = checkpointed = started_from = 0
-    finished = False
-    ended: list[Ended] = []
-    reported: dict[int, Model] = {}
-    imports: list[str] = []
-    objects: dict[str, str] | None = None
-    branches: list[Branch] = []
-    failures, trained, began = 0, 0.0, 0.0
-    replicated: dict[str, tuple[str, ...]] = {}
-    silences: Silences = {}
-    previous: Previous | None = None
-    excluded: list[Exclusion] = []
-    pending: Pending | None = None
-    for event in events:
-        # A line of another version, or one that was damaged, must not lose the rest.
-        with contextlib.suppress(KeyError, TypeError, ValueError, CheckpointError):
-            match event["event"]:
-                case "run_started":
-                    run_id = event["run_id"]
-                case "attempt_started":
-                    attempts = max(attempts, int(event["attempt"]) + 1)
-                    started_from, began = int(event["step"]), float(event["time"])
-                    pending = None
-                case "attempt_ended":
-                    trained += max(0.0, float(event["time"]) - began)
-                case "gaps":
-                    silences = added(silences, event["silences"])
-                case "model":
-                    structure = event["model"] and Structure.from_json(event["model"])
-                    reported[int(event["rank"])] = Model(event["hash"], structure or None)
-                case "imports":
-                    imports += [name for name in event["modules"] if name not in imports]
-                case "branched":
-                    branches.append(Branch(int(event["step"]), int(event["attempt"])))
-                    checkpointed, finished = int(event["step"]), False
-                    pending = pending and replace(pending, done=True)
-                    if event.get("reason") is None:  # a person asked for it: what failed is past
-                        ended.clear()
-                        previous = None
-                case "committed":
-                    if int(event["step"]) >= checkpointed:
-                        checkpointed, objects = int(event["step"]), event["objects"]
-                case "failure":
-                    failures += 1
-                    ended.append(_ended(event, started_from, checkpointed))
-                    previous = Previous(ended[-1].place, ended[-1].furthest)
-                case "decision":
-                    pending = _pending(event)
-                    ended[-1:] = [replace(last, action=event["action"]) for last in ended[-1:]]
-                case "excluded":
-                    gpu, host = event.get("gpu"), str(event["host"])
-                    excluded.append(Exclusion(host, int(event["rank"]), gpu))
-                    pending = pending and replace(pending, done=True)
-                case "run_interrupted":
-                    pending = None  # whoever starts it again wants it to go on at once
-                case "replicated":
-                    target = str(event["replica"])
-                    replicated[target] = (*replicated.get(target, ()), str(event["id"]))
-                case "run_failed":
-                    previous = None
-                    ended.clear()
-                    excluded.clear()
-                    pending = None
-                case "run_completed":
-                    finished = True
-    return History(
-        run_id,
-        attempts,
-        finished,
-        tuple(ended),
-        checkpointed,
-        reported,
-        tuple(imports),
-        objects,
-        tuple(branches),
-        failures,
-        trained,
-        replicated,
-        silences,
-        previous,
-        tuple(excluded),
-        pending,
+    past = History()
+    for event in journal:
+        past = _after(event, past)
+    return past
+
+
+def _after(event: Event, past: History) -> History:
+    match event:
+        case events.RunStarted(run_id=run_id):
+            return replace(past, run_id=run_id)
+        case events.AttemptStarted():
+            return _attempt_started(event, past)
+        case events.AttemptEnded(time=ended):
+            return replace(past, trained=past.trained + max(0.0, (ended or 0.0) - past.began))
+        case events.SilencesMeasured(silences=silences):
+            return replace(past, silences=added(past.silences, silences))
+        case events.ModelReported():
+            return _model_reported(event, past)
+        case events.ModulesImported(modules=modules):
+            return replace(past, imports=tuple(dict.fromkeys((*past.imports, *modules))))
+        case events.Committed(step=step, objects=objects) if step >= past.checkpointed:
+            return replace(past, checkpointed=step, objects=dict(objects))
+        case events.Replicated(replica=target, id=id):
+            copies = (*past.replicated.get(target, ()), id)
+            return replace(past, replicated={**past.replicated, target: copies})
+        case events.GroupFailed():
+            return _failed(event, past)
+        case events.DecisionMade():
+            return _decided(event, past)
+        case events.Branched():
+            return _branched(event, past)
+        case events.Excluded(host=host, rank=rank, gpu=gpu):
+            excluded = (*past.excluded, Exclusion(host, rank, gpu))
+            return replace(past, excluded=excluded, pending=_done(past.pending))
+        case events.RunInterrupted():
+            return replace(past, pending=None)  # whoever starts it again wants it to go on at once
+        case events.RunFailed():
+            return replace(past, previous=None, ended=(), excluded=(), pending=None)
+        case events.RunCompleted():
+            return replace(past, finished=True)
+    return past
+
+
+def _attempt_started(event: events.AttemptStarted, past: History) -> History:
+    return replace(
+        past,
+        attempts=max(past.attempts, (event.attempt or 0) + 1),
+        started_from=event.step,
+        began=event.time or 0.0,
+        pending=None,
     )
 
 
-def _ended(event: Event, started_from: int, checkpointed: int) -> Ended:
-    known = {kind.value for kind in Kind}
-    return Ended(
-        started_from,
-        int(event["step"]),
-        checkpointed,
-        event.get("lived"),
-        event.get("refused"),
-        Kind(event["kind"]) if event.get("kind") in known else Kind.UNKNOWN,
-        str(event.get("place") or ""),
-        float(event["time"]),
+def _model_reported(event: events.ModelReported, past: History) -> History:
+    try:
+        structure = Structure.from_json(event.model) if event.model else None
+    except (KeyError, TypeError, ValueError, CheckpointError):
+        return past  # of another version, or damaged: it must not lose the rest
+    model = Model(event.hash, structure)
+    return replace(past, models={**past.models, event.rank or 0: model})
+
+
+def _failed(event: events.GroupFailed, past: History) -> History:
+    ended = Ended(
+        past.started_from,
+        event.step,
+        past.checkpointed,
+        event.lived,
+        event.refused,
+        known(event.kind) or Kind.UNKNOWN,
+        event.place,
+        event.time or 0.0,
+    )
+    return replace(
+        past,
+        failures=past.failures + 1,
+        ended=(*past.ended, ended),
+        previous=Previous(ended.place, ended.furthest),
     )
 
 
-def _pending(event: Event) -> Pending:
-    return Pending(
-        str(event["action"]),
-        float(event["delay"]),
-        str(event["reason"]),
-        float(event["time"]),
-        str(event.get("until") or ""),
-        event.get("before"),
-        int(event.get("rank", -1)),
-        str(event.get("host") or ""),
-        done=not {"before", "rank"} & event.keys(),
+def _decided(event: events.DecisionMade, past: History) -> History:
+    pending = Pending(
+        event.action,
+        event.delay,
+        event.reason,
+        event.time or 0.0,
+        event.until,
+        None if event.before == -1 else event.before,
+        -1 if event.rank is None else event.rank,
+        event.host,
+        done=event.before == -1 and event.rank is None,
     )
+    answered = tuple(replace(last, action=event.action) for last in past.ended[-1:])
+    return replace(past, pending=pending, ended=(*past.ended[:-1], *answered))
 
 
-def added(silences: Silences, more: Mapping[Any, Mapping[Any, Mapping[Any, int]]]) -> Silences:
-    """`silences` and those of another attempt, whose keys may be text as JSON has them."""
+def _branched(event: events.Branched, past: History) -> History:
+    past = replace(
+        past,
+        branches=(*past.branches, Branch(event.step, event.attempt or 0)),
+        checkpointed=event.step,
+        finished=False,
+        pending=_done(past.pending),
+    )
+    if event.reason:
+        return past
+    return replace(past, ended=(), previous=None)  # a person asked for it: what failed is past
+
+
+def _done(pending: Pending | None) -> Pending | None:
+    return pending and replace(pending, done=True)
+
+
+def added(silences: Silences, more: Mapping[int, Mapping[int, Mapping[int, int]]]) -> Silences:
+    """`silences` and those of another attempt."""
     found = dict(silences)
     for rank, phases in more.items():
-        new = {int(p): {int(at): int(n) for at, n in c.items()} for p, c in phases.items()}
-        found[int(rank)] = merged([found.get(int(rank), {}), new])
+        new = {phase: dict(counts) for phase, counts in phases.items()}
+        found[rank] = merged([found.get(rank, {}), new])
     return found
 
 

@@ -20,28 +20,10 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from autoglm_resume.errors import AutoglmError, CheckpointError, DoNotRequeue
-from autoglm_resume.failures import Answer, Kind
+from autoglm_resume.failures import TRAITS, Answer, Kind
 from autoglm_resume.job.units import format_duration
 from autoglm_resume.supervise.core.diagnosis import Failure
 
-HEALED_BY_TIME = frozenset(
-    {
-        *(Kind.KILLED, Kind.CRASHED, Kind.HOST_OOM, Kind.COMMUNICATION, Kind.GPU_FAULT, Kind.HANG),
-        *(Kind.STRAGGLER, Kind.DISK_FULL, Kind.STORAGE, Kind.PORT, Kind.PREEMPTED, Kind.UNKNOWN),
-    }
-)
-"""Worth another try later; of all others the same one again means that it will come again."""
-FREE = frozenset({Kind.PREEMPTED, Kind.STOPPED})
-"""What the run cannot help."""
-NATURAL = {
-    Kind.GPU_FAULT: Answer.SMALLER,
-    Kind.DIVERGED: Answer.ROLL_BACK,
-    Kind.DISK_FULL: Answer.PAUSE,
-    Kind.STORAGE: Answer.PAUSE,
-    Kind.PREEMPTED: Answer.REQUEUE,
-    Kind.STOPPED: Answer.REQUEUE,
-}
-"""Answers where the job does not map the class; every other failure is answered by a restart."""
 FEW = 10
 """Steps within which a failure comes right after the checkpoint that the attempt began with."""
 
@@ -196,21 +178,21 @@ def _bounded(
 ) -> Decision:
     """The answer that is `asked` for, or natural, if it is possible here and worth another try."""
     tally = _tally(history, rules, now)
-    answer = _possible(asked or NATURAL.get(failure.kind, Answer.RESTART), failure, rules)
-    free = failure.kind in FREE
+    traits = TRAITS[failure.kind]
+    answer = _possible(asked or traits.answer, failure, rules)
     if answer is Answer.REQUEUE:
         tried = tally.stuck + tally.requeued
-        if not free and tried >= rules.without_progress:
+        if not traits.free and tried >= rules.without_progress:
             return _hopeless(tried, failure)
         return Requeue(failure.summary)
-    if not free and (over := _overspent(tally, rules)):
+    if not traits.free and (over := _overspent(tally, rules)):
         return GiveUp(f"{over}: {failure.summary}", AutoglmError.exit_code)
     if answer is Answer.SMALLER:
         assert failure.rank is not None  # or it would not be possible
         return Smaller(failure.rank, failure.summary)
-    stuck = tally.idle if free else tally.stuck
+    stuck = tally.idle if traits.free else tally.stuck
     if stuck >= rules.without_progress:
-        heals = failure.kind in HEALED_BY_TIME or tally.alike < rules.without_progress
+        heals = traits.heals or tally.alike < rules.without_progress
         if answer is Answer.ROLL_BACK or not (heals or asked):
             return _hopeless(stuck, failure)
         return _cool_down(stuck, failure, rules)
@@ -273,7 +255,7 @@ def _tally(history: Sequence[Ended], rules: Rules, now: float) -> _Tally:
             tally = replace(tally, spent=0)
         furthest = max(furthest, attempt.furthest)
         checkpointed = max(checkpointed, attempt.checkpointed)
-        if attempt.kind in FREE:
+        if TRAITS[attempt.kind].free:
             tally = replace(tally, preempted=tally.preempted + come_to_nothing)
         elif attempt.action == Answer.REQUEUE.value:
             tally = replace(tally, requeued=tally.requeued + come_to_nothing)
@@ -348,7 +330,7 @@ def _right_after_one_checkpoint(history: Sequence[Ended]) -> bool:
 
 
 def _errors(history: Sequence[Ended]) -> list[Ended]:
-    return [each for each in history if each.refused is None and each.kind not in FREE]
+    return [each for each in history if each.refused is None and not TRAITS[each.kind].free]
 
 
 def _answer_refusal(history: Sequence[Ended], failure: Failure) -> Decision:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from autoglm_resume import events
 from autoglm_resume.errors import Interrupted, RunLocked
-from autoglm_resume.journal import Event
+from autoglm_resume.events import Event
 
 MATTERS = (1, 90, 93, 2)
 """Exit codes that need a person, the most urgent first."""
@@ -20,7 +21,7 @@ class Standing:
     why: str
 
 
-def of(events: Sequence[Event]) -> Standing:
+def of(journal: Sequence[Event]) -> Standing:
     """What the journal of a run that no supervisor has says about going on.
 
     It is left alone if it is finished, if its last supervisor gave it up (exit codes 1, 2, 90 and
@@ -28,30 +29,30 @@ def of(events: Sequence[Event]) -> Standing:
     """
     ended: Event | None = None
     job = None
-    for event in events:
-        match event.get("event"):
-            case "run_completed" | "run_failed" | "run_interrupted":
+    for event in journal:
+        match event:
+            case events.RunCompleted() | events.RunFailed() | events.RunInterrupted():
                 ended = event
-            case "branched":
+            case events.Branched():
                 ended = None
-            case "supervisor_started":
+            case events.SupervisorStarted():
                 job = None
                 # A look at a finished run starts no supervisor, so this one went on with it.
                 ended = None
-            case "slurm":
-                job = event.get("job")
-    how = ended["event"] if ended else None
-    why = str(ended.get("reason", "no reason was recorded")) if ended else ""
-    if ended and how == "run_completed":
-        step = ended.get("step", "?")
-        return Standing(False, "finished" if step == -1 else f"finished at step {step}")
-    if ended and how == "run_failed":
-        return Standing(False, f"left alone, exit code {ended.get('code', '?')}: {why}")
+            case events.Slurm():
+                job = event.job
+    match ended:
+        case events.RunCompleted(step=step):
+            at = "" if step == -1 else f" at step {'?' if step is None else step}"
+            return Standing(False, f"finished{at}")
+        case events.RunFailed(code=code, reason=reason):
+            why = reason or "no reason was recorded"
+            return Standing(False, f"left alone, exit code {'?' if code is None else code}: {why}")
     if job is not None:
         return Standing(False, f"left to Slurm; continue it with: scontrol requeue {job}")
-    if ended is not None:
-        return Standing(True, f"interrupted: {why}")
-    return Standing(True, "its supervisor died" if events else "it never began")
+    if isinstance(ended, events.RunInterrupted):
+        return Standing(True, f"interrupted: {ended.reason or 'no reason was recorded'}")
+    return Standing(True, "its supervisor died" if journal else "it never began")
 
 
 def worst(codes: Iterable[int]) -> int:

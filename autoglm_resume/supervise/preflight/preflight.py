@@ -169,10 +169,10 @@ def last_written(path: Path) -> float | None:
     try:
         with path.open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
-            times = [event.get("time") for event in journal.decode(file.read())]
+            times = [event.time for event in journal.decode(file.read())]
     except OSError:
         return None
-    return next((float(at) for at in reversed(times) if isinstance(at, int | float)), None)
+    return next((at for at in reversed(times) if at is not None), None)
 
 
 def shared_memory() -> int | None:

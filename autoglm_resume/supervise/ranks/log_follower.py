@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from autoglm_resume.journal import Event, decode
+from autoglm_resume.events import Event
+from autoglm_resume.journal import decode
 from autoglm_resume.linux import DirectoryWatch
 from autoglm_resume.supervise.base.event_loop import EventLoop
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from autoglm_resume import events
 from autoglm_resume.errors import Interrupted
-from autoglm_resume.journal import Event
+from autoglm_resume.events import Event
 from autoglm_resume.protocol.heartbeats import Beat
 from autoglm_resume.supervise.core.evidence import Refusal
 
@@ -42,26 +43,22 @@ class Observed:
 
     def hear(self, rank: int, event: Event) -> bool:
         """Remember what a rank or its saver said; whether it concerns others too."""
-        match event["event"]:
-            case "rank_ended":
-                if event["code"] not in WELL:
+        match event:
+            case events.RankEnded(code=code, mono=at):
+                if code not in WELL and at is not None:
                     # Its process takes up to a second to end; nobody has to wait for that.
-                    self.failed(event["mono"])
+                    self.failed(at)
                 return False
-            case "steps":
-                self.total = event["total"]
+            case events.StepsPlanned(total=total):
+                self.total = total
                 return False
-            case "saved":
-                self.last_saved = max(self.last_saved, event["began"])
-            case "restored" if not event["sealed"]:
-                self.checkpointed = max(self.checkpointed, event["step"])
-            case "refused":
-                self.refusals[rank] = Refusal(
-                    f"{event['id']} in memory" if event["sealed"] else event["id"],
-                    event["step"],
-                    event["kind"],
-                    event["reason"],
-                )
-            case "committed":
-                self.checkpointed = max(self.checkpointed, event["step"])
+            case events.PartSaved(began=began):
+                self.last_saved = max(self.last_saved, began or 0.0)
+            case events.StateRestored(sealed=False, step=step):
+                self.checkpointed = max(self.checkpointed, step or 0)
+            case events.Refused(id=id, step=step, sealed=sealed, kind=kind, reason=reason):
+                of = f"{id} in memory" if sealed else id
+                self.refusals[rank] = Refusal(of, step, kind, reason)
+            case events.Committed(step=step):
+                self.checkpointed = max(self.checkpointed, step)
         return True

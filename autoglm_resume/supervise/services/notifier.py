@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from autoglm_resume import events
+from autoglm_resume.events import Event
 from autoglm_resume.job.spec import Job
-from autoglm_resume.journal import Event
 from autoglm_resume.protocol.assignment import RUN
 from autoglm_resume.supervise.base import spawn
 from autoglm_resume.supervise.base.event_loop import EventLoop
@@ -23,16 +24,15 @@ MESSAGE = 4096
 STARTS = 5
 """Times the process is started before nobody is told any more."""
 
-_TOLD = frozenset(
-    {
-        *("supervisor_started", "attempt_started", "first_step", "committed", "failure"),
-        *("decision", "straggler", "run_completed", "run_interrupted", "run_failed"),
-    }
+_TOLD = (
+    *(events.SupervisorStarted, events.AttemptStarted, events.FirstStep, events.Committed),
+    *(events.GroupFailed, events.DecisionMade, events.Straggler),
+    *(events.RunCompleted, events.RunInterrupted, events.RunFailed),
 )
 _FIELDS = frozenset(
     {
-        *("event", "time", "attempt", "step", "rank", "root_rank", "kind", "summary", "place"),
-        *("action", "delay", "reason", "code", "ratio", "seconds", "resumed"),
+        *("event", "time", "attempt", "id", "step", "rank", "root_rank", "kind", "summary"),
+        *("place", "action", "delay", "reason", "code", "ratio", "seconds", "resumed"),
     }
 )
 
@@ -75,11 +75,13 @@ class Notifier:
         if self._targets:
             self._start()
 
-    def event(self, record: Event) -> None:
+    def event(self, event: Event) -> None:
         """Pass it on, if it is one that people may want to be told of."""
-        name = record["event"]
-        if not self._starts or name not in _TOLD or (name == "first_step" and record["rank"] != 0):
+        if not self._starts or not isinstance(event, _TOLD):
             return
+        if isinstance(event, events.FirstStep) and event.rank != 0:
+            return
+        record = events.to_record(event)
         if self._socket is None:
             self._start()
         self._send({"event": _short(record, 600)}, {"event": _short(record, 60)})
@@ -148,7 +150,7 @@ class Notifier:
             process.wait()
 
 
-def _short(record: Event, longest: int) -> Event:
+def _short(record: dict[str, Any], longest: int) -> dict[str, Any]:
     """What messages need of an event; texts no longer than `longest`."""
     return {
         key: value[:longest] if isinstance(value, str) else value

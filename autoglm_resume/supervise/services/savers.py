@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
+from autoglm_resume import events
 from autoglm_resume.checkpoint.format.ids import step_of
 from autoglm_resume.checkpoint.format.part import part_file
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.in_memory import Sealed
-from autoglm_resume.journal import Event
+from autoglm_resume.events import Event
 from autoglm_resume.protocol import saver_messages
 from autoglm_resume.protocol.saver_messages import Closed, Message
 from autoglm_resume.supervise.base import spawn
@@ -177,7 +178,7 @@ class Savers:
             while found := saver_messages.receive(link, wait=False):
                 message = found[0]
                 if message["op"] == "said":
-                    self._hear(rank, message["event"])
+                    self._hear(rank, events.read(message["event"]))
                 # The answer to an earlier question may come late.
                 elif message["question"] == self._questions:
                     self._replies[rank] = message

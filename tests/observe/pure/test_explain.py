@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autoglm_resume import events
+from autoglm_resume.events import Event
 from autoglm_resume.failures import Kind
-from autoglm_resume.journal import Event, decode, encode
+from autoglm_resume.journal import decode, encode
 from autoglm_resume.observe.pure.explain import Story, explain, frames, line_of, state
 from autoglm_resume.observe.pure.say import concluded
 from tests.observe.runs import Script, killed_once
@@ -35,7 +37,7 @@ def only(run: Script) -> Story:
 
 def test_a_killed_rank_is_told_from_its_death_to_the_next_step() -> None:
     run = killed_once()
-    run.events[1]["host"] = "node-7"
+    run.events[1] = run.events[1].but(host="node-7")
     first, second = explain(run.events).stories
     text = told(first)
     assert first.title == "attempt 0, from step 0: failed at step 6 after 6.60 s"
@@ -58,7 +60,7 @@ def test_a_traceback_points_to_the_users_own_line() -> None:
 
 def test_an_exception_that_is_none_of_the_users_points_to_its_innermost_line() -> None:
     lines = TRACEBACK.replace("/home/u/", "/v/site-packages/")
-    found = line_of({"event": "failure", "traceback": lines})
+    found = line_of(events.GroupFailed(traceback=lines))
     assert found
     assert found.place.endswith("_tensor.py:5 in backward")
 
@@ -79,8 +81,8 @@ def test_without_a_traceback_the_last_line_of_the_log_is_shown() -> None:
 
 
 def test_a_place_that_is_no_line_is_not_shown_as_one() -> None:
-    assert line_of({"event": "failure", "place": "SIGKILL at step 20, in backward"}) is None
-    found = line_of({"event": "failure", "place": "train.py:31 in step"})
+    assert line_of(events.GroupFailed(place="SIGKILL at step 20, in backward")) is None
+    found = line_of(events.GroupFailed(place="train.py:31 in step"))
     assert found
     assert found.place == "train.py:31 in step"
 
@@ -208,7 +210,8 @@ def test_a_torn_traceback_has_the_frames_that_are_there() -> None:
 
 WHOLE = killed_once().events + decided("give_up", reason="r").events
 JUNK = (None, True, -1, 3, 2.5, float("nan"), float("inf"), "", "text", [], [None], {}, {"a": 1})
-KEYS = sorted({key for event in WHOLE for key in event})
+LINES = [events.to_record(event) for event in WHOLE]
+KEYS = sorted({key for line in LINES for key in line})
 
 
 @st.composite
@@ -216,18 +219,18 @@ def damaged(draw: st.DrawFn) -> list[Event]:
     """A journal that lost lines and keys, or has values of another version."""
     places = st.integers(0, len(WHOLE) - 1)
     lost = draw(st.sets(places, max_size=12))
-    events = [dict(event) for event in WHOLE]
+    lines = [dict(line) for line in LINES]
     for n, key in draw(st.lists(st.tuples(places, st.sampled_from(KEYS)), max_size=12)):
         value = draw(st.sampled_from(JUNK))
         if key == "event":
             value = str(value)
-        events[n][key] = value
-    return [event for n, event in enumerate(events) if n not in lost]
+        lines[n][key] = value
+    return [events.read(line) for n, line in enumerate(lines) if n not in lost]
 
 
 @given(damaged(), st.booleans())
-def test_a_damaged_journal_is_told_as_far_as_it_goes(events: list[Event], alive: bool) -> None:
-    explained = explain(events, alive=alive)
+def test_a_damaged_journal_is_told_as_far_as_it_goes(told: list[Event], alive: bool) -> None:
+    explained = explain(told, alive=alive)
     assert explained.now
     for story in explained.stories:
         assert story.title

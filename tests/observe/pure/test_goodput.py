@@ -4,9 +4,10 @@ import random
 
 import pytest
 
-from autoglm_resume.journal import Event
+from autoglm_resume import events
+from autoglm_resume.events import Event
 from autoglm_resume.observe.pure.goodput import summarize
-from tests.observe.runs import Script, killed_once
+from tests.observe.runs import WALL, Script, killed_once
 
 
 def training() -> Script:
@@ -45,10 +46,10 @@ def test_steps_that_a_later_attempt_had_to_repeat_are_not_kept() -> None:
 
 @pytest.mark.parametrize("jump", [-1e6, 1e6])
 def test_a_wall_clock_that_jumps_changes_nothing(jump: float) -> None:
-    events = killed_once().events
-    before = summarize(events)
-    half = len(events) // 2
-    jumped = [{**e, "time": e["time"] + (jump if i > half else 0)} for i, e in enumerate(events)]
+    told = killed_once().events
+    before = summarize(told)
+    half = len(told) // 2
+    jumped = [e.but(time=WALL + (e.mono or 0.0) + jump * (i > half)) for i, e in enumerate(told)]
     assert summarize(jumped).goodput == before.goodput
 
 
@@ -113,13 +114,14 @@ def test_states_follow_the_journal() -> None:
 
 
 def test_a_script_that_reports_no_steps_trains_once_its_ranks_run_and_has_no_goodput() -> None:
-    run = Script().life().both("rank_started", attempt=0).say("attempt_started", attempt=0, step=0)
+    run = Script().life().both("rank_started", pid=1, attempt=0)
+    run.say("attempt_started", attempt=0, step=0)
     summary = summarize(run.events, alive=True, now=9.0)
     assert (summary.state, summary.kept, summary.goodput) == ("training", None, None)
     assert summary.step is None
     run.say("attempt_ended", attempt=0, outcome="completed", step=-1).say("run_completed", step=-1)
     assert (summarize(run.events).state, summarize(run.events).step) == ("finished", None)
-    run.events[-1] = {**run.events[-1], "event": "run_failed", "code": 1}
+    run.events[-1] = events.RunFailed(code=1, mono=run.now)
     failed = summarize(run.events)
     assert (failed.state, failed.step, failed.kept, failed.goodput) == ("failed", None, None, None)
 
@@ -144,19 +146,22 @@ def torn(event: Event, generator: random.Random) -> Event:
     """`event`, perhaps without one of its fields, or with one of another type."""
     if generator.random() < 0.8:
         return event
-    key = generator.choice(sorted(set(event) - {"event"}))
-    rest = {k: v for k, v in event.items() if k != key}
-    return rest if generator.random() < 0.5 else {**rest, key: generator.choice([None, "x", [1]])}
+    line = events.to_record(event)
+    key = generator.choice(sorted(set(line) - {"event"}))
+    del line[key]
+    if generator.random() < 0.5:
+        line[key] = generator.choice([None, "x", [1]])
+    return events.read(line)
 
 
 def test_no_journal_makes_it_fail_and_goodput_stays_between_0_and_1() -> None:
     generator = random.Random(7)
     original = killed_once().events
     for _ in range(300):
-        events = [torn(e, generator) for e in original if generator.random() > 0.3]
+        told = [torn(e, generator) for e in original if generator.random() > 0.3]
         if generator.random() < 0.3:
-            generator.shuffle(events)
-        summary = summarize(events, alive=generator.random() < 0.5, now=generator.uniform(0, 40))
+            generator.shuffle(told)
+        summary = summarize(told, alive=generator.random() < 0.5, now=generator.uniform(0, 40))
         assert summary.goodput is None or 0.0 <= summary.goodput <= 1.0
         assert summary.elapsed >= 0
         assert all(took >= 0 for r in summary.recoveries for _, took in r.phases)

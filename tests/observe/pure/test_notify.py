@@ -4,16 +4,17 @@ from typing import Any
 
 import pytest
 
-from autoglm_resume.journal import Event
+from autoglm_resume import events
+from autoglm_resume.events import Event
 from autoglm_resume.observe.pure.notify import Context, Message, after, died, message
 from tests.observe.runs import Script, killed_once
 
 RUN = Context("/runs/demo", "demo", "r1", "node-7")
 
 
-def told(events: list[Event]) -> tuple[list[Message], Context]:
+def told(journal: list[Event]) -> tuple[list[Message], Context]:
     messages, context = [], RUN
-    for event in events:
+    for event in journal:
         found = message(event, context)
         messages += [found] if found else []
         context = after(event, context)
@@ -38,10 +39,11 @@ def test_a_death_a_recovery_and_the_end_are_told() -> None:
 
 
 def test_of_a_script_that_counts_no_steps_none_is_told() -> None:
-    run = Script().life().both("rank_started", attempt=0).say("attempt_started", attempt=0, step=0)
+    run = Script().life().both("rank_started", pid=1, attempt=0)
+    run.say("attempt_started", attempt=0, step=0)
     messages, context = told(run.fails(0, -1, summary="rank 1 exited with 3").events)
     assert messages[0].body["text"] == "demo on node-7: rank 1 exited with 3"
-    completed = message({"event": "run_completed", "step": -1, "seconds": 3.0}, context)
+    completed = message(events.RunCompleted(step=-1, seconds=3.0), context)
     assert completed
     assert completed.body["text"] == "demo on node-7: run completed in 3.00 s"
     assert completed.body["step"] is None
@@ -81,7 +83,7 @@ def test_a_recovery_counts_from_the_first_of_several_failures() -> None:
     ],
 )
 def test_each_occasion_is_one_sentence_and_figures(event: Event, on: str, text: str) -> None:
-    found = message(event, RUN)
+    found = message(events.read(event), RUN)
     assert found
     assert (found.on, found.body["text"]) == (on, text)
     assert found.body["event"] == on
@@ -89,11 +91,11 @@ def test_each_occasion_is_one_sentence_and_figures(event: Event, on: str, text: 
 
 @pytest.mark.parametrize("name", ["committed", "gate", "warning", "of another version"])
 def test_what_changes_no_state_is_not_told(name: str) -> None:
-    assert message({"event": name}, RUN) is None
+    assert message(events.read({"event": name}), RUN) is None
 
 
 def test_a_restart_is_no_message_of_its_own() -> None:
-    assert message({"event": "decision", "action": "restart", "reason": "r"}, RUN) is None
+    assert message(events.DecisionMade(action="restart", reason="r"), RUN) is None
 
 
 def test_a_supervisor_that_is_gone_is_told_with_where_it_goes_on() -> None:

@@ -5,9 +5,15 @@ from typing import Any
 
 import pytest
 
+from autoglm_resume import events
 from autoglm_resume.observe.pure import say
-from autoglm_resume.observe.pure.say import sentence
 from tests.observe.runs import killed_once, verdict
+
+
+def sentence(line: dict[str, Any]) -> str | None:
+    """Of a line of a journal."""
+    return say.sentence(events.read(line))
+
 
 DIGEST = "blake3:" + "ab" * 32
 
@@ -32,8 +38,8 @@ def test_a_gate_that_takes_nothing_says_so() -> None:
 
 
 def test_both_values_of_a_failed_check_are_shown() -> None:
-    found = {"name": "world size", "ok": False, "expected": "2", "found": "4", "detail": ""}
-    assert say.check(found) == "world size: expected 2, found 4"
+    made = events.CheckMade(name="world size", ok=False, expected="2", found="4")
+    assert say.check(made) == "world size: expected 2, found 4"
 
 
 def test_a_job_of_slurm_is_named_with_its_node_and_how_often_it_came_back() -> None:
@@ -147,14 +153,15 @@ def test_unknown_events_are_ignored() -> None:
     assert sentence({"event": "of_the_future", "mono": "?"}) is None
 
 
-@pytest.mark.parametrize("name", sorted(say._SAY))
+@pytest.mark.parametrize("name", sorted(events.TABLE))
 def test_missing_fields_are_tolerated(name: str) -> None:
     sentence({"event": name})
 
 
 def test_every_event_of_a_run_survives_a_round_trip() -> None:
     for event in killed_once().events:
-        assert sentence(json.loads(json.dumps(event))) == sentence(event)
+        line = json.loads(json.dumps(events.to_record(event)))
+        assert sentence(line) == say.sentence(event)
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,23 @@ from pathlib import Path
 
 import pytest
 
+from autoglm_resume.events import Event, FirstStep, OfRank, WarningGiven
 from autoglm_resume.journal import Journal, decode, encode, read, stamped
 from autoglm_resume.worker.event_log import EventLog
 
 
+def note(n: int, more: str = "") -> Event:
+    """An event with a number."""
+    return stamped(WarningGiven(text=f"{n} {more}"))
+
+
+def number(event: Event) -> int:
+    assert isinstance(event, WarningGiven)
+    return int(event.text.partition(" ")[0])
+
+
 def numbers(path: Path) -> list[int]:
-    return [event["n"] for event in read(path)]
+    return list(map(number, read(path)))
 
 
 def fill(path: Path) -> None:
@@ -33,40 +44,40 @@ def test_what_is_appended_is_read_in_order(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     journal = Journal(path)
     for n in range(3):
-        event = stamped("x", {"n": n, "path": tmp_path})
+        event = note(n)
         assert journal.append(event) is event
     journal.close()
     assert numbers(path) == [0, 1, 2]
-    assert read(path)[0]["path"] == str(tmp_path)
+    assert read(path)[-1] == event
     assert read(tmp_path / "none") == []
 
 
 def test_a_torn_last_line_is_isolated(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
-    torn = encode(stamped("x", {"n": 1}))
-    path.write_bytes(encode(stamped("x", {"n": 0})) + torn[: len(torn) // 2])
+    torn = encode(note(1))
+    path.write_bytes(encode(note(0)) + torn[: len(torn) // 2])
     journal = Journal(path)
-    journal.append(stamped("x", {"n": 2}))
+    journal.append(note(2))
     journal.close()
     assert numbers(path) == [0, 2]
     journal = Journal(path)
-    journal.append(stamped("x", {"n": 3}))
+    journal.append(note(3))
     journal.close()
     assert numbers(path) == [0, 2, 3]
     assert path.read_bytes().count(b"\n\n") == 0
 
 
 def test_no_prefix_of_a_journal_makes_a_reader_raise(tmp_path: Path) -> None:
-    data = b"".join(encode(stamped("x", {"n": n, "s": "\N{SNOWMAN}\r\u2028"})) for n in range(3))
+    data = b"".join(encode(note(n, "\N{SNOWMAN}\r\u2028")) for n in range(3))
     for end in range(len(data)):
         events = list(decode(data[:end]))
-        assert [event["n"] for event in events] == list(range(len(events)))
-    assert [event["n"] for event in decode(data)] == [0, 1, 2]
+        assert list(map(number, events)) == list(range(len(events)))
+    assert list(map(number, decode(data))) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("line", [b"[" * 100_000, b"{}", b"1", b'{"event": 1}', b"\xff", b""])
 def test_foreign_lines_are_skipped(line: bytes) -> None:
-    assert [e["n"] for e in decode(line + b"\n" + encode(stamped("x", {"n": 5})))] == [5]
+    assert list(map(number, decode(line + b"\n" + encode(note(5))))) == [5]
 
 
 def test_a_full_disk_neither_stops_the_writer_nor_loses_order(
@@ -75,17 +86,17 @@ def test_a_full_disk_neither_stops_the_writer_nor_loses_order(
     disk = small_disk(64)
     path, ballast = disk / "events.jsonl", disk / "ballast"
     journal = Journal(path)
-    journal.append(stamped("x", {"n": 0}))
+    journal.append(note(0))
     assert not journal.behind
     fill(ballast)
     for n in range(1, 200):
-        journal.append(stamped("x", {"n": n}))
+        journal.append(note(n))
     assert journal.behind
     written = len(numbers(path))
     assert written < 200
     assert numbers(path) == list(range(written)), "what is there is whole and in order"
     ballast.unlink()
-    journal.append(stamped("x", {"n": 200}))
+    journal.append(note(200))
     assert not journal.behind
     assert numbers(path) == list(range(201))
     journal.close()
@@ -99,7 +110,7 @@ def test_lines_that_wait_for_room_go_out_when_the_journal_is_closed(
     journal = Journal(path)
     fill(ballast)
     for n in range(100):
-        journal.append(stamped("x", {"n": n}))
+        journal.append(note(n))
     ballast.unlink()
     journal.close()
     assert numbers(path) == list(range(100))
@@ -109,12 +120,12 @@ def test_a_ranks_event_after_a_full_disk_is_not_lost(small_disk: Callable[[int],
     disk = small_disk(64)
     path, ballast = disk / "rank-0.events.jsonl", disk / "ballast"
     events = EventLog(path, 0)
-    events.emit("x", n=0, text="." * 4000)
+    events.emit(WarningGiven(text="." * 4000))
     fill(ballast)
-    events.emit("x", n=1, text="." * 4000)
+    events.emit(WarningGiven(text="." * 4000))
     ballast.unlink()
-    events.emit("committed", n=2)
-    assert [event["event"] for event in read(path)] == ["x", "committed"]
+    events.emit(FirstStep(step=2))
+    assert [event.event for event in read(path)] == ["warning", "first_step"]
 
 
 def test_events_of_ranks_go_out_at_once_and_whole(tmp_path: Path) -> None:
@@ -125,7 +136,7 @@ def test_events_of_ranks_go_out_at_once_and_whole(tmp_path: Path) -> None:
         if pid == 0:
             events = EventLog(path, rank)
             for n in range(200):
-                events.emit("x", n=n, text="." * rank * 200)
+                events.emit(WarningGiven(text=f"{n} " + "." * rank * 200))
             os.kill(os.getpid(), signal.SIGKILL)
         children.append(pid)
     for pid in children:
@@ -133,8 +144,9 @@ def test_events_of_ranks_go_out_at_once_and_whole(tmp_path: Path) -> None:
     found = read(path)
     assert len(found) == 800
     for rank in range(4):
-        assert [event["n"] for event in found if event["rank"] == rank] == list(range(200))
+        own = [event for event in found if isinstance(event, OfRank) and event.rank == rank]
+        assert list(map(number, own)) == list(range(200))
 
 
 def test_events_without_a_file_go_nowhere() -> None:
-    EventLog(None, 0).emit("x")
+    EventLog(None, 0).emit(FirstStep(step=2))

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from autoglm_resume import journal
+from autoglm_resume import events, journal
 from autoglm_resume.checkpoint.format.structure import Structure, combined
+from autoglm_resume.events import Event
 from autoglm_resume.failures import Kind
 from autoglm_resume.supervise.core.diagnosis import Previous
 from autoglm_resume.supervise.core.history import (
@@ -23,8 +24,8 @@ MODEL = Structure.of([("w", "float32", (2, 3))])
 OTHER = Structure.of([("w", "float32", (2, 4))])
 
 
-def event(name: str, **fields: Any) -> journal.Event:
-    return {"event": name, "time": 1000.0, **fields}
+def event(name: str, **fields: Any) -> Event:
+    return events.read({"event": name, "time": 1000.0, **fields})
 
 
 def test_an_empty_journal_is_a_run_that_was_never_started() -> None:
@@ -131,7 +132,7 @@ def test_a_wait_that_was_cut_short_is_pending_until_somebody_starts_or_stops_the
     ],
 )
 def test_what_was_decided_and_not_carried_out_is_known(
-    decided: dict[str, Any], carried_out: journal.Event
+    decided: dict[str, Any], carried_out: Event
 ) -> None:
     decision = event("decision", delay=0.5, reason="x", **decided)
     pending = recall([event("failure", step=3), decision]).pending
@@ -219,9 +220,9 @@ def test_unknown_events_and_torn_lines_are_passed_over(tmp_path: Path) -> None:
         event("committed", step="ten", objects={}),
         event("model", rank=0, hash="x", model=[1]),
     ],
-    ids=lambda e: "-".join(map(str, e.values())),
+    ids=repr,
 )
-def test_an_event_without_its_fields_does_not_stop_a_resume(partial: journal.Event) -> None:
+def test_an_event_without_its_fields_does_not_stop_a_resume(partial: Event) -> None:
     whole = [event("run_started", run_id="a"), event("attempt_started", attempt=2, step=0)]
     past = recall([whole[0], partial, whole[1]])
     assert (past.run_id, past.attempts) == ("a", 3)

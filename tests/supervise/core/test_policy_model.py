@@ -15,8 +15,9 @@ from hypothesis.stateful import (
     rule,
 )
 
-from autoglm_resume.failures import Answer, Kind
-from autoglm_resume.journal import Event
+from autoglm_resume import events
+from autoglm_resume.events import Event
+from autoglm_resume.failures import TRAITS, Answer, Kind
 from autoglm_resume.supervise.core import policy
 from autoglm_resume.supervise.core.diagnosis import Failure
 from autoglm_resume.supervise.core.history import recall
@@ -33,7 +34,9 @@ from autoglm_resume.supervise.core.policy import (
 
 IDS = ("step-0000000010.a0", "step-0000000020.a0", "step-0000000030.a0")
 PLACES = ("", "train.py:3 in f", "train.py:9 in g")
-ERRORS = [kind for kind in Kind if kind not in policy.FREE and kind is not Kind.REFUSED]
+FREE = {kind for kind in Kind if TRAITS[kind].free}
+HEALED_BY_TIME = [kind for kind in Kind if TRAITS[kind].heals]
+ERRORS = [kind for kind in Kind if kind not in FREE and kind is not Kind.REFUSED]
 RANKS = 4
 
 rules = st.builds(
@@ -77,7 +80,7 @@ class Run(RuleBasedStateMachine):
         """Seconds without progress."""
 
     def tell(self, event: str, **fields: Any) -> None:
-        self.journal.append({"event": event, "time": self.now, **fields})
+        self.journal.append(events.read({"event": event, "time": self.now, **fields}))
 
     @property
     def at(self) -> int:
@@ -122,7 +125,7 @@ class Run(RuleBasedStateMachine):
         return decision
 
     def count(self, failure: Failure, step: int) -> None:
-        taken = failure.kind in policy.FREE and self.rules.scheduler
+        taken = failure.kind in FREE and self.rules.scheduler
         if step > self.furthest:
             self.idle, self.waited = 0, 0.0
         elif not taken:
@@ -171,7 +174,7 @@ class Run(RuleBasedStateMachine):
 
     @precondition(lambda self: not self.over)
     @rule(
-        kinds=st.lists(st.sampled_from([*ERRORS, *policy.FREE]), min_size=1, max_size=3),
+        kinds=st.lists(st.sampled_from([*ERRORS, *sorted(FREE, key=str)]), min_size=1, max_size=3),
         place=st.sampled_from(PLACES),
         ran=st.integers(0, 1),
     )
@@ -181,11 +184,11 @@ class Run(RuleBasedStateMachine):
             if not self.over:
                 self.fail(Failure(kind, 0, "rank 0 died", 1, code=1, place=place), ran, False)
                 self.ends()
-        taken = self.rules.scheduler and set(kinds) <= policy.FREE
+        taken = self.rules.scheduler and set(kinds) <= FREE
         assert self.over or taken, "only a scheduler may go on for ever"
 
     @precondition(lambda self: not self.over)
-    @rule(kind=st.sampled_from(sorted(policy.HEALED_BY_TIME, key=str)), times=st.integers(1, 20))
+    @rule(kind=st.sampled_from(HEALED_BY_TIME), times=st.integers(1, 20))
     def saves_before_each_death(self, kind: Kind, times: int) -> None:
         """Progress always refills; only the window may end this, and no restarts at all."""
         for _ in range(times):

@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 
+from autoglm_resume import events
 from autoglm_resume.supervise.core import resumable
 
 STARTED = {"event": "supervisor_started"}
 SLURM = {"event": "slurm", "job": "12_3"}
+BRANCHED = {"event": "branched", "step": 10}
 COMPLETED = {"event": "run_completed", "step": 40}
 INTERRUPTED = {"event": "run_interrupted", "code": 75, "reason": "stopped"}
 
@@ -17,7 +19,7 @@ def failed(code: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("events", "goes_on", "why"),
+    ("told", "goes_on", "why"),
     [
         ([], True, "it never began"),
         ([STARTED], True, "its supervisor died"),
@@ -28,7 +30,7 @@ def failed(code: int) -> dict[str, Any]:
         ([STARTED, failed(90), STARTED], True, "its supervisor died"),
         ([STARTED, COMPLETED], False, "finished at step 40"),
         ([STARTED, {**COMPLETED, "step": -1}], False, "finished"),
-        ([STARTED, COMPLETED, STARTED, {"event": "branched"}], True, "its supervisor died"),
+        ([STARTED, COMPLETED, STARTED, BRANCHED], True, "its supervisor died"),
         ([STARTED, SLURM], False, "left to Slurm; continue it with: scontrol requeue 12_3"),
         ([STARTED, SLURM, COMPLETED], False, "finished at step 40"),
         ([STARTED, SLURM, INTERRUPTED, STARTED], True, "its supervisor died"),
@@ -39,8 +41,8 @@ def failed(code: int) -> dict[str, Any]:
         ),
     ],
 )
-def test_what_goes_on_by_itself(events: list[dict[str, Any]], goes_on: bool, why: str) -> None:
-    assert resumable.of(events) == resumable.Standing(goes_on, why)
+def test_what_goes_on_by_itself(told: list[dict[str, Any]], goes_on: bool, why: str) -> None:
+    assert resumable.of(list(map(events.read, told))) == resumable.Standing(goes_on, why)
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from autoglm_resume.events import PartSaved, WarningGiven
 from autoglm_resume.journal import encode, stamped
 from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.ranks.log_follower import AT_ONCE, LONGEST_LINE, LogFollower
 from tests.patience import soon
+
+SAVED = stamped(PartSaved(step=5))
 
 
 class Heard:
@@ -24,7 +27,7 @@ class Heard:
             loop,
             directory,
             lambda rank, text: self.lines.append((rank, text)),
-            lambda rank, event: self.events.append((rank, event["event"])),
+            lambda rank, event: self.events.append((rank, event.event)),
         )
 
 
@@ -43,7 +46,7 @@ def test_lines_and_events_come_as_they_are_written(
 ) -> None:
     append(tmp_path / "rank-12.log", b"hello\n")
     assert loop.wait(lambda: len(heard.lines) == 1, soon())
-    append(tmp_path / "rank-0.events.jsonl", encode(stamped("saved", {})))
+    append(tmp_path / "rank-0.events.jsonl", encode(SAVED))
     assert loop.wait(lambda: len(heard.events) == 1, soon())
     append(tmp_path / "rank-12.log", b"again\r\n")
     assert loop.wait(lambda: len(heard.lines) == 2, soon())
@@ -56,7 +59,7 @@ def test_half_a_line_waits_for_its_end_and_the_last_one_is_shown_at_the_end(
     heard: Heard, tmp_path: Path
 ) -> None:
     log, events = tmp_path / "rank-0.log", tmp_path / "rank-0.events.jsonl"
-    line = encode(stamped("saved", {}))
+    line = encode(SAVED)
     append(log, b"one\ntw")
     append(events, line[:10])
     heard.follower.drain()
@@ -82,7 +85,7 @@ def test_other_files_are_nobodys_lines(heard: Heard, tmp_path: Path) -> None:
 def test_while_quiet_lines_wait_and_events_come_through(heard: Heard, tmp_path: Path) -> None:
     heard.follower.quiet = True
     append(tmp_path / "rank-0.log", b"one\n")
-    append(tmp_path / "rank-0.events.jsonl", encode(stamped("saved", {})))
+    append(tmp_path / "rank-0.events.jsonl", encode(SAVED))
     heard.follower.drain()
     assert (heard.lines, heard.events) == ([], [(0, "saved")])
     heard.follower.quiet = False
@@ -106,7 +109,7 @@ def test_a_flood_is_shortened_and_says_by_how_much(heard: Heard, tmp_path: Path)
 
 
 def test_events_are_never_shortened(heard: Heard, tmp_path: Path) -> None:
-    line = encode(stamped("x", {"text": "." * 1000}))
+    line = encode(WarningGiven(text="." * 1000))
     append(tmp_path / "rank-0.events.jsonl", line * (2 * AT_ONCE // len(line)))
     heard.follower.close()
     assert len(heard.events) == 2 * AT_ONCE // len(line)

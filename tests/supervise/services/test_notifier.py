@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from autoglm_resume import events
 from autoglm_resume.job.spec import Job
 from autoglm_resume.messenger import process
 from autoglm_resume.observe.pure.notify import Message
@@ -85,7 +86,8 @@ class Told:
         self.journal.append({"event": event, **fields})
 
     def say(self, event: str, **fields: Any) -> None:
-        self.notifier.event({"event": event, "time": time.time(), "attempt": 0, **fields})
+        line = {"event": event, "time": time.time(), "attempt": 0, **fields}
+        self.notifier.event(events.read(line))
 
     def fail(self) -> None:
         self.say("failure", kind="killed", root_rank=1, summary="rank 1 died", step=6)

@@ -12,13 +12,13 @@ import psutil
 import pytest
 import torch
 
-from autoglm_resume import journal
 from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.format.snapshot import describe, layout
 from autoglm_resume.checkpoint.state import capture, restore
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write import chunk_ownership
 from autoglm_resume.checkpoint.write.part_writer import PartWriter
+from autoglm_resume.events import Event
 from autoglm_resume.protocol.assignment import Checkpointing
 from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.services import savers as module
@@ -38,7 +38,7 @@ class Run:
         self.store = Store(directory / "ckpt")
         self.log = directory / "savers.log"
         self.told: list[tuple[str, dict[str, Any]]] = []
-        self.heard: list[journal.Event] = []
+        self.heard: list[Event] = []
         self.savers = Savers(
             loop,
             dict(os.environ),
@@ -67,8 +67,8 @@ class Run:
         assert self.loop.wait(lambda: event in dict(self.told), soon())
         return dict(self.told)[event]
 
-    def events(self, rank: int, kind: str) -> list[journal.Event]:
-        return [e for e in self.heard if (e["rank"], e["event"]) == (rank, kind)]
+    def events(self, rank: int, kind: str) -> list[Event]:
+        return [e for e in self.heard if (e.rank, e.event) == (rank, kind)]
 
     def processes(self) -> list[psutil.Process]:
         return [psutil.Process(pid) for pid in sorted(self.savers.pids)]
@@ -133,7 +133,7 @@ def test_what_all_have_in_memory_can_be_resumed_from_before_it_is_written(run: R
     assert sealed.raw == RANKS * 4000
     run.settle()
     assert [path.name for path in run.store.committed()] == [id_of(5)], "it was not forgotten"
-    assert run.events(0, "saved")[0]["step"] == 5
+    assert getattr(run.events(0, "saved")[0], "step", None) == 5
 
 
 def test_what_one_rank_does_not_have_is_not_resumed_from(run: Run) -> None:
