@@ -16,8 +16,8 @@ Requests, and what answers them:
     give_up  a snapshot that will be overwritten
     protect  (supervisor) ids to keep
     holding  (supervisor) the rank is dead       holding: ids that are being persisted, and the
-                                                 claim to what it has in memory, if it is sealed
-    claim    (supervisor) what it has in memory  claim: the same, when it is sealed
+                                                 snapshot that it has in memory, if it is sealed
+    sealed   (supervisor) what it has in memory  sealed: the same, when it is sealed
     finish   (supervisor) which of them to go    idle: when nothing is being persisted
              on with, the others lack a rank
     rest     (supervisor) ranks start: leave them the processors for a while
@@ -39,29 +39,19 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 from autoglm_resume import events, linux
 from autoglm_resume.checkpoint.format.ids import step_of
-from autoglm_resume.checkpoint.format.manifest import MANIFEST
 from autoglm_resume.checkpoint.format.snapshot import Snapshot, from_slot
-from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write import in_memory
-from autoglm_resume.checkpoint.write.part_writer import GIVEN_UP, PartWriter, SaveFailed
-from autoglm_resume.checkpoint.write.reuse import PreviousPart
-from autoglm_resume.errors import CheckpointError
+from autoglm_resume.checkpoint.write.part_writer import GIVEN_UP
 from autoglm_resume.journal import stamped
 from autoglm_resume.protocol import saver_messages
-from autoglm_resume.protocol.assignment import Checkpointing
+from autoglm_resume.protocol.own_path import drop_own_path
 from autoglm_resume.protocol.saver_messages import Closed, Message
-from autoglm_resume.protocol.shared_memory import Slots, slots_fitting
-from autoglm_resume.savers import directory_lock, housekeeping
-from autoglm_resume.worker.rank import drop_own_path
-
-REST = 10.0
-"""Seconds that a save is left alone at most, while ranks start."""
+from autoglm_resume.savers.saver_jobs import SaverJobs
 
 
 class SaverProcess:
@@ -70,25 +60,22 @@ class SaverProcess:
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
         self._links: list[socket.socket] = []
-        self._slots: Slots | None = None
-        self._saver: PartWriter | None = None
+        self._jobs = SaverJobs(self._tell)
         self._held: Message | None = None
         """Where the newest complete snapshot lies."""
-        self._claim: Message | None = None
-        """To the snapshot held, once it is sealed."""
+        self._sealed: Message | None = None
+        """The snapshot held, once it is sealed, as the supervisor wants to hear it."""
         self._rank: socket.socket | None = None
-        """That said hello last."""
+        """That said hello last; its number is the same as of those before it."""
+        self._number = 0
         self._supervisor: socket.socket | None = None
-        self._jobs = ThreadPoolExecutor(1, thread_name_prefix="job")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="job")
         self._running = 0
         """Jobs, those that wait for their turn included; `_allocating` are those about slots."""
         self._allocating = 0
         self._abandoned: dict[str, threading.Event] = {}
         """Of the saves under way, oldest first: set when one is to be given up. Whoever wants that
         has said so where people read it; nothing is said here of what became of such a save."""
-        self._work_on = threading.Event()
-        self._work_on.set()
-        self._protected: frozenset[str] = frozenset()
         self._waiting: list[tuple[socket.socket, int]] = []
         """Who wants to know when it is idle, and the number of that question."""
         self._asked: list[tuple[socket.socket, int]] = []
@@ -151,11 +138,11 @@ class SaverProcess:
             case "persist":
                 self._persist(link, request)
             case "give_up":
-                self._work_on.set()
+                self._jobs.may_work.set()
                 if request["id"] in self._abandoned:
                     self._abandoned[request["id"]].set()
             case "protect":
-                self._protected = frozenset(request["ids"])
+                self._jobs.protected = frozenset(request["ids"])
             case "holding":
                 for other in [other for other in self._links if other is not link]:
                     self._readable(other)
@@ -165,19 +152,19 @@ class SaverProcess:
                         "op": "holding",
                         "question": request["question"],
                         "ids": self._wanted,
-                        "claim": self._claim,
+                        "sealed": self._sealed,
                         "sealing": self._sealing,
                     },
                 )
-            case "claim":
+            case "sealed":
                 self._asked.append((link, request["question"]))
-                self._say_claim()
+                self._say_sealed()
             case "rest":
-                self._work_on.clear()
+                self._jobs.may_work.clear()
             case "work_on":
-                self._work_on.set()
+                self._jobs.may_work.set()
             case "finish":
-                self._work_on.set()
+                self._jobs.may_work.set()
                 for id, abandoned in self._abandoned.items():
                     if id not in request["ids"]:
                         abandoned.set()
@@ -185,38 +172,25 @@ class SaverProcess:
                 self._say_idle()
 
     def _hello(self, link: socket.socket, request: Message) -> None:
-        self._rank, self._request = link, request
-        self._how = how = Checkpointing.from_json(request["checkpoint"])
-        follows = self._held is None or self._held["id"] != request["resume"]
-        self._start(lambda: self._begin(request, how, follows))
+        self._rank, self._number = link, request["rank"]
+        self._jobs.obey(request)
+        follow = self._held is None or self._held["id"] != request["resume"]
+        self._start(lambda: self._jobs.begin(request, follow=follow))
         persisting = next(reversed(self._wanted), None)
         self._give_slots(link, {"op": "hello", "held": self._held, "persisting": persisting})
 
     def _give_slots(self, link: socket.socket, message: Message) -> None:
-        slots = self._slots
+        slots = self._jobs.slots
         size, count = (slots.size, slots.count) if slots else (0, 0)
         fd = slots.fd if slots else None
         self._reply(link, {**message, "bytes": size, "count": count}, fd)
 
-    def _begin(self, request: Message, how: Checkpointing, follows: bool) -> None:
-        store = Store(Path(how.dir))
-        if self._saver is None or self._saver.store.root != store.root:
-            self._saver = PartWriter(store)
-        self._saver.options = how.options
-        self._saver.between = self._rest
-        if follows:
-            rank, world_size = request["rank"], request["world_size"]
-            self._saver.follow(_previous(store, request["resume"], rank, world_size))
-
-    def _rest(self) -> None:
-        if not self._work_on.wait(REST):
-            self._work_on.set()
-
     def _provide(self, link: socket.socket, size: int, count: int) -> None:
-        slots, reason = self._slots, ""
+        reason = ""
         try:
-            if slots is None or slots.size < size or slots.count != count:
-                reason = self._allocate(size, count)
+            if not self._jobs.fits(size, count):
+                self._held = self._sealed = None
+                reason = self._jobs.allocate(size, count)
         finally:
             self._later(lambda: self._provided(link, reason))
 
@@ -224,80 +198,39 @@ class SaverProcess:
         self._allocating -= 1
         self._give_slots(link, {"op": "slots", "reason": reason})
 
-    def _allocate(self, size: int, count: int) -> str:
-        """New slots, as many as there is room for; returns why not all."""
-        self._held = self._claim = None
-        if self._slots is not None:
-            if self._saver is not None:
-                self._saver.forget_memory()
-            self._slots.close()
-            self._slots = None
-        # All savers share a log, which is as good a thing to lock as any.
-        self._slots, reason = slots_fitting(size, count, sys.stdout.fileno())
-        return reason
-
     def _persist(self, link: socket.socket, request: Message) -> None:
-        slots, id = self._slots, request["id"]
+        slots, id = self._jobs.slots, request["id"]
         if slots is None:  # a saver before this one gave them
             reason = "the saver died"
             self._tell("save_failed", id=id, step=step_of(id), reason=reason)
             self._reply(link, {"op": "saved", "id": id, "ok": False, "reason": reason})
             return
         self._held = {key: request[key] for key in ("id", "slot", "at", "length")}
-        self._claim = None
+        self._sealed = None
         slot = slots.view(request["slot"])
         text = bytes(slot[request["at"] : request["at"] + request["length"]])
         abandoned = self._abandoned[id] = threading.Event()
+
+        def saved(reason: str) -> None:
+            self._later(lambda: self._saved(id, abandoned, reason))
 
         def job() -> None:
             reason = f"{id}: {GIVEN_UP}"
             try:
                 if not abandoned.is_set():
                     reason = f"{id}: the saver failed, its log says why"
-                    self._save(from_slot(text, slot), request, abandoned)
+                    self._jobs.save(from_slot(text, slot), request, abandoned, self._seal, saved)
             finally:
                 self._later(lambda: self._not_saved(id, abandoned, reason))
 
         # After what there is to read: it may say that this snapshot was given up, and overwritten.
         self._later(lambda: self._start(job))
 
-    def _save(self, snapshot: Snapshot, request: Message, abandoned: threading.Event) -> None:
-        assert self._saver is not None
-        with directory_lock.persisting(self._saver.store.root):
-            reason = self._persisted(self._saver, snapshot, request, abandoned)
-            self._later(lambda: self._saved(snapshot.id, abandoned, reason))
-            with contextlib.suppress(OSError, CheckpointError):
-                resumed: str | None = self._request["resume"]
-                stay = self._protected | ({resumed} if resumed else frozenset())
-                housekeeping.tidy(self._saver.store, self._how, snapshot, stay, self._tell)
-
-    def _persisted(
-        self, saver: PartWriter, snapshot: Snapshot, request: Message, abandoned: threading.Event
-    ) -> str:
-        """Persist it; returns why that failed, if so."""
-        slots = self._slots
-        try:
-            saved = saver.persist(snapshot, abandoned, lambda names: self._seal(snapshot, names))
-        except SaveFailed as error:
-            reason = str(error)
-        except Exception as error:
-            traceback.print_exc()
-            reason = f"{type(error).__name__}: {error}"
-        else:
-            if slots is not None and slots.count == 1:
-                saver.forget_memory()  # the next snapshot overwrites it
-            began, blocked = request["began"], request["blocked"]
-            housekeeping.announce(self._tell, saved, began=began, blocked=blocked)
-            return ""
-        if not abandoned.is_set():
-            self._tell("save_failed", id=snapshot.id, step=snapshot.step, reason=reason)
-        return reason
-
     def _seal(self, snapshot: Snapshot, names: Sequence[str]) -> None:
         """Ranks may start from the snapshot from now on, unless the next one overwrites it."""
-        if self._several_slots:
-            claim = in_memory.claim(snapshot, names)
-            self._later(lambda: self._sealed(claim))
+        if self._jobs.several_slots:
+            sealed = in_memory.sealed_snapshot(snapshot, names)
+            self._later(lambda: self._keep_sealed(sealed))
 
     @property
     def _wanted(self) -> list[str]:
@@ -305,19 +238,15 @@ class SaverProcess:
         return [id for id, abandoned in self._abandoned.items() if not abandoned.is_set()]
 
     @property
-    def _several_slots(self) -> bool:
-        return self._slots is not None and self._slots.count > 1
-
-    @property
     def _sealing(self) -> bool:
-        """Whether there will be a claim soon."""
+        """Whether the snapshot held will be sealed soon."""
         held = self._held["id"] if self._held is not None else None
-        return self._claim is None and held in self._abandoned and self._several_slots
+        return self._sealed is None and held in self._abandoned and self._jobs.several_slots
 
-    def _sealed(self, claim: Message) -> None:
-        if self._held is not None and self._held["id"] == claim["id"]:
-            self._claim = claim
-        self._say_claim()
+    def _keep_sealed(self, sealed: Message) -> None:
+        if self._held is not None and self._held["id"] == sealed["id"]:
+            self._sealed = sealed
+        self._say_sealed()
 
     def _saved(self, id: str, abandoned: threading.Event, reason: str) -> None:
         if self._abandoned.get(id) is not abandoned:
@@ -326,7 +255,7 @@ class SaverProcess:
         if self._rank is not None:
             message = {"op": "saved", "id": id, "ok": not reason, "reason": reason}
             self._reply(self._rank, message)
-        self._say_claim()
+        self._say_sealed()
 
     def _not_saved(self, id: str, abandoned: threading.Event, reason: str) -> None:
         """What is left to say of a save of which nothing was said."""
@@ -339,7 +268,7 @@ class SaverProcess:
         """Have the supervisor put an event into the journal."""
         if self._supervisor is not None:
             event = events.make(event, fields) if isinstance(event, str) else event
-            said = events.to_record(stamped(event, rank=self._request["rank"]))
+            said = events.to_record(stamped(event, rank=self._number))
             self._reply(self._supervisor, {"op": "said", "event": said})
 
     def _start(self, work: Callable[[], None]) -> None:
@@ -354,7 +283,7 @@ class SaverProcess:
                 self._later(self._job_ended)
 
         self._running += 1
-        self._jobs.submit(job)
+        self._thread.submit(job)
 
     def _later(self, news: Callable[[], None]) -> None:
         """Have the loop do this."""
@@ -369,11 +298,11 @@ class SaverProcess:
         self._running -= 1
         self._say_idle()
 
-    def _say_claim(self) -> None:
+    def _say_sealed(self) -> None:
         if self._sealing:
             return
         for link, question in self._asked:
-            self._reply(link, {"op": "claim", "question": question, "claim": self._claim})
+            self._reply(link, {"op": "sealed", "question": question, "sealed": self._sealed})
         self._asked.clear()
 
     def _say_idle(self) -> None:
@@ -381,17 +310,6 @@ class SaverProcess:
             for link, question in self._waiting:
                 self._reply(link, {"op": "idle", "question": question})
             self._waiting.clear()
-
-
-def _previous(store: Store, id: str | None, rank: int, world_size: int) -> PreviousPart | None:
-    """What the next part may refer to after a restart; its tensors are in memory no more."""
-    if id is None:
-        return None
-    with contextlib.suppress(CheckpointError, OSError):
-        path = store.directory(id)
-        if (path / MANIFEST).exists() and store.load_manifest(path).world_size == world_size:
-            return PreviousPart(store.load_part(path, rank))
-    return None
 
 
 def _credentials(link: socket.socket) -> tuple[int, int, int]:

@@ -39,7 +39,7 @@ _agreements = itertools.count()
 
 
 @dataclass(frozen=True)
-class Answer:
+class GateAnswer:
     """What the gate said, for every rank."""
 
     token: str
@@ -51,7 +51,7 @@ class Answer:
     hint: str = ""
 
     @classmethod
-    def decode(cls, data: bytes) -> Answer:
+    def decode(cls, data: bytes) -> GateAnswer:
         """What `encode` made of it."""
         found = json.loads(data)
         resume = found.pop("resume")
@@ -87,7 +87,7 @@ def agreed(settings: Settings, model: Structure | None) -> Settings:
     else:
         store.set(f"model {settings.rank}", own)
         store.wait(["answer"], PATIENCE)
-        answer = Answer.decode(store.get("answer"))
+        answer = GateAnswer.decode(store.get("answer"))
     if answer.problem:
         raise NoAcceptableCheckpoint(answer.problem, hint=answer.hint)
     how = replace(settings.checkpoint, branches=answer.branches)
@@ -111,7 +111,7 @@ def _common_store() -> Any | None:
     return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
 
 
-def _pass_gate(settings: Settings, hash: str, model: Structure | None, *, only: bool) -> Answer:
+def _pass_gate(settings: Settings, hash: str, model: Structure | None, *, only: bool) -> GateAnswer:
     """`hash` is that of all ranks' models; `only`: no other rank passes for itself."""
     root = Path(settings.checkpoint.dir)
     run = run_beside.find(root)
@@ -127,8 +127,8 @@ def _pass_gate(settings: Settings, hash: str, model: Structure | None, *, only: 
             if only:
                 gate.clean()  # the other ranks wait for this answer, so nothing is being written
     except NoAcceptableCheckpoint as error:
-        return Answer(token, problem=error.message, hint=error.hint)
-    return Answer(token, run.branches, _point(accepted))
+        return GateAnswer(token, problem=error.message, hint=error.hint)
+    return GateAnswer(token, run.branches, _point(accepted))
 
 
 def _point(accepted: Verdict | None) -> ResumePoint | None:

@@ -25,6 +25,7 @@ from autoglm_resume import files, linux
 from autoglm_resume.errors import Interrupted
 from autoglm_resume.protocol.assignment import ASSIGNMENT, STACKS, Assignment, Source
 from autoglm_resume.protocol.heartbeats import Board, Phase
+from autoglm_resume.protocol.own_path import drop_own_path
 from autoglm_resume.worker import imports
 from autoglm_resume.worker.event_log import EventLog
 
@@ -32,12 +33,6 @@ UNDER_TORCHRUN = "--under-torchrun"
 
 _kept: list[TextIO] = []
 _OWN_FILES = (__file__, runpy.__file__, "<frozen runpy>")
-
-
-def drop_own_path() -> None:
-    """Take back what `python -m` put in front of the path: the place where this package lies."""
-    if not getattr(sys.flags, "safe_path", False):
-        sys.path.pop(0)
 
 
 def settle(assignment: Assignment, rank: int, environment: Mapping[str, str]) -> None:

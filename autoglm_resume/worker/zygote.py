@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from autoglm_resume import linux
 from autoglm_resume.protocol.assignment import Assignment, Source
+from autoglm_resume.protocol.own_path import drop_own_path
 from autoglm_resume.worker import imports
 from autoglm_resume.worker import rank as rank_process
 from autoglm_resume.worker.spare import Spare
@@ -254,7 +255,7 @@ def main() -> None:
     modules = sys.argv[3:]
     linux.die_with_parent(supervisor, signal.SIGTERM)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    rank_process.drop_own_path()
+    drop_own_path()
     # Some modules count devices when they are imported; NVML does that without initialising CUDA.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     with contextlib.suppress(OSError):

@@ -39,23 +39,27 @@ class Sealed:
         return step_of(self.id)
 
     @classmethod
-    def of(cls, claims: Sequence[Mapping[str, Any] | None]) -> Sealed | None:
-        """What all ranks have, by the `claim` of each; None if they do not have the same."""
-        found = [claim for claim in claims if claim is not None]
-        kinds = {(claim["id"], claim["world_size"]) for claim in found}
-        if len(found) < len(claims) or len(kinds) != 1 or found[0]["world_size"] != len(claims):
+    def of(cls, snapshots: Sequence[Mapping[str, Any] | None]) -> Sealed | None:
+        """What all ranks have, by each one's `sealed_snapshot`; None if that is not the same."""
+        found = [each for each in snapshots if each is not None]
+        kinds = {(each["id"], each["world_size"]) for each in found}
+        if (
+            len(found) < len(snapshots)
+            or len(kinds) != 1
+            or found[0]["world_size"] != len(snapshots)
+        ):
             return None
-        hashes = [claim["model_hash"] for claim in found if claim["model_hash"]]
+        hashes = [each["model_hash"] for each in found if each["model_hash"]]
         return cls(
             id=found[0]["id"],
-            created=max(claim["created"] for claim in found),
+            created=max(each["created"] for each in found),
             model_hash=combined(hashes) if hashes else None,
-            raw=sum(claim["raw"] for claim in found),
-            seals=tuple(claim["seal"] for claim in found),
+            raw=sum(each["raw"] for each in found),
+            seals=tuple(each["seal"] for each in found),
         )
 
 
-def claim(snapshot: Snapshot, names: Sequence[str]) -> dict[str, Any]:
+def sealed_snapshot(snapshot: Snapshot, names: Sequence[str]) -> dict[str, Any]:
     """That one rank has `snapshot`, whose chunks have the digests `names`; for a message."""
     return {
         "id": snapshot.id,

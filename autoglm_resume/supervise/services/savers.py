@@ -90,10 +90,10 @@ class Savers:
                 # The end that a save under way is to have when ranks die; a failed one is not.
                 self._tell("save_cut_off", id=id, step=step_of(id), missing=ranks)
         if len(holding) == len(self._ranks):
-            claims = holding
+            snapshots = holding
             if any(reply["sealing"] for reply in holding.values()):
-                claims = self._ask({"op": "claim"}, began + timeout, hurried)
-            sealed = Sealed.of([claims.get(rank, {}).get("claim") for rank in self._ranks])
+                snapshots = self._ask({"op": "sealed"}, began + timeout, hurried)
+            sealed = Sealed.of([snapshots.get(rank, {}).get("sealed") for rank in self._ranks])
             if sealed is not None and from_memory(sealed.id):
                 # With as many ranks as processors, savers cost a restart up to half of its time.
                 self._send({"op": "rest"})
