@@ -150,7 +150,7 @@ def test_a_run_whose_time_ends_saves_before_that_without_being_told(
     assert "--signal=B:USR2@25" in script
     # Slurm's own warning is taken out, and the end comes earlier than a limit in minutes can say.
     lines = [line for line in script.splitlines() if "--signal" not in line]
-    soon = 'scontrol update job=$SLURM_JOB_ID EndTime=now+30seconds; echo "$?" >> soon.txt'
+    soon = 'scontrol update job=$SLURM_JOB_ID EndTime=now+50seconds; echo "$?" >> soon.txt'
     lines.insert(lines.index(""), f"[[ ${{SLURM_RESTART_COUNT:-}} ]] || {{ {soon}; }}")
     (job.rehearsal.directory / "job.sh").write_text("\n".join(lines))
     job.id = job.command("env", f"HOLD={HELD[0]}", "sbatch", "--parsable", "job.sh")
