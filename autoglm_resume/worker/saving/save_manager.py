@@ -31,7 +31,7 @@ class SaveManager:
         self._settings = settings
         self._events = events
         self._pulse = pulse
-        self._together = assignment is not None
+        self._supervised = assignment is not None
         self._store = Store(Path(settings.checkpoint.dir))
         self._direct: PartWriter | None = None
         self._stager: Stager | None = None
@@ -44,7 +44,7 @@ class SaveManager:
     def held(self, id: str | None) -> Snapshot | None:
         """This rank's snapshot of checkpoint `id`, if it is still in memory."""
         # Without a supervisor the saver is this process's own, and new: no use to wait for it.
-        return self._stager.held(id) if self._stager and self._together else None
+        return self._stager.held(id) if self._stager and self._supervised else None
 
     def prepare(self, state: Callable[[], CapturedState], identity: Identity) -> None:
         """Get ready for saves of states like this one."""
@@ -68,7 +68,7 @@ class SaveManager:
         """
         self.take_in()
         # Ranks without a supervisor share no board, and no journal tells of a save left out.
-        waits = not self._together or self._settings.checkpoint.on_busy == "wait"
+        waits = not self._supervised or self._settings.checkpoint.on_busy == "wait"
         if self._stager is None or waits:
             return True
         save = self._pulse.agree(step)
