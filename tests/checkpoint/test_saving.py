@@ -402,7 +402,7 @@ def test_chunks_of_all_tensors_are_in_their_order() -> None:
         "b": torch.ones(3),
     }
     items = pack_writer.items_of(taken(1, tensors))
-    assert [(i.tensor, i.place, len(i.raw)) for i in items] == [
+    assert [(i.tensor, i.index, len(i.raw)) for i in items] == [
         ("m/a", 0, CHUNK_BYTES),
         ("m/a", 1, CHUNK_BYTES),
         ("m/a", 2, 4),

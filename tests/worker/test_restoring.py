@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from autoglm_resume.checkpoint.chunks.cut import items_of
 from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.checkpoint.state.restore import RestoredPart
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write import in_memory
-from autoglm_resume.checkpoint.write.pack_writer import items_of
 from autoglm_resume.checkpoint.write.part_writer import PartWriter
 from autoglm_resume.errors import CorruptCheckpoint, WorldSizeMismatch
 from autoglm_resume.protocol.assignment import ResumePoint

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from autoglm_resume.checkpoint.chunks.cut import Item, Position
 from autoglm_resume.checkpoint.format.snapshot import TensorBytes
 from autoglm_resume.checkpoint.format.tables import CAST_FACTOR, CHUNK_BYTES
 from autoglm_resume.errors import CorruptCheckpoint, NewerFormat
@@ -27,12 +28,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from autoglm_resume.checkpoint.write.pack_writer import Item
-
     Numbers: TypeAlias = npt.NDArray[Any]
-
-Place: TypeAlias = "tuple[str, int]"
-"""A tensor's name, and the index of a chunk in it."""
 
 MASTER = "float32"
 CASTS = ("bfloat16", "float16")
@@ -48,7 +44,7 @@ class Cast:
     """A chunk that is the cast of those at `sources`."""
 
     item: Item
-    sources: tuple[Place, ...]
+    sources: tuple[Position, ...]
 
 
 def cast(dtype: str, master: memoryview, target: memoryview) -> None:
@@ -73,14 +69,14 @@ def cast(dtype: str, master: memoryview, target: memoryview) -> None:
 
 def find(
     tensors: Sequence[TensorBytes], items: Iterable[Item], pool: Executor
-) -> dict[Place, Cast]:
-    """The chunks among `items` that are a cast of others, by their places; `tensors` are all."""
+) -> dict[Position, Cast]:
+    """The chunks among `items` that are a cast of others, by their positions; `tensors` are all."""
     masters = candidates(tensors)
     if not masters:
         return {}
     wanted = [item for item in items if item.tensor in masters]
     found = pool.map(lambda item: _derive(item, masters[item.tensor]), wanted)
-    return {(each.item.tensor, each.item.place): each for each in found if each}
+    return {each.item.position: each for each in found if each}
 
 
 def candidates(tensors: Sequence[TensorBytes]) -> Mapping[str, Sequence[TensorBytes]]:
@@ -106,14 +102,14 @@ def _derive(item: Item, masters: Sequence[TensorBytes]) -> Cast | None:
     import numpy as np
 
     chunk = np.frombuffer(item.raw, "<u2")
-    begin, size = CAST_FACTOR * item.place * CHUNK_BYTES, CAST_FACTOR * len(item.raw)
+    begin, size = CAST_FACTOR * item.index * CHUNK_BYTES, CAST_FACTOR * len(item.raw)
     for master in masters:
         numbers = np.frombuffer(master.data[begin : begin + size], "<u4")
         if item.dtype == "float16" and np.isnan(numbers.view("<f4")).any():
             continue
         if np.array_equal(_rounded(item.dtype, numbers), chunk):
             first, last = begin // CHUNK_BYTES, -(-(begin + size) // CHUNK_BYTES)
-            return Cast(item, tuple((master.name, place) for place in range(first, last)))
+            return Cast(item, tuple((master.name, index) for index in range(first, last)))
     return None
 
 

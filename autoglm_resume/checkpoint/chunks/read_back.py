@@ -113,10 +113,10 @@ class Prover:
 
     def _compare(self, written: Written, stored: memoryview, raw: memoryview) -> float:
         """Seconds that decoding kept a processor busy; `raw` is room for it."""
-        chunk, place = written.chunk, f"{self._path}: reading it back"
+        chunk, where = written.chunk, f"{self._path}: reading it back"
         if len(stored) != chunk.stored:
             raise CorruptCheckpoint(
-                f"{place}: expected {chunk.stored} bytes at offset {chunk.offset}, found"
+                f"{where}: expected {chunk.stored} bytes at offset {chunk.offset}, found"
                 f" {len(stored)}"
             )
         seconds = 0.0
@@ -128,10 +128,10 @@ class Prover:
             try:
                 codec.decode(chunk.codec, stored, raw, written.base)
             except CorruptCheckpoint as error:
-                raise CorruptCheckpoint(f"{place}: {error.message}") from None
+                raise CorruptCheckpoint(f"{where}: {error.message}") from None
             seconds = time.thread_time() - busy
         if (found := digest(raw)) != chunk.digest:
-            raise CorruptCheckpoint(f"{place}: expected {chunk.digest}, found {found}")
+            raise CorruptCheckpoint(f"{where}: expected {chunk.digest}, found {found}")
         return seconds
 
 

@@ -32,11 +32,11 @@ class _Room(threading.local):
     def __init__(self) -> None:
         self._memory: dict[int, memoryview] = {}
 
-    def of(self, place: int, size: int) -> memoryview:
-        """`size` bytes, until the next call for the same place."""
-        if place not in self._memory or len(self._memory[place]) < size:
-            self._memory[place] = memoryview(bytearray(max(size, CHUNK_BYTES)))
-        return self._memory[place][:size]
+    def of(self, slot: int, size: int) -> memoryview:
+        """`size` bytes, until the next call for the same slot."""
+        if slot not in self._memory or len(self._memory[slot]) < size:
+            self._memory[slot] = memoryview(bytearray(max(size, CHUNK_BYTES)))
+        return self._memory[slot][:size]
 
 
 class ChunkReader:
@@ -83,7 +83,7 @@ class ChunkReader:
             base = part.chunks[index]
             self.read(part, base, memoryview(bytearray(base.raw)), what)
         raise CorruptCheckpoint(
-            f"{self._place(part, chunk)}: {what}: expected {chunk.digest}, found {digest(target)}"
+            f"{self._path_of(part, chunk)}: {what}: expected {chunk.digest}, found {digest(target)}"
             f" ({chunk.stored} bytes at offset {chunk.offset})"
         )
 
@@ -124,22 +124,22 @@ class ChunkReader:
     ) -> None:
         assert chunk.pack is not None
         direct = chunk.codec == codec.RAW and chunk.stored == chunk.raw
-        with reading(self._place(part, chunk)):
+        with reading(self._path_of(part, chunk)):
             fd = self._file(part, chunk.pack)
             stored = target if direct else self._room.of(2, chunk.stored)
             count = read_exactly(fd, stored, chunk.offset)
-        place = f"{self._place(part, chunk)}: {what}"
+        where = f"{self._path_of(part, chunk)}: {what}"
         if count != chunk.stored:
             raise CorruptCheckpoint(
-                f"{place}: expected {chunk.stored} bytes at offset {chunk.offset}, found {count}"
+                f"{where}: expected {chunk.stored} bytes at offset {chunk.offset}, found {count}"
             )
         if not direct:
             try:
                 codec.decode(chunk.codec, stored, target, base)
             except CorruptCheckpoint as error:
-                raise CorruptCheckpoint(f"{place}: {error.message}") from None
+                raise CorruptCheckpoint(f"{where}: {error.message}") from None
 
-    def _place(self, part: Part, chunk: Chunk) -> Path:
+    def _path_of(self, part: Part, chunk: Chunk) -> Path:
         if chunk.pack is None:
             return self._path / part_file(part.rank)
         return pack_path(self._path, part, part.packs[chunk.pack])

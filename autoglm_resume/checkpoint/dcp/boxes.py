@@ -66,9 +66,9 @@ def loads_of(
     stop = min(tensor.nbytes, -(-max(end for _, end in spans) // CHUNK_BYTES) * CHUNK_BYTES)
     buffer = torch.empty(max(0, stop - start), dtype=torch.uint8)
     view = tree.as_bytes(buffer)
-    for place in range(start // CHUNK_BYTES, -(-stop // CHUNK_BYTES)):
-        chunk = part.chunks[tensor.chunks[place]]
-        at = place * CHUNK_BYTES - start
+    for index in range(start // CHUNK_BYTES, -(-stop // CHUNK_BYTES)):
+        chunk = part.chunks[tensor.chunks[index]]
+        at = index * CHUNK_BYTES - start
         loads.append(Load(part, chunk, view[at : at + chunk.raw], tensor.name))
     flat, strides = buffer.view(dtype), torch.empty(tensor.shape, device="meta").stride()
     for item, (first, _) in zip(items, spans, strict=True):

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from autoglm_resume import files
 from autoglm_resume.checkpoint.chunks import verify
 from autoglm_resume.checkpoint.chunks.compression import Throughput
+from autoglm_resume.checkpoint.chunks.cut import Item, chunks_of
 from autoglm_resume.checkpoint.dcp.boxes import STATE
 from autoglm_resume.checkpoint.dcp.metadata import key_of, to_json
 from autoglm_resume.checkpoint.dcp.paths import (
@@ -46,7 +47,7 @@ from autoglm_resume.checkpoint.state import tree
 from autoglm_resume.checkpoint.state.capture import torch_versions
 from autoglm_resume.checkpoint.store.commit import commit
 from autoglm_resume.checkpoint.store.store import Store
-from autoglm_resume.checkpoint.write.pack_writer import THREADS, Item, Packer, chunks_of
+from autoglm_resume.checkpoint.write.pack_writer import THREADS, Packer
 from autoglm_resume.checkpoint.write.part_writer import (
     SaveFailed,
     discard,

@@ -84,8 +84,8 @@ class JsonNode:
 
     def fail(self, expected: str) -> NoReturn:
         found = "nothing" if self.value is None else _short(self.value)
-        place = f"{self.file}: {self.where}" if self.where else self.file
-        raise CorruptCheckpoint(f"{place}: expected {expected}, found {found}")
+        where = f"{self.file}: {self.where}" if self.where else self.file
+        raise CorruptCheckpoint(f"{where}: expected {expected}, found {found}")
 
     def __getitem__(self, key: str) -> JsonNode:
         if not isinstance(self.value, dict):

@@ -3,10 +3,10 @@
 A tensor is cut into chunks of CHUNK_BYTES from its own beginning, so equal tensors have equal
 chunks wherever they are stored. All digests are of raw bytes, before encoding.
 
-A chunk is in one of three places: in the part's own pack; in the pack that the same rank wrote for
+A chunk is stored once, if at all: in the part's own pack; in the pack that the same rank wrote for
 an older checkpoint; or, where ranks hold the same bytes, with one of the other ranks, whose part
 says where. A delta is decoded with its base, which is always in an older pack. A chunk that is the
-cast of others is in no place: the part says of which.
+cast of others is stored nowhere: the part says of which.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from autoglm_resume.errors import CorruptCheckpoint, UsageError
 TOKEN = "imported"
 
 
-class Source(Protocol):
+class SnapshotSource(Protocol):
     """A checkpoint that lies elsewhere, in whatever layout, and is open."""
 
     @property
@@ -39,7 +39,7 @@ class Source(Protocol):
 
 def adopt(
     store: Store,
-    source: Source,
+    source: SnapshotSource,
     step: int | None = None,
     progress: verify.Progress | None = None,
 ) -> Manifest:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoglm_resume.checkpoint.interop import dcp_directory, safetensors_file, torch_file
-from autoglm_resume.checkpoint.interop.adopt import Source
+from autoglm_resume.checkpoint.interop.adopt import SnapshotSource
 from autoglm_resume.checkpoint.interop.bundle import Bundle
 from autoglm_resume.checkpoint.interop.exported import AGAIN, EXPECTED, begin_of
 from autoglm_resume.errors import UsageError
@@ -18,7 +18,7 @@ class LayoutReader:
     """`recognises` looks at no more than it must, and unpickles nothing."""
 
     recognises: Callable[[Path], bool]
-    open: Callable[[Path], Source]
+    open: Callable[[Path], SnapshotSource]
     """Raises UsageError when it is something else after all, and CheckpointError."""
 
 
@@ -69,6 +69,6 @@ def layout_of(source: Path) -> str:
     raise UsageError(f"{source}: expected {EXPECTED}, found {found}", hint=AGAIN)
 
 
-def read(source: Path) -> Source:
+def read(source: Path) -> SnapshotSource:
     """What is in `source`, whatever layout it is in. Raises UsageError and CheckpointError."""
     return READERS[layout_of(source)].open(source)

@@ -1,4 +1,4 @@
-"""Bringing a replica up to date with a store: what `replica` plans, done."""
+"""Bringing a replica up to date with a store: what `plan` says, done."""
 
 from __future__ import annotations
 

@@ -110,9 +110,9 @@ class _Copying:
         source = self.target if direct else torch.empty(box.shape, dtype=self.target.dtype)
         view, size = tree.as_bytes(source), source.element_size()
         first, last = self.overlap.span(box)
-        for place in range(first * size // CHUNK_BYTES, -(-last * size // CHUNK_BYTES)):
-            chunk = part.chunks[tensor.chunks[place]]
-            start = place * CHUNK_BYTES
+        for index in range(first * size // CHUNK_BYTES, -(-last * size // CHUNK_BYTES)):
+            chunk = part.chunks[tensor.chunks[index]]
+            start = index * CHUNK_BYTES
             reader.read(part, chunk, view[start : start + chunk.raw], tensor.name)
             if progress:
                 progress(chunk.raw)
@@ -158,17 +158,17 @@ def _empty(path: Path, name: str, shape: Shape, dtype: str) -> torch.Tensor:
 
 
 def _require_alike(parts: Sequence[Part], names: Sequence[str], led: Collection[str]) -> None:
-    """Raise WorldSizeMismatch, naming the place, unless all ranks had these objects alike."""
+    """Raise WorldSizeMismatch, naming where, unless all ranks had these objects alike."""
     first = parts[0]
     for other in parts[1:]:
         for name in names:
             if first.objects.get(name) == other.objects.get(name):
                 continue
-            place = _difference(first.state.get(name), other.state.get(name), name)
-            place = place or _other_tensor(first, other, name, led)
-            if place:
+            where = _difference(first.state.get(name), other.state.get(name), name)
+            where = where or _other_tensor(first, other, name, led)
+            if where:
                 raise WorldSizeMismatch(
-                    f"{first.id}: {place}: rank {other.rank} had another one than rank 0, so"
+                    f"{first.id}: {where}: rank {other.rank} had another one than rank 0, so"
                     f" {name} of {len(parts)} ranks cannot be dealt to another number of them",
                     hint=f"run with {len(parts)} ranks (nproc_per_node), or let {name} have the"
                     " same state on every rank (a position in the data is that, as autoglm's"
@@ -188,17 +188,17 @@ def _other_tensor(first: Part, other: Part, name: str, led: Collection[str]) -> 
     return ""
 
 
-def _difference(ours: Json, theirs: Json, place: str) -> str:
+def _difference(ours: Json, theirs: Json, where: str) -> str:
     """Where two trees differ, other than in how DTensors are spread; empty if nowhere."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         if "$dtensor" in ours and "$dtensor" in theirs:
             same = all(ours.get(key) == theirs.get(key) for key in ("$dtensor", "shape"))
-            return "" if same else place
+            return "" if same else where
         if list(ours) != list(theirs):
-            return place
-        pairs = [(f"{place}.{key}", ours[key], theirs[key]) for key in ours]
+            return where
+        pairs = [(f"{where}.{key}", ours[key], theirs[key]) for key in ours]
     elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
-        pairs = [(place, a, b) for a, b in zip(ours, theirs, strict=True)]
+        pairs = [(where, a, b) for a, b in zip(ours, theirs, strict=True)]
     else:
-        return "" if type(ours) is type(theirs) and ours == theirs else place
+        return "" if type(ours) is type(theirs) and ours == theirs else where
     return next(filter(None, (_difference(a, b, where) for where, a, b in pairs)), "")

@@ -15,6 +15,7 @@ import torch
 
 from autoglm_resume import linux
 from autoglm_resume.checkpoint.chunks import verify
+from autoglm_resume.checkpoint.chunks.cut import items_of
 from autoglm_resume.checkpoint.chunks.reader import ChunkReader
 from autoglm_resume.checkpoint.format.document import digest
 from autoglm_resume.checkpoint.format.part import Part
@@ -31,7 +32,6 @@ from autoglm_resume.checkpoint.state.sharding import (
 )
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write import in_memory
-from autoglm_resume.checkpoint.write.pack_writer import items_of
 from autoglm_resume.errors import CheckpointError, CorruptCheckpoint
 
 
@@ -75,8 +75,8 @@ def read(
         with ChunkReader(path, store.parts_for(path, part)) as reader:
             chunks = _chunks(part)
 
-            def load(piece: _Piece) -> None:
-                chunk = chunks[piece.name][piece.place]
+            def load(piece: _ChunkTarget) -> None:
+                chunk = chunks[piece.name][piece.index]
                 reader.read(part, chunk, piece.target, piece.name)
                 if progress:
                     progress(chunk.raw)
@@ -93,19 +93,19 @@ def read_sealed(
     present: Present | None = None,
     threads: int = 2,
 ) -> RestoredPart:
-    """The state in a snapshot in memory, if it is what `seal` was put on; see sealed.py.
+    """The state in a snapshot in memory, if it is what `seal` was put on; see write/in_memory.py.
 
     As `read` does it. Raises CorruptCheckpoint if it is not, and OtherSharding.
     """
     content = {tensor.name: tensor.data for tensor in memory.tensors}
     names: dict[tuple[str, int], str] = {}
 
-    def load(piece: _Piece) -> None:
+    def load(piece: _ChunkTarget) -> None:
         piece.target[:] = content[piece.name][piece.start : piece.start + len(piece.target)]
-        names[piece.name, piece.place] = digest(piece.target)
+        names[piece.name, piece.index] = digest(piece.target)
 
     tensors = _fill(memory.id, memory.tensors, load, threads)
-    named = [names[item.tensor, item.place] for item in items_of(memory)]
+    named = [names[item.position] for item in items_of(memory)]
     if (found := in_memory.seal(memory, named)) != seal:
         raise CorruptCheckpoint(
             f"{memory.id}: rank {memory.rank}: expected seal {seal} on the snapshot in memory,"
@@ -173,18 +173,18 @@ def _spread(part: Part, present: Present) -> dict[str, tuple[Arrangement, Shape]
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """`target` is where chunk `place` of tensor `name` goes, at `address`."""
+class _ChunkTarget:
+    """`target` is where chunk `index` of tensor `name` goes, at `address`."""
 
     name: str
-    place: int
+    index: int
     target: memoryview
     address: int
 
     @property
     def start(self) -> int:
         """In the tensor."""
-        return self.place * CHUNK_BYTES
+        return self.index * CHUNK_BYTES
 
 
 def _chunks(part: Part) -> dict[str, list[Chunk]]:
@@ -196,8 +196,8 @@ def _from_memory(part: Part, memory: Snapshot, threads: int) -> dict[str, torch.
     content = {tensor.name: tensor.data for tensor in memory.tensors}
     chunks = _chunks(part)
 
-    def load(piece: _Piece) -> None:
-        size, expected = len(piece.target), chunks[piece.name][piece.place].digest
+    def load(piece: _ChunkTarget) -> None:
+        size, expected = len(piece.target), chunks[piece.name][piece.index].digest
         source = content.get(piece.name, memoryview(b""))[piece.start : piece.start + size]
         if len(source) == size:
             piece.target[:] = source
@@ -213,12 +213,12 @@ def _from_memory(part: Part, memory: Snapshot, threads: int) -> dict[str, torch.
 def _fill(
     id: str,
     entries: Iterable[Tensor | TensorBytes],
-    load: Callable[[_Piece], None],
+    load: Callable[[_ChunkTarget], None],
     threads: int,
 ) -> dict[str, torch.Tensor]:
     """Fresh tensors, by name, every chunk of which has been `load`ed."""
     tensors: dict[str, torch.Tensor] = {}
-    pieces: list[_Piece] = []
+    pieces: list[_ChunkTarget] = []
     for entry in entries:
         try:
             tensor = torch.empty(entry.shape, dtype=tree.dtype_named(entry.dtype))
@@ -226,9 +226,9 @@ def _fill(
             raise CheckpointError(f"{id}: {entry.name}: no memory for it: {error}") from error
         tensors[entry.name] = tensor
         view = tree.as_bytes(tensor)
-        for place, start in enumerate(range(0, entry.nbytes, CHUNK_BYTES)):
+        for index, start in enumerate(range(0, entry.nbytes, CHUNK_BYTES)):
             target = view[start : start + CHUNK_BYTES]
-            pieces.append(_Piece(entry.name, place, target, tensor.data_ptr() + start))
+            pieces.append(_ChunkTarget(entry.name, index, target, tensor.data_ptr() + start))
 
     def fill(index: int, _: memoryview) -> None:
         piece = pieces[index]

@@ -54,9 +54,9 @@ class Box:
     def span(self, outer: Box) -> tuple[int, int]:
         """First element of it in the flat, C-ordered `outer`, and one past its last."""
         first = last = 0
-        for place, size in zip(self.within(outer), outer.shape, strict=True):
-            first = first * size + place.start
-            last = last * size + place.stop - 1
+        for part, size in zip(self.within(outer), outer.shape, strict=True):
+            first = first * size + part.start
+            last = last * size + part.stop - 1
         return first, last + 1
 
 
@@ -105,12 +105,12 @@ class Sharding:
         return found
 
 
-def sharding_of(tensor: Any, place: str) -> Sharding:
-    """Of a DTensor. Raises UsageError naming `place` if its shard is not a box that is known."""
+def sharding_of(tensor: Any, where: str) -> Sharding:
+    """Of a DTensor. Raises UsageError naming `where` if its shard is not a box that is known."""
 
     def refuse(found: str) -> UsageError:
         return UsageError(
-            f"{place}: a DTensor {found} cannot be saved: only Shard and Replicate can",
+            f"{where}: a DTensor {found} cannot be saved: only Shard and Replicate can",
             hint="redistribute() it first, or leave it out of what is tracked",
         )
 

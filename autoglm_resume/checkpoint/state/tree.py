@@ -89,7 +89,7 @@ class _Encoder:
     def encode(self, value: object, path: tuple[str, ...], depth: int) -> Json:
         if depth > MAX_DEPTH:
             raise UsageError(
-                f"{self.place(path)}: nested more than {MAX_DEPTH} levels deep (or inside itself)"
+                f"{self.where(path)}: nested more than {MAX_DEPTH} levels deep (or inside itself)"
             )
         kind = type(value)
         encode = _ENCODERS.get(kind)
@@ -105,12 +105,12 @@ class _Encoder:
             return self.of_dtensor(value, path)
         raise self.refusal(kind, path)
 
-    def place(self, path: tuple[str, ...]) -> str:
+    def where(self, path: tuple[str, ...]) -> str:
         return f"{self.name}/{'.'.join(path)}" if path else self.name
 
     def refusal(self, kind: type, path: tuple[str, ...], detail: str = "") -> UsageError:
         return UsageError(
-            f"{self.place(path)}: a {kind.__module__}.{kind.__qualname__}{detail} cannot be saved"
+            f"{self.where(path)}: a {kind.__module__}.{kind.__qualname__}{detail} cannot be saved"
             " without pickle",
             hint="give it a state_dict of plain values (numbers, strings, lists, dicts, tensors)",
         )
@@ -188,7 +188,7 @@ class _Encoder:
         return self.leaf("$tensor", value, path)
 
     def of_dtensor(self, value: Any, path: tuple[str, ...]) -> Json:
-        sharding = sharding_of(value, self.place(path))
+        sharding = sharding_of(value, self.where(path))
         return {**self.leaf("$dtensor", local(value), path), **sharding.to_json()}
 
     def leaf(self, tag: str, value: torch.Tensor, path: tuple[str, ...]) -> dict[str, Json]:

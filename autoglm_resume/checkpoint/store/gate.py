@@ -41,7 +41,7 @@ class Expectation:
     branches: tuple[Branch, ...] = ()
     """(step, attempt) from where the run went on from an older checkpoint, as it was asked to."""
     rename: Mapping[str, str] = field(default_factory=dict)
-    """New names of parameters, by old ones; see renaming.py."""
+    """New names of parameters, by old ones; see format/renaming.py."""
 
 
 @dataclass(frozen=True)

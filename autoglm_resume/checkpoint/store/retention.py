@@ -125,16 +125,16 @@ def _wanted(
         known = [each for each in present if math.isfinite(each.metrics.get(metric, math.nan))]
         # Sorting is stable: of equal ones the newest counts as best.
         ranking = sorted(known, key=lambda each: sign * each.metrics[metric])
-        for place, each in enumerate(ranking[: keep.best.n], start=1):
-            yield each.id, f"{_ordinal(place)}best {metric} {each.metrics[metric]:.4g}"
+        for nth, each in enumerate(ranking[: keep.best.n], start=1):
+            yield each.id, f"{_ordinal(nth)}best {metric} {each.metrics[metric]:.4g}"
 
 
-def _ordinal(place: int) -> str:
+def _ordinal(nth: int) -> str:
     """Nothing for the first, “2nd ” for the second."""
-    if place == 1:
+    if nth == 1:
         return ""
-    ending = {1: "st", 2: "nd", 3: "rd"}.get(place % 10, "th")
-    return f"{place}{'th' if 10 < place % 100 < 14 else ending} "
+    ending = {1: "st", 2: "nd", 3: "rd"}.get(nth % 10, "th")
+    return f"{nth}{'th' if 10 < nth % 100 < 14 else ending} "
 
 
 def _duration(seconds: float) -> str:

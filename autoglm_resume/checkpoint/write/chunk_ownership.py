@@ -14,15 +14,12 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Event
-from typing import TypeAlias
 
 from autoglm_resume import files
+from autoglm_resume.checkpoint.chunks.cut import Position
 
 PATIENCE = 10.0
 """Seconds to wait for the other ranks' claims, beyond which this rank stores all of its own."""
-
-Place: TypeAlias = "tuple[str, int]"
-"""A tensor's name, and the index of a chunk in it."""
 
 
 def claim_file(rank: int) -> str:
@@ -30,14 +27,14 @@ def claim_file(rank: int) -> str:
     return f"{files.TEMPORARY}claim-{rank:05d}"
 
 
-def publish(directory: Path, rank: int, mine: Mapping[Place, str]) -> None:
+def publish(directory: Path, rank: int, mine: Mapping[Position, str]) -> None:
     """Say what `rank` holds. Raises OSError."""
-    claims = {f"{tensor}#{place}": name for (tensor, place), name in mine.items()}
+    claims = {f"{tensor}#{index}": name for (tensor, index), name in mine.items()}
     files.write(directory / claim_file(rank), json.dumps(claims).encode(), durable=False)
 
 
 def left_to_peers(
-    directory: Path, rank: int, world_size: int, mine: Mapping[Place, str], abandoned: Event
+    directory: Path, rank: int, world_size: int, mine: Mapping[Position, str], abandoned: Event
 ) -> frozenset[str]:
     """Digests in `mine` that other ranks store; none when not all of them have spoken in time."""
     others: dict[int, Mapping[str, str]] = {}
@@ -55,7 +52,7 @@ def left_to_peers(
             return frozenset()
         pause = min(pause * 1.5, 0.05)
     owners = {key: _owner(key, name, rank, others) for key, name in mine.items()}
-    # The same bytes in two places may have two owners: whoever owns one stores them.
+    # The same bytes at two positions may have two owners: whoever owns one stores them.
     stored = {mine[key] for key, owner in owners.items() if owner == rank}
     return frozenset(mine.values()) - stored
 
@@ -66,8 +63,8 @@ def retract(directory: Path, world_size: int) -> None:
         (directory / claim_file(rank)).unlink(missing_ok=True)
 
 
-def _owner(key: Place, name: str, rank: int, others: Mapping[int, Mapping[str, str]]) -> int:
-    """By the place and not the content, so that a chunk's base is with the same rank."""
+def _owner(key: Position, name: str, rank: int, others: Mapping[int, Mapping[str, str]]) -> int:
+    """By the position and not the content, so that a chunk's base is with the same rank."""
     text = f"{key[0]}#{key[1]}"
     holders = sorted([rank, *(peer for peer, held in others.items() if held.get(text) == name)])
     return holders[zlib.crc32(text.encode()) % len(holders)]

@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from autoglm_resume.checkpoint.chunks.cut import items_of
 from autoglm_resume.checkpoint.format.document import digest
 from autoglm_resume.checkpoint.format.ids import step_of
 from autoglm_resume.checkpoint.format.part import Part
 from autoglm_resume.checkpoint.format.snapshot import Snapshot, describe
 from autoglm_resume.checkpoint.format.structure import combined
 from autoglm_resume.checkpoint.format.tables import Fingerprint, Pack
-from autoglm_resume.checkpoint.write.pack_writer import items_of
 from autoglm_resume.checkpoint.write.part_writer import part_of
 from autoglm_resume.checkpoint.write.reuse import ChunkTable
 
@@ -83,5 +83,5 @@ def part_in_memory(snapshot: Snapshot, names: Sequence[str]) -> Part:
     for item, name in zip(items_of(snapshot), names, strict=True):
         known = table.find(name)
         row = table.peers(name, len(item.raw)) if known is None else known
-        rows[item.tensor, item.place] = row
+        rows[item.position] = row
     return part_of(snapshot, table, Pack(snapshot.id, _NOWHERE), rows)

@@ -11,52 +11,22 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import BinaryIO
 
 from autoglm_resume.checkpoint.chunks import codec, read_back
 from autoglm_resume.checkpoint.chunks.codec import Effort, Encoded
 from autoglm_resume.checkpoint.chunks.compression import Throughput
+from autoglm_resume.checkpoint.chunks.cut import Item
 from autoglm_resume.checkpoint.chunks.direct_io import Output
 from autoglm_resume.checkpoint.chunks.read_back import Proof, Prover, Written
-from autoglm_resume.checkpoint.format.document import digest
 from autoglm_resume.checkpoint.format.options import Compress
-from autoglm_resume.checkpoint.format.snapshot import Snapshot, TensorBytes
-from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES
 from autoglm_resume.checkpoint.write.reuse import ChunkTable, Sharing
 
 THREADS = 2
 WINDOW_BYTES = 16 << 20
 AHEAD = 16
 """Chunks that are encoded before they are written."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """Chunk `place` of a tensor; `name` is its digest, once it is `named`."""
-
-    tensor: str
-    place: int
-    dtype: str
-    raw: memoryview
-    name: str = ""
-
-    def named(self) -> Item:
-        """With its digest."""
-        return replace(self, name=digest(self.raw))
-
-
-def chunks_of(tensor: TensorBytes) -> list[Item]:
-    """The chunks of one tensor, in order."""
-    return [
-        Item(tensor.name, place, tensor.dtype, tensor.data[start : start + CHUNK_BYTES])
-        for place, start in enumerate(range(0, len(tensor.data), CHUNK_BYTES))
-    ]
-
-
-def items_of(snapshot: Snapshot) -> list[Item]:
-    """All chunks of a snapshot, in order."""
-    return [item for tensor in snapshot.tensors for item in chunks_of(tensor)]
 
 
 @dataclass(frozen=True)
@@ -109,7 +79,7 @@ class Packer:
                 check()
                 prepared = waiting.popleft().result()
                 item = prepared.item
-                found[item.tensor, item.place] = self._place(prepared)
+                found[item.position] = self._enter(prepared)
                 if self._window and self._output.end - self._window[0].chunk.offset >= WINDOW_BYTES:
                     self._prove(prover)
                 self._learn(prover.proofs(wait=False))
@@ -141,13 +111,13 @@ class Packer:
         began = time.thread_time()
         base = None
         if effort == "small":
-            base = self._sharing.base(item.tensor, item.place, len(item.raw))
+            base = self._sharing.base(item.tensor, item.index, len(item.raw))
         encoded = codec.encode(item.raw, item.dtype, effort, base[1] if base else None)
         row = base[0] if base and encoded.based else None
         seconds = 0.0 if effort == "off" else time.thread_time() - began
         return _Prepared(item, encoded, row, seconds)
 
-    def _place(self, prepared: _Prepared) -> int:
+    def _enter(self, prepared: _Prepared) -> int:
         item, encoded, table = prepared.item, prepared.encoded, self._table
         known = table.find(item.name)
         if known is not None:
@@ -166,7 +136,7 @@ class Packer:
         )
         base = None
         if prepared.base is not None:
-            found = self._sharing.base(item.tensor, item.place, len(item.raw))
+            found = self._sharing.base(item.tensor, item.index, len(item.raw))
             base = found[1] if found else None
         self._window.append(Written(chunk, base))
         return index

@@ -1,7 +1,7 @@
 """Snapshot to storage: hash, share, encode, write, read back, and only then show it.
 
 A pack appears under its name after every byte of it has been read from the disk, decoded and
-compared. Encoding, writing, flushing and reading back overlap (see packing.py).
+compared. Encoding, writing, flushing and reading back overlap (see pack_writer.py).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TypeVar
 from autoglm_resume import files, linux
 from autoglm_resume.checkpoint.chunks import casts, verify
 from autoglm_resume.checkpoint.chunks.compression import Throughput
+from autoglm_resume.checkpoint.chunks.cut import Item, items_of
 from autoglm_resume.checkpoint.format.document import digest_of_digests
 from autoglm_resume.checkpoint.format.manifest import MANIFEST, Manifest
 from autoglm_resume.checkpoint.format.options import SaveOptions
@@ -34,7 +35,7 @@ from autoglm_resume.checkpoint.format.tables import (
 from autoglm_resume.checkpoint.store.commit import commit
 from autoglm_resume.checkpoint.store.store import Store, entries
 from autoglm_resume.checkpoint.write import chunk_ownership
-from autoglm_resume.checkpoint.write.pack_writer import THREADS, Item, Packer, items_of
+from autoglm_resume.checkpoint.write.pack_writer import THREADS, Packer
 from autoglm_resume.checkpoint.write.reuse import ChunkTable, PreviousPart, Sharing
 from autoglm_resume.errors import AutoglmError, CheckpointError
 
@@ -157,7 +158,7 @@ class PartWriter:
         compress = self.options.compress
         try:
             found = casts.find(snapshot.tensors, named, pool)
-            items = [item for item in named if (item.tensor, item.place) not in found]
+            items = [item for item in named if item.position not in found]
             names = {item.name for item in items}
             deltas = compress == "small" and previous is not None and bool(previous.tensors)
             limit = self.options.keyframe_every
@@ -168,10 +169,10 @@ class PartWriter:
             with files.writing(pack) as output:
                 packer = Packer(output, sharing, table, peers, self._throughput)
                 rows = packer.write(items, pool, compress, check)
-            for place, each in found.items():
+            for position, each in found.items():
                 sources = tuple(rows[source] for source in each.sources)
                 item = each.item
-                rows[place] = table.cast(item.name, len(item.raw), item.dtype, sources)
+                rows[position] = table.cast(item.name, len(item.raw), item.dtype, sources)
             # The fingerprint is taken after the rename, which changes the ctime.
             part = part_of(snapshot, table, Pack(snapshot.id, verify.fingerprint(pack)), rows)
             files.write(file, part.encode())
@@ -183,7 +184,7 @@ class PartWriter:
     def _share_out(
         self, snapshot: Snapshot, directory: Path, items: list[Item], abandoned: Event
     ) -> frozenset[str]:
-        mine = {(item.tensor, item.place): item.name for item in items}
+        mine = {item.position: item.name for item in items}
         chunk_ownership.publish(directory, snapshot.rank, mine)
         return chunk_ownership.left_to_peers(
             directory, snapshot.rank, snapshot.world_size, mine, abandoned
@@ -221,8 +222,8 @@ def part_of(
     packs, chunks = table.finish(own)
     tensors = []
     for entry in snapshot.tensors:
-        places = range(-(-entry.nbytes // CHUNK_BYTES))
-        indices = tuple(rows[entry.name, place] for place in places)
+        count = -(-entry.nbytes // CHUNK_BYTES)
+        indices = tuple(rows[entry.name, index] for index in range(count))
         content = digest_of_digests(chunks[index].digest for index in indices)
         tensors.append(Tensor(entry.name, entry.dtype, entry.shape, content, indices))
     tables: dict[str, list[Tensor]] = {name: [] for name in snapshot.trees}

@@ -42,7 +42,7 @@ class Sharing:
         """With `deltas`, the part before is needed anyway, and so is all that it needs."""
         self._previous = previous
         self._by_digest: dict[str, int] = {}
-        self._places: dict[tuple[str, int], int] = {}
+        self._positions: dict[tuple[str, int], int] = {}
         self.keyframe = previous is None or len(previous.part.packs) > limit
         if previous is None:
             return
@@ -62,20 +62,20 @@ class Sharing:
                 self._by_digest[part.chunks[index].digest] = index
         if not self.keyframe:
             for tensor in part.tensors:
-                for place, index in enumerate(tensor.chunks):
+                for nth, index in enumerate(tensor.chunks):
                     if part.chunks[index].pack is not None:
-                        self._places[tensor.name, place] = index
+                        self._positions[tensor.name, nth] = index
 
     def identical(self, name: str) -> int | None:
         """Index, in the part before, of the chunk with digest `name`."""
         return self._by_digest.get(name)
 
-    def base(self, tensor: str, place: int, size: int) -> tuple[int, memoryview] | None:
-        """Index, in the part before, of chunk `place` of `tensor`, and its bytes, as stored."""
-        index = self._places.get((tensor, place))
+    def base(self, tensor: str, nth: int, size: int) -> tuple[int, memoryview] | None:
+        """Index, in the part before, of chunk `nth` of `tensor`, and its bytes, as stored."""
+        index = self._positions.get((tensor, nth))
         if index is None or self._previous is None or tensor not in self._previous.tensors:
             return None
-        start = place * CHUNK_BYTES
+        start = nth * CHUNK_BYTES
         raw = self._previous.tensors[tensor][start : start + size]
         chunk = self._previous.part.chunks[index]
         return (index, raw) if chunk.raw == size and digest(raw) == chunk.digest else None

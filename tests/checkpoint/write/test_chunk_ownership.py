@@ -14,16 +14,16 @@ import pytest
 from hypothesis import given, settings
 
 from autoglm_resume import files
+from autoglm_resume.checkpoint.chunks.cut import Position
 from autoglm_resume.checkpoint.write import chunk_ownership
 from autoglm_resume.checkpoint.write.chunk_ownership import (
-    Place,
     claim_file,
     left_to_peers,
     publish,
     retract,
 )
 
-Held = Mapping[Place, str]
+Held = Mapping[Position, str]
 
 places = st.tuples(st.sampled_from(["m/a", "m/b", "o/c#1"]), st.integers(0, 3))
 held = st.dictionaries(places, st.sampled_from("vwxyz"))
