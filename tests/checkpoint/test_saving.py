@@ -1,13 +1,9 @@
-"""Savers over a series of checkpoints: what they share, and what becomes of failures."""
+"""Savers over a series of checkpoints: what they share."""
 
 from __future__ import annotations
 
-import errno
-import itertools
 import multiprocessing
-import os
 import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from autoglm_resume.checkpoint.chunks import direct_io
 from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.format.options import SaveOptions
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
@@ -25,61 +20,16 @@ from autoglm_resume.checkpoint.store import retention
 from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.retention import KeepRules, RetentionEntry
 from autoglm_resume.checkpoint.store.store import Store
-from autoglm_resume.checkpoint.write import chunk_ownership, pack_writer, part_writer
+from autoglm_resume.checkpoint.write import chunk_ownership, part_writer
 from autoglm_resume.checkpoint.write.part_writer import PartWriter, SaveFailed
 from autoglm_resume.checkpoint.write.reuse import PreviousPart
 from autoglm_resume.errors import CorruptCheckpoint
-
-Tensors = dict[str, torch.Tensor]
-SMALL = SaveOptions("small", keyframe_every=3)
+from tests.checkpoint.series import SMALL, Tensors, assert_holds, files_in, series, taken
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "ckpt")
-
-
-def series(length: int, seed: int = 0) -> Iterator[Tensors]:
-    """A training in miniature: weights that drift, moments that do not stay, what is frozen, a
-    bf16 copy, a target network that follows, and a tensor of several chunks."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    weight, frozen, target = random(300, 1000), random(50_000), torch.zeros(300, 1000)
-    for step in range(length):
-        yield {
-            "weight": weight,
-            "moment": random(40_000),
-            "frozen": frozen,
-            "half": weight.bfloat16(),
-            "target": target,
-            "step": torch.tensor(step),
-            "none": torch.zeros(0),
-        }
-        if step % 2:
-            target = weight
-        weight = weight * (1 + 1e-6 * random(300, 1000))
-
-
-def taken(step: int, tensors: Tensors, rank: int = 0, ranks: int = 1, **identity: Any) -> Snapshot:
-    own = {name: tensor.clone() for name, tensor in tensors.items()}
-    id = checkpoint_id(step, "a0")
-    return capture.take({"m": own}, id=id, rank=rank, world_size=ranks, **identity)
-
-
-def files_in(path: Path) -> list[str]:
-    return sorted(p.name for p in path.rglob("*") if p.is_file())
-
-
-def assert_holds(store: Store, id: str, expected: Tensors, rank: int = 0) -> None:
-    back = restore.read(store, store.directory(id), rank).states["m"]
-    assert back.keys() == expected.keys()
-    assert all(torch.equal(back[name], expected[name]) for name in back)
-
-
-# A series
 
 
 def test_every_kept_checkpoint_of_a_series_restores_bit_by_bit_with_few_others(
@@ -298,115 +248,3 @@ def test_a_save_takes_no_longer_than_it_may(store: Store) -> None:
     assert files_in(store.root) == []
     one.options = SaveOptions()
     assert_holds(store, one.persist(taken(2, tensors[1])).part.id, tensors[1])
-
-
-class Flushing:
-    """os.fdatasync that goes wrong `times` times."""
-
-    def __init__(self, times: int, error: int) -> None:
-        self.times, self.error = times, error
-        self.real: Callable[[int], None] = os.fdatasync
-
-    def __call__(self, fd: int) -> None:
-        self.times -= 1
-        if self.times >= 0:
-            raise OSError(self.error, os.strerror(self.error))
-        self.real(fd)
-
-
-@pytest.mark.parametrize("times", [1, 2])
-def test_an_error_that_passes_costs_only_another_try(
-    store: Store, monkeypatch: pytest.MonkeyPatch, times: int
-) -> None:
-    monkeypatch.setattr(part_writer, "RETRIES", (0.0, 0.0))
-    monkeypatch.setattr(os, "fdatasync", Flushing(times, errno.EIO))
-    (tensors,) = series(1)
-    assert_holds(store, PartWriter(store).persist(taken(1, tensors)).part.id, tensors)
-
-
-@pytest.mark.parametrize(("error", "tries"), [(errno.EIO, 3), (errno.ENOSPC, 1), (errno.EACCES, 1)])
-def test_one_that_stays_is_reported_and_one_that_cannot_pass_is_not_tried_again(
-    store: Store, monkeypatch: pytest.MonkeyPatch, error: int, tries: int
-) -> None:
-    monkeypatch.setattr(part_writer, "RETRIES", (0.0, 0.0))
-    flushing = Flushing(100, error)
-    monkeypatch.setattr(os, "fdatasync", flushing)
-    first, second = series(2)
-    with pytest.raises(SaveFailed, match=os.strerror(error)) as caught:
-        PartWriter(store).persist(taken(1, first))
-    assert "rank-00000.pack: not saved" in caught.value.message
-    assert flushing.times == 100 - tries
-    assert files_in(store.root) == []
-    monkeypatch.undo()
-    assert_holds(store, PartWriter(store).persist(taken(2, second)).part.id, second)
-
-
-def test_nobody_waits_for_another_try_of_a_save_that_is_given_up(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(part_writer, "RETRIES", (1e9,))
-    given_up = threading.Event()
-
-    def flush(fd: int) -> None:
-        given_up.set()
-        raise OSError(errno.EIO, "bad")
-
-    monkeypatch.setattr(os, "fdatasync", flush)
-    with pytest.raises(SaveFailed):
-        PartWriter(store).persist(taken(1, next(series(1))), given_up)
-
-
-class Lying:
-    """os.fdatasync of a disk that changes byte `place` of the `number`th file flushed."""
-
-    def __init__(self, place: int) -> None:
-        self.place, self.done = place, False
-        self.real: Callable[[int], None] = os.fdatasync
-
-    def __call__(self, fd: int) -> None:
-        self.real(fd)
-        if not self.done and os.fstat(fd).st_size > self.place:
-            self.done = True
-            with Path(f"/proc/self/fd/{fd}").open("r+b") as file:
-                file.seek(self.place)
-                byte = file.read(1)
-                file.seek(self.place)
-                file.write(bytes([byte[0] ^ 16]))
-
-
-@pytest.mark.parametrize("compress", ["off", "fast", "small"])
-@pytest.mark.parametrize("place", [0, 300_000, 700_000])
-def test_a_disk_that_gives_back_other_bytes_is_found_out_before_the_commit(
-    store: Store, monkeypatch: pytest.MonkeyPatch, compress: Any, place: int
-) -> None:
-    monkeypatch.setattr(pack_writer, "WINDOW_BYTES", CHUNK_BYTES)
-    monkeypatch.setattr(direct_io, "BUFFER_BYTES", 16 * direct_io.BLOCK)
-    old, new, newer = series(3)
-    one = PartWriter(store, SaveOptions(compress))
-    before = one.persist(taken(1, old)).part
-    if compress == "small":
-        place //= 8  # what follows is smaller
-    lying = Lying(place)
-    monkeypatch.setattr(os, "fdatasync", lying)
-    with pytest.raises(SaveFailed, match="reading it back: "):
-        one.persist(taken(2, new))
-    assert lying.done
-    assert store.latest() == store.directory(before.id)
-    assert_holds(store, one.persist(taken(3, newer)).part.id, newer)
-
-
-def test_chunks_of_all_tensors_are_in_their_order() -> None:
-    tensors = {
-        "a": torch.zeros(CHUNK_BYTES // 4 * 2 + 1),
-        "empty": torch.zeros(0),
-        "b": torch.ones(3),
-    }
-    items = pack_writer.items_of(taken(1, tensors))
-    assert [(i.tensor, i.index, len(i.raw)) for i in items] == [
-        ("m/a", 0, CHUNK_BYTES),
-        ("m/a", 1, CHUNK_BYTES),
-        ("m/a", 2, 4),
-        ("m/b", 0, 12),
-    ]
-    assert items[0].named().name == items[1].named().name != items[2].named().name
-    assert len(set(itertools.chain.from_iterable(i.raw for i in items[:2]))) == 1

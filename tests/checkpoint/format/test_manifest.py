@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -380,22 +378,3 @@ def test_parts_that_disagree_are_not_one_checkpoint() -> None:
         parts = [part(0), replace(part(1), **changes)]
         with pytest.raises(CorruptCheckpoint):
             Manifest.of(parts, [p.encode() for p in parts], None)
-
-
-def test_the_pure_modules_and_the_store_never_import_torch(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
-    script: Callable[[str], str] = "import sys; import {0}; print(*sys.modules)".format
-    for name in (
-        *("format.manifest", "format.structure", "chunks.codec"),
-        *("store.store", "store.gate", "store.retention"),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-c", script(f"autoglm_resume.checkpoint.{name}")],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        loaded = set(done.stdout.split())
-        assert not loaded & {"torch", "numpy", "pydantic", "typer", "rich", "pickle"}, name
