@@ -11,14 +11,14 @@ from autoglm_resume.errors import UsageError
 from autoglm_resume.events import Pruned
 from autoglm_resume.journal import Journal
 from autoglm_resume.observe import listing
-from autoglm_resume.observe.inspection import Target
+from autoglm_resume.observe.inspection import Inspected
 from autoglm_resume.observe.listing import Listing
 from autoglm_resume.observe.pure.say import plural, size
 from autoglm_resume.observe.tables import Table
 from autoglm_resume.supervise.base.run_directory import undisturbed
 
 
-def rules(target: Target) -> KeepRules:
+def rules(target: Inspected) -> KeepRules:
     """What the run of these checkpoints keeps. Raises UsageError if there is no run beside them."""
     keep = listing.keep_of(target.run)
     if keep is None:
@@ -29,7 +29,7 @@ def rules(target: Target) -> KeepRules:
     return keep
 
 
-def prune(target: Target, keep: KeepRules) -> Listing:
+def prune(target: Inspected, keep: KeepRules) -> Listing:
     """Delete what `keep` does not want; returns the checkpoints as they were before.
 
     Raises RunLocked while a supervisor has the run or its checkpoints.

@@ -39,7 +39,7 @@ class Undelivered(Exception):
     """A try that failed; the text says why, without the address."""
 
 
-class Target:
+class Recipient:
     """One who is told, with a thread and a queue of its own."""
 
     def __init__(self, link: socket.socket, config: dict[str, Any], workdir: str) -> None:
@@ -192,12 +192,12 @@ def main(fd: int, workdir: str) -> None:
     """Tell until the socket ends, and a little longer."""
     linux.stand_back()
     link = socket.socket(fileno=fd)
-    targets: list[Target] = []
+    targets: list[Recipient] = []
     context: Context | None = None
     while data := link.recv(1 << 20):
         said = json.loads(data)
         if "target" in said:
-            targets.append(Target(link, said["target"], workdir))
+            targets.append(Recipient(link, said["target"], workdir))
         elif "about" in said:
             context = Context(**said["about"])
         elif context is not None:

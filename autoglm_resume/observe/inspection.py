@@ -33,7 +33,7 @@ _BRING_BACK = (
 
 
 @dataclass(frozen=True)
-class Target:
+class Inspected:
     """The checkpoints that a path means, newest first, and the run they belong to, if one does."""
 
     store: Store
@@ -68,7 +68,7 @@ class Inspection:
         return [(part.rank, tensor) for part in self.parts for tensor in part.tensors]
 
 
-def find(given: Path) -> Target:
+def find(given: Path) -> Inspected:
     """What `given` means: a checkpoint, a directory of checkpoints, or a run.
 
     Raises UsageError if it is none of them.
@@ -89,7 +89,7 @@ def find(given: Path) -> Target:
         )
     if (path / MANIFEST).exists() or is_id(path.name):
         root = path.parent
-        return Target(Store(root), (path,), _run_of(root), single=True)
+        return Inspected(Store(root), (path,), _run_of(root), single=True)
     run = RunDirectory(path)
     if run.exists:
         store = Store(_checkpoint_dir(run))
@@ -101,7 +101,7 @@ def find(given: Path) -> Target:
                 f"{given}: expected a checkpoint, a directory of checkpoints, or a run directory; "
                 f"found neither {MANIFEST} nor step-… nor job.json"
             )
-    return Target(store, tuple(store.committed()), run if run.exists else _run_of(path), False)
+    return Inspected(store, tuple(store.committed()), run if run.exists else _run_of(path), False)
 
 
 def _require_no_replicas(path: Path) -> None:
@@ -120,7 +120,7 @@ def _require_no_replicas(path: Path) -> None:
         )
 
 
-def find_all(given: Path) -> Target:
+def find_all(given: Path) -> Inspected:
     """As `find`, but one checkpoint means all those beside it."""
     found = find(given)
     return find(found.store.root) if found.single else found
@@ -152,7 +152,7 @@ def expectation(run: RunDirectory | None) -> Expectation | None:
 
 
 def inspect(
-    target: Target, path: Path, expected: Expectation | None, progress: Progress | None = None
+    target: Inspected, path: Path, expected: Expectation | None, progress: Progress | None = None
 ) -> Inspection:
     """One checkpoint; with `progress`, every byte of it is read and checked."""
     facts = examine(target.store, path, deep=progress is not None, progress=progress)
@@ -161,7 +161,7 @@ def inspect(
 
 
 def verdicts(
-    target: Target, expected: Expectation | None, progress: Progress | None = None
+    target: Inspected, expected: Expectation | None, progress: Progress | None = None
 ) -> list[Verdict]:
     """Of all checkpoints of `target`, newest first; with `progress`, every byte is read."""
     found = []
@@ -172,7 +172,7 @@ def verdicts(
     return found
 
 
-def stored_bytes(target: Target, paths: Iterable[Path]) -> int:
+def stored_bytes(target: Inspected, paths: Iterable[Path]) -> int:
     """Bytes that a verification will read, as far as the manifests can be read."""
     total = 0
     for path in paths:

@@ -21,7 +21,7 @@ from autoglm_resume.checkpoint.store.store import REASON
 from autoglm_resume.errors import CheckpointError
 from autoglm_resume.events import CheckMade, GatePassed
 from autoglm_resume.observe import inspection
-from autoglm_resume.observe.inspection import Target
+from autoglm_resume.observe.inspection import Inspected
 from autoglm_resume.observe.progress import Progress
 from autoglm_resume.observe.pure.say import check as failed_check
 from autoglm_resume.observe.pure.say import seconds, short, size
@@ -71,7 +71,7 @@ def keep_of(run: RunDirectory | None) -> KeepRules | None:
     return KeepRules() if written is None else keep_of(written, f"{run.path}/job.json")
 
 
-def of(target: Target, keep: KeepRules | None, now: float) -> Listing:
+def of(target: Inspected, keep: KeepRules | None, now: float) -> Listing:
     """Look at all checkpoints beside each other; `now` is Unix seconds.
 
     Packs whose stat fingerprint is not the recorded one are read, as the gate would.
@@ -94,7 +94,7 @@ def of(target: Target, keep: KeepRules | None, now: float) -> Listing:
 
 
 def _kept(
-    target: Target, found: Sequence[tuple[Candidate, Verdict]], keep: KeepRules, now: float
+    target: Inspected, found: Sequence[tuple[Candidate, Verdict]], keep: KeepRules, now: float
 ) -> dict[str, tuple[str, ...]]:
     """Why each checkpoint stays, of those that are good in themselves."""
     good = [(facts, verdict) for facts, verdict in found if inspection.sound(verdict)]
@@ -167,7 +167,7 @@ def _branches(found: Sequence[tuple[Candidate, Verdict]]) -> set[str]:
     return {id for id in ids if oldest and id not in chain and newer(id, oldest)}
 
 
-def _quarantined(target: Target) -> tuple[tuple[str, str], ...]:
+def _quarantined(target: Inspected) -> tuple[tuple[str, str], ...]:
     found = []
     for path in target.store.quarantined():
         reason = "no reason was recorded"

@@ -45,7 +45,7 @@ def choose(run: RunDirectory, attempt: int | None) -> int:
     return attempt
 
 
-class Reader:
+class LogReader:
     """The logs of one attempt, as far as they were read."""
 
     def __init__(self, directory: Path, rank: int | None, show: Print) -> None:
@@ -103,7 +103,7 @@ def printer(*, prefix: bool) -> Print:
 def show(run: RunDirectory, rank: int | None, attempt: int | None) -> None:
     """Print the logs of one attempt. Raises UsageError if there is none of that rank."""
     number = choose(run, attempt)
-    reader = Reader(run.attempt(number), rank, printer(prefix=rank is None))
+    reader = LogReader(run.attempt(number), rank, printer(prefix=rank is None))
     if not reader.ranks:
         raise UsageError(
             f"{run.attempt(number)}: no log" + ("" if rank is None else f" of rank {rank}")
@@ -121,7 +121,7 @@ def follow(run: RunDirectory, rank: int | None, attempt: int | None) -> None:
     run.attempts.mkdir(exist_ok=True)
     watch.add(run.attempts)
     handle = watch.add(run.attempt(number))
-    reader = Reader(run.attempt(number), rank, show)
+    reader = LogReader(run.attempt(number), rank, show)
     with _end_of(run) as (supervisor, timeout):
         if supervisor is not None:
             poll.register(supervisor, select.POLLIN)
@@ -138,7 +138,7 @@ def follow(run: RunDirectory, rank: int | None, attempt: int | None) -> None:
                 number = newer[0]
                 watch.remove(handle)
                 handle = watch.add(run.attempt(number))
-                reader = Reader(run.attempt(number), rank, show)
+                reader = LogReader(run.attempt(number), rank, show)
                 print(f"autoglm: attempt {number}", file=sys.stderr)
                 continue
             if newer or over:

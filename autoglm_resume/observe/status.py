@@ -21,7 +21,7 @@ from autoglm_resume.observe.pure import replicas
 from autoglm_resume.observe.pure.explain import reason
 from autoglm_resume.observe.pure.goodput import Summary, summarize
 from autoglm_resume.observe.pure.replicas import Replica
-from autoglm_resume.observe.pure.say import seconds, slurm_job
+from autoglm_resume.observe.pure.say import plural, seconds, slurm_job
 from autoglm_resume.observe.tables import Table, width
 from autoglm_resume.protocol.heartbeats import Board
 from autoglm_resume.protocol.silences import merged
@@ -197,7 +197,7 @@ def show(status: Status) -> None:
         _ranks_table(status.ranks).print(sys.stdout)
     if status.replicas:
         print()
-        replicas.table(status.replicas).print(sys.stdout)
+        _replicas(status.replicas).print(sys.stdout)
 
 
 def _failures(summary: Summary) -> str:
@@ -254,3 +254,13 @@ def show_all(found: Sequence[Status | Unreadable]) -> None:
     if columns is not None and not table.fits(columns):
         table = table.only(0, 1, 2, 4, 5, 9)
     table.print(sys.stdout)
+
+
+def _replicas(found: Iterable[Replica]) -> Table:
+    """One line each."""
+    table = Table(("replica", "newest there", "behind", "trouble"))
+    for each in found:
+        behind = plural(each.behind, "checkpoint") if each.behind else "no"
+        style = "red" if each.error else ""
+        table.add(each.target, each.newest, behind, each.error, style=style)
+    return table

@@ -28,8 +28,8 @@ from autoglm_resume.errors import NoAcceptableCheckpoint
 from autoglm_resume.protocol.assignment import ResumePoint
 from autoglm_resume.savers import directory_lock
 from autoglm_resume.worker import run_beside
+from autoglm_resume.worker.base.settings import Settings
 from autoglm_resume.worker.run_beside import RunBeside
-from autoglm_resume.worker.settings import Settings
 
 PATIENCE = timedelta(days=1)
 """For rank 0, which may read every byte of a checkpoint, or have it repaired; if it dies, whoever

@@ -14,7 +14,7 @@ from autoglm_resume.checkpoint.format import renaming
 from autoglm_resume.checkpoint.format.structure import Structure, differences
 from autoglm_resume.checkpoint.state.restore import RestoredPart
 from autoglm_resume.errors import CheckpointError, ModelMismatch
-from autoglm_resume.worker.settings import Settings
+from autoglm_resume.worker.base.settings import Settings
 
 
 @dataclass(frozen=True)

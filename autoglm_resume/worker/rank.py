@@ -27,7 +27,7 @@ from autoglm_resume.protocol.assignment import ASSIGNMENT, STACKS, Assignment, S
 from autoglm_resume.protocol.heartbeats import Board, Phase
 from autoglm_resume.protocol.own_path import drop_own_path
 from autoglm_resume.worker import imports
-from autoglm_resume.worker.event_log import EventLog
+from autoglm_resume.worker.base.event_log import EventLog
 
 UNDER_TORCHRUN = "--under-torchrun"
 

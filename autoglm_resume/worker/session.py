@@ -34,19 +34,10 @@ from autoglm_resume.errors import (
 from autoglm_resume.protocol.assignment import Assignment, ResumePoint
 from autoglm_resume.protocol.heartbeats import Board, Phase, Pulse
 from autoglm_resume.protocol.loss_guard import LossGuard
-from autoglm_resume.worker import (
-    alone,
-    fitting,
-    hooks,
-    imports,
-    restoring,
-    rng,
-    settings,
-    spare,
-    tracked,
-)
+from autoglm_resume.worker import alone, fitting, hooks, imports, restoring, rng, spare, tracked
+from autoglm_resume.worker.base import settings
+from autoglm_resume.worker.base.event_log import EventLog
 from autoglm_resume.worker.data import ResumableSampler
-from autoglm_resume.worker.event_log import EventLog
 from autoglm_resume.worker.requests import FromClock, FromRankZero, FromSupervisor, Requests
 from autoglm_resume.worker.saving import device_copy
 from autoglm_resume.worker.saving.save_manager import SaveManager

@@ -20,7 +20,7 @@ from autoglm_resume import linux
 from autoglm_resume.errors import UsageError
 from autoglm_resume.protocol.assignment import Assignment, Source
 from autoglm_resume.worker import imports, rank
-from autoglm_resume.worker.event_log import EventLog
+from autoglm_resume.worker.base.event_log import EventLog
 
 Ready = TypeVar("Ready")
 Result = TypeVar("Result")

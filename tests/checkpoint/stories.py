@@ -27,7 +27,7 @@ from autoglm_resume.protocol.assignment import Checkpointing
 from autoglm_resume.savers import housekeeping
 from autoglm_resume.supervise.core.history import History
 from autoglm_resume.supervise.gate import RunGate
-from autoglm_resume.worker.event_log import EventLog
+from autoglm_resume.worker.base.event_log import EventLog
 from tests.checkpoint.lossy import (
     Recorder,
 )

@@ -14,7 +14,7 @@ from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.part_writer import PartWriter
 from autoglm_resume.protocol.assignment import Checkpointing
 from autoglm_resume.savers.housekeeping import tidy
-from autoglm_resume.worker.event_log import EventLog
+from autoglm_resume.worker.base.event_log import EventLog
 
 
 def saved(store: Store, step: int, token: str, loss: float) -> Snapshot:

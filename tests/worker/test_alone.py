@@ -16,7 +16,7 @@ from autoglm_resume.checkpoint.storage.storage import open_storage
 from autoglm_resume.errors import NoAcceptableCheckpoint
 from autoglm_resume.savers.directory_lock import persisting
 from autoglm_resume.worker import alone
-from autoglm_resume.worker.settings import Settings, unsupervised
+from autoglm_resume.worker.base.settings import Settings, unsupervised
 from tests.checkpoint.checkpoints import STRUCTURE, Checkpoints
 from tests.worker.alone import lonely
 from tests.worker.test_run_beside import write_run
@@ -137,7 +137,7 @@ def test_one_that_is_started_while_another_saves_waits_for_it(run: Checkpoints) 
     script = f"""
 from pathlib import Path
 from autoglm_resume.worker import alone
-from autoglm_resume.worker.settings import unsupervised
+from autoglm_resume.worker.base.settings import unsupervised
 print(alone.agreed(unsupervised({str(run.root)!r}, None, None, 3), None).resume.step)
 """
     with persisting(run.root):

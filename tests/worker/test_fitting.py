@@ -14,8 +14,8 @@ from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.part_writer import PartWriter
 from autoglm_resume.errors import CheckpointError, ModelMismatch
 from autoglm_resume.protocol.assignment import Checkpointing
+from autoglm_resume.worker.base.settings import Settings
 from autoglm_resume.worker.fitting import Loading, fitted
-from autoglm_resume.worker.settings import Settings
 
 ID = checkpoint_id(3, "a0")
 

@@ -13,8 +13,7 @@ from autoglm_resume import events
 from autoglm_resume.checkpoint.format.ids import is_id, newer, recency
 from autoglm_resume.checkpoint.store.gate import superseded
 from autoglm_resume.events import Event
-from autoglm_resume.observe.pure.say import plural, short
-from autoglm_resume.observe.tables import Table
+from autoglm_resume.observe.pure.say import short
 from autoglm_resume.supervise.core import history
 
 
@@ -60,13 +59,3 @@ def of(journal: Sequence[Event], targets: Iterable[str]) -> tuple[Replica, ...]:
         reason, since = (short(last.reason), last.time) if last else ("", None)
         found.append(Replica(target, newest, len(waiting), reason, since))
     return tuple(found)
-
-
-def table(replicas: Iterable[Replica]) -> Table:
-    """One line each."""
-    found = Table(("replica", "newest there", "behind", "trouble"))
-    for each in replicas:
-        behind = plural(each.behind, "checkpoint") if each.behind else "no"
-        style = "red" if each.error else ""
-        found.add(each.target, each.newest, behind, each.error, style=style)
-    return found

@@ -76,7 +76,7 @@ class Ended:
 
 
 @dataclass(frozen=True)
-class Restart:
+class RestartGroup:
     """Start the group again after `delay` seconds."""
 
     delay: float
@@ -143,7 +143,7 @@ class GiveUp:
     breaker: Breaker = "closed"
 
 
-Decision = Restart | RollBack | Smaller | Pause | Requeue | GiveUp
+Decision = RestartGroup | RollBack | Smaller | Pause | Requeue | GiveUp
 
 
 def decide(
@@ -206,7 +206,7 @@ def _bounded(
         # What an attempt that got nowhere began with is not good enough, whatever it saved since.
         before = history[-1].started_from if tally.idle else 0
         return RollBack(delay, reason, before or None)
-    return Restart(delay, reason)
+    return RestartGroup(delay, reason)
 
 
 def remaining(delay: float, since: float, now: float) -> float:
@@ -338,7 +338,7 @@ def _answer_refusal(history: Sequence[Ended], failure: Failure) -> Decision:
     *before, last = history
     if failure.final or any(attempt.refused == last.refused for attempt in before):
         return GiveUp(failure.summary, CheckpointError.exit_code)
-    return Restart(0.0, "the gate judges the checkpoints anew")
+    return RestartGroup(0.0, "the gate judges the checkpoints anew")
 
 
 def _cool_down(stuck: int, failure: Failure, rules: Rules) -> Decision:
@@ -350,7 +350,7 @@ def _cool_down(stuck: int, failure: Failure, rules: Rules) -> Decision:
         f"{_times(stuck)} without new progress: one try after a cool-down "
         f"({opened} of {rules.cool_downs})"
     )
-    return Restart(rules.cool_down, reason, "open" if rules.cool_down else "half-open")
+    return RestartGroup(rules.cool_down, reason, "open" if rules.cool_down else "half-open")
 
 
 def _hopeless(count: int, failure: Failure) -> GiveUp:

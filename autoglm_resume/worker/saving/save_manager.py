@@ -17,9 +17,9 @@ from autoglm_resume.errors import CheckpointError
 from autoglm_resume.protocol.assignment import Assignment
 from autoglm_resume.protocol.heartbeats import Pulse
 from autoglm_resume.savers import directory_lock, housekeeping
-from autoglm_resume.worker.event_log import EventLog
+from autoglm_resume.worker.base.event_log import EventLog
+from autoglm_resume.worker.base.settings import Settings
 from autoglm_resume.worker.saving.stager import NoSaver, SaveOutcome, Stager
-from autoglm_resume.worker.settings import Settings
 
 
 class SaveManager:

@@ -15,7 +15,7 @@ from autoglm_resume.protocol import saver_messages
 from autoglm_resume.protocol.assignment import HOME
 from autoglm_resume.protocol.saver_messages import Closed, Message
 from autoglm_resume.protocol.shared_memory import Slots
-from autoglm_resume.worker.settings import Settings
+from autoglm_resume.worker.base.settings import Settings
 
 PATIENCE = 10.0
 """Seconds for a saver to appear and to answer what takes it no time."""

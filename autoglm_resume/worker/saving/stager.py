@@ -26,9 +26,9 @@ from autoglm_resume.checkpoint.format.snapshot import Snapshot, describe, from_s
 from autoglm_resume.checkpoint.state.capture import CapturedState, Identity
 from autoglm_resume.protocol.saver_messages import Message
 from autoglm_resume.protocol.shared_memory import Slots
+from autoglm_resume.worker.base.settings import Settings
 from autoglm_resume.worker.saving import device_copy
 from autoglm_resume.worker.saving.saver_client import NoSaver, SaverClient
-from autoglm_resume.worker.settings import Settings
 
 ROUND = 1 << 20
 SPARE = 1 << 16

@@ -233,8 +233,8 @@ class Trial:
         import torch
 
         from autoglm_resume.errors import CheckpointError
+        from autoglm_resume.worker.base.settings import supervised
         from autoglm_resume.worker.session import Session
-        from autoglm_resume.worker.settings import supervised
         from scripts.train_deltas import digest_of, objects
 
         torch.manual_seed(5)

@@ -11,7 +11,7 @@ import pytest
 
 from autoglm_resume.events import Event, FirstStep, OfRank, WarningGiven
 from autoglm_resume.journal import Journal, decode, encode, read, stamped
-from autoglm_resume.worker.event_log import EventLog
+from autoglm_resume.worker.base.event_log import EventLog
 
 
 def note(n: int, more: str = "") -> Event:

@@ -16,7 +16,7 @@ from autoglm_resume.supervise.core.policy import (
     GiveUp,
     Pause,
     Requeue,
-    Restart,
+    RestartGroup,
     RollBack,
     Rules,
     Smaller,
@@ -61,13 +61,13 @@ def shown(decision: Decision) -> str:
     match decision:
         case GiveUp(code=code):
             return f"give up {code}"
-        case Restart(breaker="open"):
+        case RestartGroup(breaker="open"):
             return "cool down"
         case RollBack(before=None, delay=delay):
             return f"back in {delay:g}"
         case RollBack(before=before):
             return f"before {before}"
-        case Restart(delay=delay):
+        case RestartGroup(delay=delay):
             return f"in {delay:g}"
         case Pause(until=until):
             return until
@@ -161,9 +161,9 @@ def test_new_checkpointed_steps_refill_the_budget() -> None:
     spent = [Ended(0, step, 0) for step in range(1, 11)]
     refilled = [*spent, Ended(0, 19, 18)]
     for step in range(20, 29):
-        assert isinstance(decide(refilled), Restart)
+        assert isinstance(decide(refilled), RestartGroup)
         refilled.append(Ended(18, step, 18))
-    assert isinstance(decide(refilled), Restart)
+    assert isinstance(decide(refilled), RestartGroup)
     assert isinstance(decide([*refilled, Ended(18, 29, 18)]), GiveUp)
 
 
@@ -291,7 +291,7 @@ def test_an_answer_that_is_not_possible_here_is_not_replaced_in_silence(
     failure = replace(of(Kind.EXITED, code=17), rank=rank)
     note = f"restart.on has 17: {answer.value}, but {reason}"
     decision = decide([FROM_START], failure, rules)
-    assert decision == Restart(0.0, f"it had made progress; {note}")
+    assert decision == RestartGroup(0.0, f"it had made progress; {note}")
     end = decide(stuck(9, Kind.EXITED), failure, rules)
     assert isinstance(end, GiveUp)
     assert end.reason.endswith(f"; {note}")
@@ -310,7 +310,7 @@ def refusal(id: str) -> Ended:
 def test_a_refused_checkpoint_is_answered_by_another_one_at_once() -> None:
     for count in range(1, 20):
         history = [refusal(str(id)) for id in range(count)]
-        assert decide(history, REFUSED, jitter=0.9) == Restart(
+        assert decide(history, REFUSED, jitter=0.9) == RestartGroup(
             0.0, "the gate judges the checkpoints anew"
         )
 
@@ -386,7 +386,7 @@ def test_delays_grow_never_beyond_the_longest_and_jitter_takes_at_most_half(
 
     def delay(stuck_for: int, jitter: float) -> float:
         decision = decide(stuck(stuck_for), KILLED, rules, jitter)
-        assert isinstance(decision, Restart)
+        assert isinstance(decision, RestartGroup)
         return decision.delay
 
     full = delay(times, 0.0)

@@ -26,7 +26,7 @@ from autoglm_resume.supervise.core.policy import (
     GiveUp,
     Pause,
     Requeue,
-    Restart,
+    RestartGroup,
     RollBack,
     Rules,
     Smaller,
@@ -169,7 +169,7 @@ class Run(RuleBasedStateMachine):
         failure = Failure(kind, 0, f"rank 0 {words}", ran, code=code, place=place)
         progress = self.at + ran > self.furthest and ran > 0
         decision = self.fail(failure, ran, saves)
-        if isinstance(decision, Restart | RollBack):
+        if isinstance(decision, RestartGroup | RollBack):
             assert not progress or decision.delay == 0, "the first restart after it is immediate"
 
     @precondition(lambda self: not self.over)

@@ -215,15 +215,15 @@ def test_what_a_library_says_of_an_address_is_never_passed_on(
 def test_a_defect_ends_no_thread_and_is_told_by_its_name_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def broken(target: process.Target, body: bytes) -> None:
+    def broken(target: process.Recipient, body: bytes) -> None:
         raise RuntimeError("https://host/secret")
 
-    monkeypatch.setattr(process.Target, "_post", broken)
+    monkeypatch.setattr(process.Recipient, "_post", broken)
     monkeypatch.setattr(process, "BACKOFF", 0.0)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         config = {"webhook": "https://host/secret", "on": ["failed"]}
-        target = process.Target(theirs, config, str(tmp_path))
+        target = process.Recipient(theirs, config, str(tmp_path))
         target.tell(Message("failed", {}))
         ours.settimeout(PATIENCE)
         said = json.loads(ours.recv(4096))

@@ -23,8 +23,8 @@ from autoglm_resume.protocol.assignment import Checkpointing
 from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.services import savers as module
 from autoglm_resume.supervise.services.savers import Savers
+from autoglm_resume.worker.base.settings import Settings
 from autoglm_resume.worker.saving.saver_client import NoSaver, SaverClient
-from autoglm_resume.worker.settings import Settings
 from tests.patience import soon
 
 RANKS = 2

@@ -15,9 +15,9 @@ from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.checkpoint.state.capture import Identity
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.protocol.assignment import Checkpointing
+from autoglm_resume.worker.base.settings import Settings
 from autoglm_resume.worker.saving import stager as module
 from autoglm_resume.worker.saving.stager import Stager
-from autoglm_resume.worker.settings import Settings
 
 Make = Callable[..., Stager]
 
