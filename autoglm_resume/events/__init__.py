@@ -32,11 +32,3 @@ def to_record(event: Event) -> dict[str, Any]:
     if isinstance(event, Unknown):
         return dict(event.said)
     return {"event": event.event, **event.to_json()}
-
-
-def make(name: str, fields: Mapping[str, Any]) -> Event:
-    """The event of that name. Raises TypeError for a name or field that is not known here."""
-    if name not in TABLE:
-        raise TypeError(f"no such event: {name}")
-    known = {key + "_" * (key == "from"): value for key, value in fields.items()}
-    return read(to_record(TABLE[name](**known)))

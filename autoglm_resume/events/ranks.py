@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from autoglm_resume.events.base import OfRank
+from autoglm_resume.records import unsaid
 
 
 class RankStarted(OfRank):
@@ -123,6 +124,27 @@ class PartSaved(OfRank, name="saved"):
     """Bytes written."""
     shared: int = 0
     """Bytes of `raw` that another rank wrote."""
+
+
+class Committed(OfRank):
+    """A checkpoint exists from now on; told by a saver, or by the gate that found it complete."""
+
+    id: str = ""
+    step: int
+    digest: str = ""
+    """Of the manifest."""
+    began: float | None = unsaid(None)
+    """When training was first held up for it."""
+    objects: Mapping[str, str] = {}
+    """Digests of what it holds, by name."""
+
+
+class Pruned(OfRank):
+    """Retention deleted it."""
+
+    id: str
+    by: str = unsaid("")
+    """The command, if it was no saver."""
 
 
 class SaverLost(OfRank):

@@ -214,27 +214,6 @@ class BroughtBack(Event):
     files: int = 0
 
 
-class Committed(OfRank):
-    """A checkpoint exists from now on; told by a saver, or by the gate that found it complete."""
-
-    id: str = ""
-    step: int
-    digest: str = ""
-    """Of the manifest."""
-    began: float | None = unsaid(None)
-    """When training was first held up for it."""
-    objects: Mapping[str, str] = {}
-    """Digests of what it holds, by name."""
-
-
-class Pruned(OfRank):
-    """Retention deleted it."""
-
-    id: str
-    by: str = unsaid("")
-    """The command, if it was no saver."""
-
-
 class Replicated(Event):
     id: str
     replica: str

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Set
+from collections.abc import Set
 from contextlib import suppress
-from typing import TypeAlias
 
+from autoglm_resume import events
 from autoglm_resume.checkpoint.format.ids import newer
 from autoglm_resume.checkpoint.format.manifest import MANIFEST
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
@@ -20,36 +20,37 @@ from autoglm_resume.checkpoint.write.part_writer import Saved, forsake
 from autoglm_resume.errors import CheckpointError
 from autoglm_resume.protocol.assignment import Checkpointing
 
-Tell: TypeAlias = "Callable[..., object]"
-"""Called with the name of an event and its fields."""
 
-
-def announce(tell: Tell, saved: Saved, *, began: float, blocked: float) -> None:
+def announce(tell: events.Tell, saved: Saved, *, began: float, blocked: float) -> None:
     """`began` is when training was first held up for it, `blocked` for how many seconds."""
     part, manifest = saved.part, saved.manifest
     tell(
-        "saved",
-        id=part.id,
-        step=part.step,
-        seconds=time.monotonic() - began,
-        began=began,
-        blocked=blocked,
-        raw=part.raw,
-        stored=part.stored,
-        shared=part.shared,
+        events.PartSaved(
+            id=part.id,
+            step=part.step,
+            seconds=time.monotonic() - began,
+            began=began,
+            blocked=blocked,
+            raw=part.raw,
+            stored=part.stored,
+            shared=part.shared,
+        )
     )
     if manifest is not None:
         tell(
-            "committed",
-            id=manifest.id,
-            step=manifest.step,
-            digest=manifest.digest,
-            began=began,
-            objects=manifest.objects,
+            events.Committed(
+                id=manifest.id,
+                step=manifest.step,
+                digest=manifest.digest,
+                began=began,
+                objects=manifest.objects,
+            )
         )
 
 
-def tidy(store: Store, how: Checkpointing, snapshot: Snapshot, stay: Set[str], tell: Tell) -> None:
+def tidy(
+    store: Store, how: Checkpointing, snapshot: Snapshot, stay: Set[str], tell: events.Tell
+) -> None:
     """After `snapshot` was saved. `stay` are ids of checkpoints that must not be deleted.
 
     Raises OSError, CheckpointError.
@@ -61,7 +62,7 @@ def tidy(store: Store, how: Checkpointing, snapshot: Snapshot, stay: Set[str], t
                 forsake(store, id, snapshot.rank)
     if snapshot.rank == 0:
         for id in _retire(store, how, snapshot, stay):
-            tell("pruned", id=id)
+            tell(events.Pruned(id=id))
 
 
 def _whole(store: Store, id: str) -> bool:

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from autoglm_resume import events
 from autoglm_resume.checkpoint.format.manifest import MANIFEST
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.store.store import Store
@@ -27,8 +28,8 @@ REST = 10.0
 class SaverJobs:
     """For one rank after the other, all with the same number; run by one thread beside the loop."""
 
-    def __init__(self, tell: Callable[..., object]) -> None:
-        """`tell` gets what becomes of saves, as (event, fields)."""
+    def __init__(self, tell: events.Tell) -> None:
+        """`tell` gets what becomes of saves."""
         self._tell = tell
         self.slots: Slots | None = None
         self._writer: PartWriter | None = None
@@ -127,7 +128,7 @@ class SaverJobs:
             housekeeping.announce(self._tell, written, began=began, blocked=blocked)
             return ""
         if not abandoned.is_set():
-            self._tell("save_failed", id=snapshot.id, step=snapshot.step, reason=reason)
+            self._tell(events.PartFailed(id=snapshot.id, step=snapshot.step, reason=reason))
         return reason
 
 

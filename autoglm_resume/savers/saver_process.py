@@ -40,7 +40,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
-from typing import Any
 
 from autoglm_resume import events, linux
 from autoglm_resume.checkpoint.format.ids import step_of
@@ -202,7 +201,7 @@ class SaverProcess:
         slots, id = self._jobs.slots, request["id"]
         if slots is None:  # a saver before this one gave them
             reason = "the saver died"
-            self._tell("save_failed", id=id, step=step_of(id), reason=reason)
+            self._tell(events.PartFailed(id=id, step=step_of(id), reason=reason))
             self._reply(link, {"op": "saved", "id": id, "ok": False, "reason": reason})
             return
         self._held = {key: request[key] for key in ("id", "slot", "at", "length")}
@@ -261,13 +260,12 @@ class SaverProcess:
         """What is left to say of a save of which nothing was said."""
         if self._abandoned.get(id) is abandoned:
             if not abandoned.is_set():
-                self._tell("save_failed", id=id, step=step_of(id), reason=reason)
+                self._tell(events.PartFailed(id=id, step=step_of(id), reason=reason))
             self._saved(id, abandoned, reason)
 
-    def _tell(self, event: events.Event | str, /, **fields: Any) -> None:
+    def _tell(self, event: events.Event, /) -> None:
         """Have the supervisor put an event into the journal."""
         if self._supervisor is not None:
-            event = events.make(event, fields) if isinstance(event, str) else event
             said = events.to_record(stamped(event, rank=self._number))
             self._reply(self._supervisor, {"op": "said", "event": said})
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from autoglm_resume import events
 from autoglm_resume.errors import Unkillable
 from autoglm_resume.events import Event
 from autoglm_resume.failures import Kind
@@ -86,11 +87,12 @@ class Attempt:
             if not launched.pids:
                 return Outcome(False, None, -1, 0)
             self._tell(
-                "attempt_started",
-                port=launched.port,
-                resume=resume.id if resume else None,
-                step=resume.step if resume else 0,
-                pids={str(rank): pid for rank, pid in launched.pids.items()},
+                events.AttemptStarted(
+                    port=launched.port,
+                    resume=resume.id if resume else None,
+                    step=resume.step if resume else 0,
+                    pids=dict(launched.pids),
+                )
             )
             self._faults.begin(self._node, self._change)
             loop.every(TICK, self._tick)
@@ -179,7 +181,7 @@ class Attempt:
             self._seen.beats = self._node.beats()  # a stopped one goes on to write its stacks
             self._break(now)
         for rank, ratio in self._stragglers.look(now, furthest, self._node.spent()).items():
-            self._tell("straggler", rank=rank, ratio=ratio)
+            self._tell(events.Straggler(rank=rank, ratio=ratio))
             if Kind.STRAGGLER.value in self._job.restart.on and not hung:
                 self._seen.slow[rank] = ratio
                 self._break(now)
@@ -222,12 +224,13 @@ class Attempt:
         step = max(beat.step for beat in beats)
         failure = self._tell_failure(stopped - began)
         completed = failure is None and seen.broken_at is None and node.well
-        self._tell("gaps", silences=node.ended())
+        self._tell(events.SilencesMeasured(silences=node.ended()))
         self._tell(
-            "attempt_ended",
-            outcome="completed" if completed else "failed" if failure else "interrupted",
-            step=step,
-            last_step_mono=max(beat.time for beat in beats) / 1e9,
+            events.AttemptEnded(
+                outcome="completed" if completed else "failed" if failure else "interrupted",
+                step=step,
+                last_step_mono=max(beat.time for beat in beats) / 1e9,
+            )
         )
         return Outcome(completed, failure, step, seen.checkpointed, self._lived(beats))
 
@@ -246,10 +249,10 @@ class Attempt:
             seen.slow,
         )
         told = described(failure, evidence.ranks, seen)
-        self._tell("failure", **told, lived=self._lived(self._node.beats()))
+        self._tell(events.GroupFailed(**told, lived=self._lived(self._node.beats())))
         if failure.traceback and failure.rank is not None:
             self._context.screen.traceback(failure.rank, failure.traceback)
-        self._tell("group_stopped", seconds=stop_seconds)
+        self._tell(events.GroupStopped(seconds=stop_seconds))
         return failure
 
     def _lived(self, beats: Sequence[Beat]) -> float | None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from autoglm_resume import files
+from autoglm_resume import events, files
 from autoglm_resume.checkpoint.format.ids import Branch, step_of
 from autoglm_resume.checkpoint.format.manifest import Manifest
 from autoglm_resume.checkpoint.store.gate import (
@@ -36,9 +35,7 @@ WAYS_OUT = WaysOut(
 class RunGate(Gatekeeper):
     """The checks before every start of the ranks of one run."""
 
-    def __init__(
-        self, job: Job, world_size: int, tell: Callable[..., object], past: History
-    ) -> None:
+    def __init__(self, job: Job, world_size: int, tell: events.Tell, past: History) -> None:
         """`tell` hears what a gatekeeper tells, and
 
         branched    step, and for a reason of the supervisor's own: reason
@@ -89,13 +86,15 @@ class RunGate(Gatekeeper):
         newest = self._newest_step(before)
         older = newest if before is not None or newest is None else self._newest_step(newest)
         if older is None:
-            self._tell("warning", text="there is no older acceptable checkpoint to go back to")
+            self._tell(
+                events.WarningGiven(text="there is no older acceptable checkpoint to go back to")
+            )
         else:
             self.branch(older, attempt, reason="what was saved since may be bad")
 
-    def branch(self, step: int, attempt: int, **fields: str) -> None:
+    def branch(self, step: int, attempt: int, reason: str = "") -> None:
         """Go on from `step` in `attempt`; `history.recall` knows what the journal then says."""
-        self._tell("branched", step=step, **fields)
+        self._tell(events.Branched(step=step, reason=reason))
         branches = (*self.branches, Branch(step, attempt))
         self._expectation = replace(self._expectation, branches=branches)
         self.checkpointed = step

@@ -8,10 +8,9 @@ from autoglm_resume import events
 from autoglm_resume.checkpoint.format.ids import attempt_of
 from autoglm_resume.checkpoint.format.structure import Structure
 from autoglm_resume.errors import CorruptCheckpoint
-from autoglm_resume.events import Event
+from autoglm_resume.events import Event, Tell
 from autoglm_resume.protocol.assignment import ResumePoint
 from autoglm_resume.supervise.attempt import Attempt
-from autoglm_resume.supervise.base.context import Tell
 from autoglm_resume.supervise.core import history
 from autoglm_resume.supervise.core.history import History
 from autoglm_resume.supervise.gate import RunGate

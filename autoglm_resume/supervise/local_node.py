@@ -276,5 +276,5 @@ class _Ranks:
         for rank in self.ends.newly_stuck(now, alive, self.group.pids):
             patience = self._context.job.heartbeat.timeout
             text = f"rank {rank} did not end within {patience:.1f} s of its script; killed"
-            self._context.tell("warning", text=text)
+            self._context.tell(events.WarningGiven(text=text))
             self.group.signal(rank, signal.SIGKILL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
+from autoglm_resume import events
 from autoglm_resume.checkpoint.write.in_memory import Sealed
 from autoglm_resume.events import Event
 from autoglm_resume.supervise.base.context import RunContext
@@ -92,7 +93,7 @@ class Persistence:
             text = (
                 f"{newest.name} is here, but not in enough replicas (checkpoint.commit: {policy})"
             )
-            self._tell("warning", text=text)
+            self._tell(events.WarningGiven(text=text))
 
     def close(self, *, settled: bool) -> None:
         """End them, once what was under way is on storage unless it is `settled`, or given up."""
@@ -103,9 +104,9 @@ class Persistence:
             self._savers.close()
         self._replicas.close()
 
-    def _replica_said(self, event: str, /, **fields: object) -> None:
-        self._tell(event, **fields)
-        if event == "replicated":
+    def _replica_said(self, event: Event, /) -> None:
+        self._tell(event)
+        if isinstance(event, events.Replicated):
             self.protect()
 
     def protect(self) -> None:

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from autoglm_resume import events
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.cluster import slurm
 from autoglm_resume.errors import AutoglmError, CheckpointError
@@ -95,7 +96,7 @@ class Answering:
             return self._pause(pending.until, longest)
         left = policy.remaining(pending.delay, pending.since, time.time())
         if left:
-            self._tell("waiting", seconds=left, reason=pending.reason)
+            self._tell(events.WaitingOn(seconds=left, reason=pending.reason))
             self._loop.wait(self._stops.asked, time.monotonic() + left)
         return None
 
@@ -104,10 +105,10 @@ class Answering:
         needed = self._needed() if until == "space" else 0
 
         def paused(problem: str) -> None:
-            self._tell("paused", until=until, reason=problem)
+            self._tell(events.Paused(until=until, reason=problem))
 
         problem = self._watch.wait(needed, longest, paused)
-        self._tell("pause_ended", seconds=time.monotonic() - began, problem=problem)
+        self._tell(events.PauseEnded(seconds=time.monotonic() - began, problem=problem))
         self.in_trouble = bool(problem and self._stops)
         if not problem or self._stops:
             return None
@@ -126,22 +127,20 @@ class Answering:
 
     def _told(self, decision: policy.Decision) -> None:
         # With what the next life needs to carry it out if this one is killed first.
-        more: dict[str, object] = {}
-        match decision:
-            case policy.Pause(until=until):
-                more = {"until": until}
-            case policy.RollBack(before=before):
-                more = {"before": before}
-            case policy.Smaller(rank=rank):
-                more = {"rank": rank, "host": socket.gethostname()}
-        self._tell(
-            "decision",
+        made = events.DecisionMade(
             action=decision.action,
             delay=decision.delay,
             reason=decision.reason,
             breaker=decision.breaker,
-            **more,
         )
+        match decision:
+            case policy.Pause(until=until):
+                made = made.but(until=until)
+            case policy.RollBack(before=before):
+                made = made.but(before=before)
+            case policy.Smaller(rank=rank):
+                made = made.but(rank=rank, host=socket.gethostname())
+        self._tell(made)
 
 
 def rules(job: Job) -> policy.Rules:

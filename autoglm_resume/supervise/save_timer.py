@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from autoglm_resume import events
 from autoglm_resume.job.spec import Job
 from autoglm_resume.supervise.core import save_interval
 
@@ -19,7 +20,7 @@ class SaveTimer:
     """The interval of one life of a supervisor; `failures` counts those of the whole run."""
 
     def __init__(
-        self, job: Job, trained: float, failures: Callable[[], int], tell: Callable[..., object]
+        self, job: Job, trained: float, failures: Callable[[], int], tell: events.Tell
     ) -> None:
         """`trained` are the seconds that earlier attempts took."""
         self._trained = trained
@@ -47,4 +48,4 @@ class SaveTimer:
         chosen = save_interval.choose(self._costs, self._failures(), elapsed, writing=self._writing)
         if self.seconds is None or not 1 / NOTABLE < chosen.seconds / self.seconds < NOTABLE:
             self.seconds = chosen.seconds
-            self._tell("interval", seconds=chosen.seconds, reason=chosen.reason)
+            self._tell(events.SaveInterval(seconds=chosen.seconds, reason=chosen.reason))

@@ -17,6 +17,7 @@ from autoglm_resume.checkpoint.store.commit import whole
 from autoglm_resume.checkpoint.store.gate import Choice, Verdict, superseded
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import AutoglmError, NoAcceptableCheckpoint, UsageError
+from autoglm_resume.events import Event
 from autoglm_resume.job.load import from_snapshot
 from autoglm_resume.job.spec import Job, dump, shown
 from autoglm_resume.protocol.assignment import Endpoint, shared_environment
@@ -155,7 +156,7 @@ def _finished(past: history.History) -> str:
     return "finished" + (f" at step {past.checkpointed}" if past.checkpointed else "")
 
 
-def _ignore(event: str, /, **fields: Any) -> None:
+def _ignore(event: Event, /) -> None:
     """A plan leaves no trace in the journal."""
 
 

@@ -10,7 +10,6 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import autoglm_resume
 from autoglm_resume import events, linux
@@ -143,12 +142,13 @@ class Supervisor:
             code = self._bring_to_end(node, persistence, began)
             return code
         except AutoglmError as error:
-            ended = "run_interrupted" if isinstance(error, Interrupted) else "run_failed"
-            self._tell(ended, code=error.exit_code, reason=error.message)
+            interrupted = isinstance(error, Interrupted)
+            ended = events.RunInterrupted if interrupted else events.RunFailed
+            self._tell(ended(code=error.exit_code, reason=error.message))
             raise
         except OSError as error:
             reason = f"{error.filename or self._run.path}: {error.strerror}"
-            self._tell("run_failed", code=AutoglmError.exit_code, reason=reason)
+            self._tell(events.RunFailed(code=AutoglmError.exit_code, reason=reason))
             raise AutoglmError(
                 reason, hint="autoglm resume continues when that is mended"
             ) from error
@@ -186,10 +186,11 @@ class Supervisor:
                 persistence.settle()
                 persistence.flush()
                 self._tell(
-                    "run_completed",
-                    step=outcome.step,
-                    objects=self._inbox.objects,
-                    seconds=time.monotonic() - began,
+                    events.RunCompleted(
+                        step=outcome.step,
+                        objects=self._inbox.objects,
+                        seconds=time.monotonic() - began,
+                    )
                 )
                 return 0
             if self._stops or outcome.failure is None:
@@ -203,13 +204,13 @@ class Supervisor:
                 return None
             given_up = self._answers.wait(decision)
         persistence.settle()
-        self._tell("run_failed", code=given_up.code, reason=given_up.reason)
+        self._tell(events.RunFailed(code=given_up.code, reason=given_up.reason))
         return given_up.code
 
     def _carried_out(self, decision: policy.Decision, persistence: Persistence) -> bool:
         """Whether this life can go on, once `decision` has been told."""
         if isinstance(decision, policy.Smaller):
-            self._tell("excluded", **asdict(excluding(self._job, decision.rank)))
+            self._tell(events.Excluded(**asdict(excluding(self._job, decision.rank))))
             return False
         if isinstance(decision, policy.RollBack):
             persistence.settle()
@@ -247,23 +248,25 @@ class Supervisor:
     def _introduce(self) -> None:
         if self._past.run_id is None:
             self._tell(
-                "run_started",
-                run_id=self._run_id,
-                name=self._job.name,
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                version=autoglm_resume.__version__,
-                world_size=self._world_size,
-                launcher=self._job.launcher,
-                job=shown(self._job),
-                drills=[drill.spec for drill in self._drills],
+                events.RunStarted(
+                    run_id=self._run_id,
+                    name=self._job.name,
+                    host=socket.gethostname(),
+                    pid=os.getpid(),
+                    version=autoglm_resume.__version__,
+                    world_size=self._world_size,
+                    launcher=self._job.launcher,
+                    job=shown(self._job),
+                    drills=tuple(drill.spec for drill in self._drills),
+                )
             )
         self._tell(
-            "supervisor_started",
-            pid=os.getpid(),
-            host=socket.gethostname(),
-            boot_id=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-            resumed=self._past.run_id is not None,
+            events.SupervisorStarted(
+                pid=os.getpid(),
+                host=socket.gethostname(),
+                boot_id=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+                resumed=self._past.run_id is not None,
+            )
         )
         if self._branch_from is not None:
             self._answers.forget()
@@ -282,11 +285,11 @@ class Supervisor:
         except NoAcceptableCheckpoint as error:
             if self._past.checkpointed:
                 raise
-            self._tell("warning", text=f"{error.message}; this is taken to be a new run")
+            self._tell(events.WarningGiven(text=f"{error.message}; this is taken to be a new run"))
             return
         if restored is not None:
             self._run_id = restored.run
-            self._tell_next("brought_back", id=restored.id, files=restored.files)
+            self._tell_next(events.BroughtBack(id=restored.id, files=restored.files))
 
     def _helpers(self) -> frozenset[int]:
         """Children of this process that are no ranks."""
@@ -316,20 +319,20 @@ class Supervisor:
             )
         else:
             code, reason = died_by_signal(number), "stopped before the first checkpoint"
-        self._tell("run_interrupted", code=code, reason=reason, step=step)
+        self._tell(events.RunInterrupted(code=code, reason=reason, step=step))
         return code
 
     def _signalled(self, number: signal.Signals) -> None:
         if number != SAVE:
             self._stop_asked(number)
         elif self._attempt is None or (step := self._attempt.save_now()) is None:
-            self._tell("save_requested", step=None, reason="the ranks are not training yet")
+            self._tell(events.SaveRequested(step=None, reason="the ranks are not training yet"))
         else:
-            self._tell("save_requested", step=step)
+            self._tell(events.SaveRequested(step=step))
 
     def _stop_asked(self, number: signal.Signals, by: str = "") -> None:
         if self._stops.add(number):
-            self._tell("stop_requested", by=by or number.name)
+            self._tell(events.StopRequested(by=by or number.name))
 
     def _time_limit(self) -> TimeLimit:
         return TimeLimit(
@@ -340,16 +343,14 @@ class Supervisor:
             self._tell,
         )
 
-    def _tell_next(self, event: Event | str, /, **fields: Any) -> None:
+    def _tell_next(self, event: Event, /) -> None:
         """What the gate says is about the attempt to come."""
-        event = events.make(event, fields) if isinstance(event, str) else event
         if isinstance(event, events.Committed):
             self._inbox.committed(event)
         self._tell(event.but(attempt=self._number))
 
-    def _tell(self, event: Event | str, /, **fields: Any) -> None:
+    def _tell(self, event: Event, /) -> None:
         """Into the journal and onto the screen; an event of a rank keeps its own time."""
-        event = events.make(event, fields) if isinstance(event, str) else event
         event = stamped(event, attempt=max(0, self._number - 1))
         self._journal.append(event)
         self._notifier.event(event)

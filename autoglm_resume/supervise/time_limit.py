@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Callable
 
+from autoglm_resume import events
 from autoglm_resume.cluster import commands, slurm
 from autoglm_resume.supervise.base.event_loop import EventLoop
 
@@ -27,7 +28,7 @@ class TimeLimit:
         job: slurm.Allocation | None,
         lead: float,
         reached: Callable[[], None],
-        tell: Callable[..., object],
+        tell: events.Tell,
     ) -> None:
         self._loop = loop
         self._job = job
@@ -39,7 +40,7 @@ class TimeLimit:
         """Monotonic seconds."""
         if job is None:
             return
-        tell("slurm", job=job.id, restarts=job.restarts, node=job.node)
+        tell(events.Slurm(job=job.id, restarts=job.restarts, node=job.node))
         if job.ends is None:
             self._ask()
         else:
@@ -92,7 +93,7 @@ class TimeLimit:
         if first:
             # A limit that was chosen too short still leaves half of it for training.
             self._lead = min(self._lead, left / 2)
-            self._tell("time_limit", seconds=left, lead=self._lead)
+            self._tell(events.TimeLimitKnown(seconds=left, lead=self._lead))
         self._loop.cancel(self._out_of_time)
         self._wait()
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from autoglm_resume import events
 from autoglm_resume.checkpoint.format.ids import Branch
 from autoglm_resume.checkpoint.format.structure import Structure, combined
 from autoglm_resume.checkpoint.store.gate import Expectation, Verdict
@@ -156,20 +157,20 @@ def _repair(store: Store, run: RunBeside, id: str, digest: str | None) -> list[s
     return files
 
 
-def _say(event: str, **fields: Any) -> None:
+def _say(event: events.Event, /) -> None:
     """What a gatekeeper tells, to whoever reads the script's standard error."""
     match event:
-        case "warning":
-            _print(fields["text"])
-        case "quarantined":
-            _print(f"{fields['id']} was moved to quarantine, {fields['reason']}")
-        case "gate" if fields["accepted"] is not None:
-            passed_over = [v for v in fields["verdicts"] if not v["accepted"]]
+        case events.WarningGiven(text=text):
+            _print(text)
+        case events.Quarantined(id=id, reason=reason):
+            _print(f"{id} was moved to quarantine, {reason}")
+        case events.GatePassed(accepted=str(accepted), step=step):
+            passed_over = [verdict for verdict in event.verdicts if not verdict.accepted]
             for verdict in passed_over:
-                if not verdict["corrupt"]:
-                    _print(f"{verdict['id']} is left where it is, {verdict['reason']}")
+                if not verdict.corrupt:
+                    _print(f"{verdict.id} is left where it is, {verdict.reason}")
             if passed_over:
-                _print(f"going on from step {fields['step']}, checkpoint {fields['accepted']}")
+                _print(f"going on from step {step}, checkpoint {accepted}")
 
 
 def _print(text: str) -> None:

@@ -14,6 +14,7 @@ from autoglm_resume.checkpoint.format import renaming
 from autoglm_resume.checkpoint.format.structure import Structure, differences
 from autoglm_resume.checkpoint.state.restore import RestoredPart
 from autoglm_resume.errors import CheckpointError, ModelMismatch
+from autoglm_resume.events import PartlyRestored
 from autoglm_resume.worker.base.settings import Settings
 
 
@@ -45,14 +46,14 @@ class Loading:
             else:
                 obj.load_state_dict(self.states[name])
 
-    def said(self) -> dict[str, Any]:
-        """For an event."""
-        return {
-            "skipped": list(self.fit.skipped),
-            "missing": list(self.fit.missing),
-            "without_state": list(self.without_state),
-            "absent": list(self.absent),
-        }
+    def said(self) -> PartlyRestored:
+        """For the journal, but for which checkpoint it is."""
+        return PartlyRestored(
+            skipped=tuple(self.fit.skipped),
+            missing=tuple(self.fit.missing),
+            without_state=tuple(self.without_state),
+            absent=tuple(self.absent),
+        )
 
     def tell(self, id: str) -> None:
         """Say exactly what was not loaded, on standard error."""

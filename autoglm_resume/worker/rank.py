@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from autoglm_resume import files, linux
+from autoglm_resume import events, files, linux
 from autoglm_resume.errors import Interrupted
 from autoglm_resume.protocol.assignment import ASSIGNMENT, STACKS, Assignment, Source
 from autoglm_resume.protocol.heartbeats import Board, Phase
@@ -67,14 +67,14 @@ def assume(assignment: Assignment, rank: int, environment: Mapping[str, str]) ->
         _kept.append(stacks)  # faulthandler knows only its descriptor
     with contextlib.suppress(OSError, ValueError):
         Board.open(Path(assignment.board)).pulse(rank).phase(Phase.NONE)
-    EventLog(assignment.events(rank), rank).emit("rank_started", pid=os.getpid())
+    EventLog(assignment.events(rank), rank).emit(events.RankStarted(pid=os.getpid()))
 
 
 def run(assignment: Assignment, rank: int) -> int:
     """Run the user's script to its end and return the exit code of this process."""
     code = execute(assignment.source, lambda error: record(assignment, rank, error))
     # Below torchrun nobody but torchrun can reap this process and see its code.
-    EventLog(assignment.events(rank), rank).emit("rank_ended", code=code)
+    EventLog(assignment.events(rank), rank).emit(events.RankEnded(code=code))
     return code
 
 

@@ -13,6 +13,7 @@ from autoglm_resume.checkpoint.state.restore import OtherSharding, RestoredPart
 from autoglm_resume.checkpoint.state.sharding import Present
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import CorruptCheckpoint, WorldSizeMismatch
+from autoglm_resume.events import Resharded
 from autoglm_resume.protocol.assignment import ResumePoint
 from autoglm_resume.worker import rng
 from autoglm_resume.worker.data import ResumableSampler
@@ -96,16 +97,16 @@ def generators(restored: RestoredPart, rank: int) -> None:
         rng.derive(f"{restored.part.objects[RNG]} rank {rank}")
 
 
-def resharded(before: int, now: int, objects: Mapping[str, Any]) -> dict[str, Any]:
-    """What changes when a checkpoint of `before` ranks goes on with `now` of them.
+def resharded(before: int, now: int, objects: Mapping[str, Any]) -> Resharded:
+    """What changes when a checkpoint of `before` ranks goes on with `now` of them; not which.
 
     A step consumes `global_batch` samples from now on: the batches of the ranks keep their size.
     """
     samplers = [obj for obj in objects.values() if isinstance(obj, ResumableSampler)]
     batches = [s.batch_size * s.batches_per_step * now for s in samplers]
-    return {
-        "from": before,
-        "to": now,
-        "global_batch": batches[0] if len(batches) == 1 else None,
-        "seeded_anew": list(range(before, now)),
-    }
+    return Resharded(
+        from_=before,
+        to=now,
+        global_batch=batches[0] if len(batches) == 1 else None,
+        seeded_anew=tuple(range(before, now)),
+    )

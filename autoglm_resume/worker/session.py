@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import torch
 
 import autoglm_resume
+from autoglm_resume import events
 from autoglm_resume.checkpoint.format import structure
 from autoglm_resume.checkpoint.format.document import digest
 from autoglm_resume.checkpoint.format.ids import checkpoint_id
@@ -147,7 +148,9 @@ class Session:
         self._pulse.phase(Phase.RESTORE)
         self._structure = self._model_structure()
         if self._structure is not None:
-            self._events.emit("model", hash=self._structure.hash, model=self._structure.to_json())
+            self._events.emit(
+                events.ModelReported(hash=self._structure.hash, model=self._structure.to_json())
+            )
         if self._assignment is None:
             self._settings = alone.agreed(self._settings, self._structure)
         self._saves = SaveManager(self._settings, self._assignment, self._events, self._pulse)
@@ -164,7 +167,7 @@ class Session:
         When the run is asked to stop, the iteration saves and ends the process with exit code 75.
         """
         start = self.resume()
-        self._events.emit("steps", total=total)
+        self._events.emit(events.StepsPlanned(total=total))
         for step in range(start, total):
             yield step
             self.step_done(step)
@@ -172,7 +175,7 @@ class Session:
         if (failure := self._save_for_certain()) is not None:
             raise failure
         self._pulse.phase(Phase.DONE)
-        self._events.emit("finished", step=self._completed)
+        self._events.emit(events.Finished(step=self._completed))
 
     def step_done(
         self, step: int, *, loss: Any | None = None, grad_norm: Any | None = None
@@ -190,13 +193,14 @@ class Session:
         self._pulse.completed(completed)
         if not self._stepped:
             self._stepped = True
-            self._events.emit("first_step", step=completed)
+            self._events.emit(events.FirstStep(step=completed))
             if self.rank == 0:
                 self._events.emit(
-                    "imports",
-                    modules=imports.imported_since_start(),
-                    own=imports.own_since_start(),
-                    staged=spare.staged,
+                    events.ModulesImported(
+                        modules=tuple(imports.imported_since_start()),
+                        own=tuple(imports.own_since_start()),
+                        staged=spare.staged,
+                    )
                 )
             self._saves.prepare(self._state, self._identity())
         self._saves.take_in()
@@ -315,34 +319,36 @@ class Session:
             )
         except CheckpointError as error:
             self._events.emit(
-                "refused",
-                id=point.id,
-                step=point.step,
-                sealed=bool(point.seals),
-                kind=type(error).__name__,
-                reason=error.message,
+                events.Refused(
+                    id=point.id,
+                    step=point.step,
+                    sealed=bool(point.seals),
+                    kind=type(error).__name__,
+                    reason=error.message,
+                )
             )
             raise
         loading.into(self._tracked)
         if loading.partial and self.rank == 0:
-            self._events.emit("partly_restored", id=point.id, step=point.step, **loading.said())
+            self._events.emit(loading.said().but(id=point.id, step=point.step))
             loading.tell(point.id)
         restoring.generators(restored, self.rank)
         if restored.part.world_size != self.world_size and self.rank == 0:
             count = restored.part.world_size
             said = restoring.resharded(count, self.world_size, self._tracked)
-            self._events.emit("resharded", id=point.id, step=point.step, **said)
+            self._events.emit(said.but(id=point.id, step=point.step))
         self._completed = point.step
         # What is only in memory yet may never be written: if no step follows, it is saved again.
         self._saved_step = -1 if point.seals else point.step
         self._lineage = (point.id, *restored.part.lineage)[:LINEAGE]
         self._events.emit(
-            "restored",
-            id=point.id,
-            step=point.step,
-            seconds=time.monotonic() - began,
-            memory=restored.from_memory,
-            sealed=bool(point.seals),
+            events.StateRestored(
+                id=point.id,
+                step=point.step,
+                seconds=time.monotonic() - began,
+                memory=restored.from_memory,
+                sealed=bool(point.seals),
+            )
         )
 
     def _model_structure(self) -> structure.Structure | None:
@@ -357,7 +363,7 @@ class Session:
         return capture.structure_of(tensors, config)
 
     def _stop(self) -> NoReturn:
-        self._events.emit("stopped", step=self._completed)
+        self._events.emit(events.Stopped(step=self._completed))
         sys.stdout.flush()
         raise SystemExit(Interrupted.exit_code)
 

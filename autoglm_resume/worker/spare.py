@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from autoglm_resume import linux
+from autoglm_resume import events, linux
 from autoglm_resume.errors import UsageError
 from autoglm_resume.protocol.assignment import Assignment, Source
 from autoglm_resume.worker import imports, rank
@@ -88,7 +88,7 @@ class Spare:
             self._say(op="failed", reason="the script ended without calling autoglm.launch()")
             return 1
         assignment, number = self.identity
-        EventLog(assignment.events(number), number).emit("rank_ended", code=code)
+        EventLog(assignment.events(number), number).emit(events.RankEnded(code=code))
         return code
 
     def wait(self) -> None:

@@ -14,8 +14,10 @@ from autoglm_resume.checkpoint.store.gate import Expectation
 from autoglm_resume.checkpoint.store.gatekeeper import Gatekeeper, WaysOut
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.part_writer import PartWriter
+from autoglm_resume.events import Event
 from autoglm_resume.supervise.ranks.fault_injector import flip_a_bit
 from autoglm_resume.worker import rng
+from tests.lines import line
 
 WIDTH = 32
 STRUCTURE = capture.structure_of({"model.w": torch.zeros(WIDTH, WIDTH)})
@@ -30,8 +32,8 @@ class Checkpoints:
         self.directory = directory
         self.store = Store(self.root)
 
-    def tell(self, event: str, **fields: Any) -> None:
-        self.told.append((event, fields))
+    def tell(self, event: Event, /) -> None:
+        self.told.append(line(event))
 
     def gatekeeper(self, checkpointed: int = 0, **expected: Any) -> Gatekeeper:
         ways = WaysOut("run as many ranks", "go back to the model", "start over")

@@ -122,7 +122,7 @@ class Run:
                 "checkpoint": {"dir": str(self.store.root)},
             }
         )
-        return RunGate(job, RANKS, lambda event, **fields: None, History())
+        return RunGate(job, RANKS, lambda event: None, History())
 
     def replicate(self, id: str) -> None:
         target = self.root / "replica"

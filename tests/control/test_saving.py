@@ -41,7 +41,7 @@ def _supervise(path: Path, answer: Said, obey: bool, ready: Callable[[], object]
         signal.sigwait([SAVE])
         journal = Journal(path / "events.jsonl")
         for event, fields in answer:
-            journal.append(stamped(events.make(event, fields)))
+            journal.append(stamped(events.read({"event": event, **fields})))
 
 
 def held(path: Path, answer: Said, *, obey: bool = True) -> BaseProcess:

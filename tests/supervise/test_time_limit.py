@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from autoglm_resume.cluster.slurm import Allocation
+from autoglm_resume.events import Event
 from autoglm_resume.supervise import time_limit
 from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.time_limit import TimeLimit
+from tests.lines import line
 from tests.patience import PATIENCE, soon
 
 
@@ -34,8 +36,8 @@ class Run:
     def _reach(self) -> None:
         self.reached += 1
 
-    def _tell(self, event: str, **fields: Any) -> None:
-        self.told.append((event, fields))
+    def _tell(self, event: Event, /) -> None:
+        self.told.append(line(event))
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from autoglm_resume.checkpoint.state import capture, restore
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.part_writer import PartWriter
 from autoglm_resume.errors import CheckpointError, ModelMismatch
+from autoglm_resume.events import PartlyRestored
 from autoglm_resume.protocol.assignment import Checkpointing
 from autoglm_resume.worker.base.settings import Settings
 from autoglm_resume.worker.fitting import Loading, fitted
@@ -92,12 +93,7 @@ def test_parameters_in_another_order_would_get_each_others_moments(
         loaded(restored, objects_of(Net(begin=3, end=4)), rename=rename)
     objects = objects_of(Net(begin=3, end=4))
     loading = loaded(restored, objects, rename=rename, strict=False)
-    assert loading.said() == {
-        "skipped": [],
-        "missing": [],
-        "without_state": ["optimizer"],
-        "absent": [],
-    }
+    assert loading.said() == PartlyRestored(without_state=("optimizer",))
 
 
 @pytest.fixture
@@ -158,12 +154,12 @@ def test_what_fits_is_loaded_and_the_rest_is_listed(
     assert torch.equal(net.second.weight, fresh)  # type: ignore[arg-type,union-attr]
     assert objects["optimizer"].state_dict()["state"] == {}
     assert objects["optimizer"].param_groups[0]["lr"] == 0.5
-    assert loading.said() == {
-        "skipped": ["model.second.bias [3]", "model.second.weight [3, 4]"],
-        "missing": ["model.second.bias [5]", "model.second.weight [5, 4]"],
-        "without_state": ["optimizer"],
-        "absent": ["extra"],
-    }
+    assert loading.said() == PartlyRestored(
+        skipped=("model.second.bias [3]", "model.second.weight [3, 4]"),
+        missing=("model.second.bias [5]", "model.second.weight [5, 4]"),
+        without_state=("optimizer",),
+        absent=("extra",),
+    )
     loading.tell(ID)
     told = capsys.readouterr().err.splitlines()
     assert told[0] == f"autoglm: {ID}: partly restored"

@@ -18,6 +18,7 @@ from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write import in_memory
 from autoglm_resume.checkpoint.write.part_writer import PartWriter
 from autoglm_resume.errors import CorruptCheckpoint, WorldSizeMismatch
+from autoglm_resume.events import Resharded
 from autoglm_resume.protocol.assignment import ResumePoint
 from autoglm_resume.worker import restoring, rng
 from autoglm_resume.worker.data import ResumableSampler
@@ -84,12 +85,8 @@ def test_the_position_in_the_data_is_everybodys(store: Store) -> None:
 
 
 def test_what_changes_is_said() -> None:
-    assert restoring.resharded(2, 4, objects(4)) == {
-        "from": 2,
-        "to": 4,
-        "global_batch": 16,
-        "seeded_anew": [2, 3],
-    }
+    changed = Resharded(from_=2, to=4, global_batch=16, seeded_anew=(2, 3))
+    assert restoring.resharded(2, 4, objects(4)) == changed
 
 
 def test_another_checkpoint_than_the_gate_saw_is_not_loaded(store: Store) -> None:

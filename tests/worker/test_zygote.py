@@ -38,6 +38,7 @@ import psutil
 
 linux.adopt_orphans()
 loop = EventLoop()
+from tests.lines import line
 told = []
 lost = []
 stores = []
@@ -52,7 +53,7 @@ def soon():
 def zygote(*modules):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     log = Path(assignment.directory) / "zygote.log"
-    made = Zygote(loop, environment, modules, log, lambda event, **f: told.append((event, f)),
+    made = Zygote(loop, environment, modules, log, lambda event: told.append(line(event)),
                   lambda: lost.append(1), stores.append,
                   lambda pid, link: spares.append((pid, link)))
     loop.wait(lambda: made.state is not State.BUSY, soon())

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
+from autoglm_resume import events
 from autoglm_resume.checkpoint.format.ids import Branch, recency
 from autoglm_resume.checkpoint.format.manifest import MANIFEST, Manifest
 from autoglm_resume.checkpoint.store.commit import abandoned, complete, sweep, whole
@@ -48,7 +49,7 @@ class WaysOut:
 class Gatekeeper:
     """The checks before every start of the ranks that write to one directory of checkpoints.
 
-    `tell` hears, as (event, fields):
+    `tell` hears:
         gate         verdicts, accepted (an id or None), step, seconds
         committed    id, step, digest, objects: a commit that a crash had left undone
         quarantined  id, step, reason
@@ -59,7 +60,7 @@ class Gatekeeper:
         self,
         store: Store,
         expectation: Expectation,
-        tell: Callable[..., object],
+        tell: events.Tell,
         ways_out: WaysOut,
         checkpointed: int = 0,
     ) -> None:
@@ -102,11 +103,12 @@ class Gatekeeper:
         choice = self._mended(self.judge(in_memory=in_memory), in_memory)
         accepted = agree({HERE: choice.verdicts})
         self._tell(
-            "gate",
-            verdicts=[verdict.to_json() for verdict in choice.verdicts],
-            accepted=accepted.id if accepted else None,
-            step=accepted.step if accepted else 0,
-            seconds=time.monotonic() - began,
+            events.GatePassed(
+                verdicts=tuple(events.Judged.from_json(v.to_json()) for v in choice.verdicts),
+                accepted=accepted.id if accepted else None,
+                step=accepted.step if accepted else 0,
+                seconds=time.monotonic() - began,
+            )
         )
         if accepted is None:
             self.require_a_fresh_start(choice)
@@ -179,18 +181,19 @@ class Gatekeeper:
         except OSError as error:
             # Only what was not committed yet is lost by going on, as with any other crash.
             text = f"{self.store.root}: could not commit what is there: {error}"
-            self._tell("warning", text=text)
+            self._tell(events.WarningGiven(text=text))
             return
         for manifest in manifests:
             self._announce(manifest)
 
     def _announce(self, manifest: Manifest) -> None:
         self._tell(
-            "committed",
-            id=manifest.id,
-            step=manifest.step,
-            digest=manifest.digest,
-            objects=manifest.objects,
+            events.Committed(
+                id=manifest.id,
+                step=manifest.step,
+                digest=manifest.digest,
+                objects=manifest.objects,
+            )
         )
         self.checkpointed = max(self.checkpointed, manifest.step)
 
@@ -208,6 +211,8 @@ class Gatekeeper:
             self.store.quarantine(verdict.id, verdict.reason)
         except OSError as error:
             # It stays where it is and is rejected again next time.
-            self._tell("warning", text=f"{verdict.path}: could not be quarantined: {error}")
+            self._tell(
+                events.WarningGiven(text=f"{verdict.path}: could not be quarantined: {error}")
+            )
         else:
-            self._tell("quarantined", id=verdict.id, step=verdict.step, reason=verdict.reason)
+            self._tell(events.Quarantined(id=verdict.id, step=verdict.step, reason=verdict.reason))

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-from autoglm_resume.events import Event
+from autoglm_resume.events import Event, Tell
 from autoglm_resume.job.spec import Job
 from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.base.run_directory import RunDirectory
 from autoglm_resume.supervise.base.stops import Stops
-
-
-class Tell(Protocol):
-    """Into the journal, onto the screen, and to those who are notified."""
-
-    def __call__(self, event: Event | str, /, **fields: Any) -> object: ...
 
 
 class Presenter(Protocol):

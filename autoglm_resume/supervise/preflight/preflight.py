@@ -9,11 +9,11 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from autoglm_resume import journal, linux
+from autoglm_resume import events, journal, linux
 from autoglm_resume.checkpoint.format.manifest import Manifest
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import CheckpointError, UsageError
@@ -35,7 +35,7 @@ DRIVER_SECONDS = 10.0
 class Preflight:
     """The checks of one life of a supervisor. `tell` gets a `warning` for what is not refused."""
 
-    def __init__(self, run: RunDirectory, job: Job, tell: Callable[..., object]) -> None:
+    def __init__(self, run: RunDirectory, job: Job, tell: events.Tell) -> None:
         self._run = run
         self._job = job
         self._tell = tell
@@ -103,7 +103,7 @@ class Preflight:
         left = leftovers.end(found, self._run.path)
         if names:
             text = f"an earlier supervisor left behind, now ended: {', '.join(names.values())}"
-            self._tell("warning", text=text)
+            self._tell(events.WarningGiven(text=text))
         return tuple(names[process.pid] for process in left)
 
     def _act(self, checks: Iterable[MachineCheck], *, refuse: bool) -> None:
@@ -116,7 +116,7 @@ class Preflight:
                 raise refusal(check)
             if check.name not in self._warned:
                 self._warned.add(check.name)
-                self._tell("warning", text=f"{sentence(check)}; {check.hint}")
+                self._tell(events.WarningGiven(text=f"{sentence(check)}; {check.hint}"))
 
 
 def require_storage(job: Job) -> None:

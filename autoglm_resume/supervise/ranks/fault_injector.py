@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
+from autoglm_resume import events
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.protocol.heartbeats import Beat, Control
 from autoglm_resume.supervise.base.event_loop import EventLoop
@@ -36,7 +37,7 @@ class FaultInjector:
     """The drills of one run, each of which fires once."""
 
     def __init__(
-        self, loop: EventLoop, drills: Sequence[Drill], store: Store, tell: Callable[..., object]
+        self, loop: EventLoop, drills: Sequence[Drill], store: Store, tell: events.Tell
     ) -> None:
         self._loop = loop
         self._store = store
@@ -70,7 +71,7 @@ class FaultInjector:
         _, rank, drill = self._plan[0]
         if rank in ranks.alive:
             self._plan.pop(0)
-            self._tell("drill", spec=drill.spec, kind="kill", rank=rank)
+            self._tell(events.DrillFired(spec=drill.spec, kind="kill", rank=rank))
             ranks.signal(rank, signal.SIGKILL)
 
     def _look(self) -> None:
@@ -95,12 +96,13 @@ class FaultInjector:
         rank = drill.rank or 0
         target = self._store.latest() if drill.kind == "corrupt" else None
         self._tell(
-            "drill",
-            spec=drill.spec,
-            kind=drill.kind,
-            rank=rank,
-            step=drill.step,
-            target=target.name if target else None,
+            events.DrillFired(
+                spec=drill.spec,
+                kind=drill.kind,
+                rank=rank,
+                step=drill.step,
+                target=target.name if target else None,
+            )
         )
         if drill.kind == "stop":
             ranks.signal(rank, signal.SIGSTOP)

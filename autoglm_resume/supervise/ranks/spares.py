@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from autoglm_resume import events
 from autoglm_resume.supervise.base.event_loop import EventLoop
 
 MESSAGE = 1 << 20
@@ -38,7 +39,7 @@ class Spares:
         loop: EventLoop,
         wanted: int,
         raise_one: Callable[[], None],
-        tell: Callable[..., object],
+        tell: events.Tell,
     ) -> None:
         self._loop = loop
         self._wanted = wanted
@@ -106,7 +107,7 @@ class Spares:
             changed = _changed(spare.files)
             if changed is None:
                 return spare
-            self._tell("spare_dropped", pid=spare.pid, reason=f"{changed} has changed")
+            self._tell(events.SpareDropped(pid=spare.pid, reason=f"{changed} has changed"))
             self._end(spare)
         return None
 
@@ -121,11 +122,11 @@ class Spares:
         said: dict[str, Any] = json.loads(message) if message else died
         if said["op"] == "ready":
             spare.ready, spare.files = True, said["files"]
-            self._tell("spare_ready", pid=spare.pid)
+            self._tell(events.SpareReady(pid=spare.pid))
             return
         self._failures += 1
         self._end(spare)
-        self._tell("spare_failed", pid=spare.pid, reason=said["reason"])
+        self._tell(events.SpareFailed(pid=spare.pid, reason=said["reason"]))
 
     def _end(self, spare: _Spare) -> None:
         with contextlib.suppress(ProcessLookupError):

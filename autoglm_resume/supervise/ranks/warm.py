@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 
+from autoglm_resume import events
 from autoglm_resume.job.spec import Job
 from autoglm_resume.protocol.assignment import Assignment, Endpoint
 from autoglm_resume.supervise.base.assign import source
@@ -90,7 +91,7 @@ class Warm:
         if not rest:
             pids = {}
         if pids is None:
-            self._tell("cold_start", reason="there is no zygote to fork from")
+            self._tell(events.ColdStart(reason="there is no zygote to fork from"))
             # Ranks that a zygote forked but did not live to report.
             end_orphans(self.own() | self._others() | frozenset(warmest.values()))
             pids = self._cold.spawn(assignment, rest)

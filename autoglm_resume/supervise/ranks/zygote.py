@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from autoglm_resume import events
 from autoglm_resume.protocol.assignment import Source
 from autoglm_resume.supervise.base import spawn
 from autoglm_resume.supervise.base.event_loop import EventLoop
@@ -55,7 +56,7 @@ class Zygote:
         environment: Mapping[str, str],
         modules: Sequence[str],
         log: Path,
-        tell: Callable[..., object],
+        tell: events.Tell,
         lost: Callable[[], None],
         opened: Callable[[StoreProcess], None],
         spared: Callable[[int, socket.socket], None],
@@ -164,13 +165,19 @@ class Zygote:
             self._spared(reply["pid"], socket.socket(fileno=fds[0]))
         if reply["op"] == "ready" and not self._introduced:
             self._introduced = True
-            fields = {key: reply[key] for key in ("seconds", "modules", "skipped")}
-            self._tell("zygote_ready", pid=self.pid, **fields)
+            self._tell(
+                events.ZygoteReady(
+                    pid=self.pid,
+                    seconds=reply["seconds"],
+                    modules=reply["modules"],
+                    skipped=tuple(reply["skipped"]),
+                )
+            )
 
     def give_up(self, reason: str) -> None:
         """End it, and say why."""
         self._end()
-        self._tell("zygote_lost", reason=reason)
+        self._tell(events.ZygoteLost(reason=reason))
         self._lost()
 
     def _end(self) -> None:

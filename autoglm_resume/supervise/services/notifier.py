@@ -50,7 +50,7 @@ class Notifier:
         job: Job,
         environment: Mapping[str, str],
         run: Path,
-        tell: Callable[..., object],
+        tell: events.Tell,
     ) -> None:
         self._loop = loop
         self._targets = [notice.model_dump(mode="json") for notice in job.notify]
@@ -106,7 +106,7 @@ class Notifier:
             )
         except OSError as error:
             reason = f"it could not be started: {error.strerror}"
-            self._tell("notify_failed", target="its own process", reason=reason)
+            self._tell(events.NotifyFailed(target="its own process", reason=reason))
             return
         ours.setblocking(False)
         self._socket = ours
@@ -137,7 +137,7 @@ class Notifier:
             return
         with contextlib.suppress(ValueError):  # one that was too long for `MESSAGE` is cut
             said = json.loads(data)
-            self._tell("notify_failed", target=said["target"], reason=said["reason"])
+            self._tell(events.NotifyFailed(target=said["target"], reason=said["reason"]))
 
     def _end(self) -> None:
         if self._socket is not None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from autoglm_resume import events
 from autoglm_resume.checkpoint.replicas.plan import SLOW, Policy, counts, newest_counting
 from autoglm_resume.checkpoint.replicas.repair import Restored
 from autoglm_resume.checkpoint.storage.storage import check
@@ -60,7 +61,7 @@ class Replicator:
         targets: Sequence[str],
         policy: Policy,
         log: Path,
-        tell: Callable[..., object],
+        tell: events.Tell,
         complete: Mapping[str, Iterable[str]] | None = None,
     ) -> None:
         """Raises UsageError for a target that can never work, or a missing package."""
@@ -134,7 +135,7 @@ class Replicator:
     def _lost(self, reason: str) -> None:
         if not self._warned:
             text = f"the replicator is gone ({reason}) and will be started again; see {self._log}"
-            self._tell("warning", text=text)
+            self._tell(events.WarningGiven(text=text))
         self._warned = True
         self._loop.every(RESTART_SECONDS, self.start)
 
@@ -163,7 +164,7 @@ class Replicator:
         )
         short = [t for t in self._targets if t in self._unasked() or self._failed.get(t, True)]
         behind = {target: self._waiting.get(target) for target in short}
-        self._tell("replicas_flushed", seconds=time.monotonic() - began, behind=behind)
+        self._tell(events.ReplicasFlushed(seconds=time.monotonic() - began, behind=behind))
         return not behind
 
     def repair(
@@ -197,9 +198,9 @@ class Replicator:
         elif answer["reason"] or not answer["files"]:
             reason = answer["reason"] or "every byte of it is as it was written"
         else:
-            self._tell("repaired", id=id, files=answer["files"], seconds=spent)
+            self._tell(events.Repaired(id=id, files=tuple(answer["files"]), seconds=spent))
             return list(answer["files"])
-        self._tell("repair_failed", id=id, reason=reason, seconds=spent)
+        self._tell(events.RepairFailed(id=id, reason=reason, seconds=spent))
         return []
 
     # What is known
@@ -256,7 +257,7 @@ class Replicator:
                 self._complete[target] = frozenset(message["ids"])
                 self._waiting[target] = message["waiting"]
             case "replicated":
-                self._tell("replicated", **message)
+                self._tell(events.Replicated(**message))
             case "round":
                 self._rounds[target] = message["number"]
                 self._failed[target] = bool(message["failure"])
@@ -266,7 +267,7 @@ class Replicator:
                     self._caught_up(target)
             case "damaged" if message["id"] not in self._damaged:
                 self._damaged.add(message["id"])
-                self._tell("warning", text=message["reason"])
+                self._tell(events.WarningGiven(text=message["reason"]))
             case "repaired":
                 self._damaged.discard(message["id"])
                 self._repaired = message
@@ -275,12 +276,12 @@ class Replicator:
         if target not in self._behind:
             self._behind[target] = time.monotonic()
             behind = self._waiting.get(target)
-            self._tell("replica_behind", replica=target, behind=behind, reason=reason)
+            self._tell(events.ReplicaBehind(replica=target, behind=behind, reason=reason))
 
     def _caught_up(self, target: str) -> None:
         self._warned = False
         if (since := self._behind.pop(target, None)) is not None:
-            self._tell("replica_caught_up", replica=target, seconds=time.monotonic() - since)
+            self._tell(events.ReplicaCaughtUp(replica=target, seconds=time.monotonic() - since))
 
 
 def restore(

@@ -37,7 +37,7 @@ class Savers:
         name: str,
         count: int,
         log: Path,
-        tell: Callable[..., object],
+        tell: events.Tell,
         hear: Callable[[int, Event], None],
     ) -> None:
         """`tell` gets what happens to them, `hear` what they say of the saves of a rank."""
@@ -88,7 +88,7 @@ class Savers:
         for id, ranks in missing.items():
             if ranks:
                 # The end that a save under way is to have when ranks die; a failed one is not.
-                self._tell("save_cut_off", id=id, step=step_of(id), missing=ranks)
+                self._tell(events.SaveCutOff(id=id, step=step_of(id), missing=tuple(ranks)))
         if len(holding) == len(self._ranks):
             snapshots = holding
             if any(reply["sealing"] for reply in holding.values()):
@@ -187,7 +187,7 @@ class Savers:
             link.close()
             process = self._processes[rank]
             process.wait()
-            self._tell("saver_lost", rank=rank, pid=process.pid, code=process.returncode)
+            self._tell(events.SaverLost(rank=rank, pid=process.pid, code=process.returncode))
             self._deaths += 1
             if self._deaths <= DEATHS:
                 self._processes[rank], self._links[rank] = self._spawn(rank)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import Any
 
-from autoglm_resume import events
 from autoglm_resume.events import Event
 from autoglm_resume.journal import encode, stamped
 
@@ -20,11 +18,10 @@ class EventLog:
         self._rank = rank
         self._torn = False
 
-    def emit(self, event: Event | str, /, **fields: Any) -> None:
+    def emit(self, event: Event, /) -> None:
         """Write one event. A full disk loses it, and never the training."""
         if self._path is None:
             return
-        event = events.make(event, fields) if isinstance(event, str) else event
         line = encode(stamped(event, rank=self._rank))
         with contextlib.suppress(OSError):
             fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)

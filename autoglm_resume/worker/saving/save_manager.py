@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from autoglm_resume import events
 from autoglm_resume.checkpoint.format.ids import step_of
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.state.capture import CapturedState, Identity
@@ -73,7 +74,7 @@ class SaveManager:
             return True
         save = self._pulse.agree(step)
         if not save and self._settings.rank == 0:
-            self._events.emit("save_skipped", step=step, reason="the last one is under way")
+            self._events.emit(events.SaveSkipped(step=step, reason="the last one is under way"))
         return save
 
     def begin(
@@ -131,7 +132,7 @@ class SaveManager:
         self._failures[outcome.id] = failure
         if not outcome.told:
             self._events.emit(
-                "save_failed", id=outcome.id, step=step_of(outcome.id), reason=outcome.reason
+                events.PartFailed(id=outcome.id, step=step_of(outcome.id), reason=outcome.reason)
             )
         with contextlib.suppress(OSError):  # the log may be on the same full disk
             print(f"autoglm: {outcome.reason}; training goes on", file=sys.stderr)
@@ -139,4 +140,4 @@ class SaveManager:
     def _warn(self, reason: str) -> None:
         if reason and not self._warned:
             self._warned = True
-            self._events.emit("warning", text=f"snapshots in memory: {reason}")
+            self._events.emit(events.WarningGiven(text=f"snapshots in memory: {reason}"))

@@ -12,6 +12,7 @@ import pytest
 
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import UsageError
+from autoglm_resume.events import Event, WarningGiven
 from autoglm_resume.job.spec import Job
 from autoglm_resume.protocol.assignment import ResumePoint
 from autoglm_resume.supervise.base.gpu_exclusion import VISIBLE, excluding, without
@@ -37,9 +38,9 @@ class Asked:
         self.told: list[str] = []
         self.ready = Preflight(self.run, self.job, self.tell)
 
-    def tell(self, event: str, /, text: str) -> None:
-        assert event == "warning"
-        self.told.append(text)
+    def tell(self, event: Event, /) -> None:
+        assert isinstance(event, WarningGiven)
+        self.told.append(event.text)
 
     def before(self, resume: ResumePoint | None = None) -> None:
         self.ready.before(Store(self.checkpoints), resume)

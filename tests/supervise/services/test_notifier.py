@@ -82,8 +82,8 @@ class Told:
         self.notifier = Notifier(loop, job, {**os.environ, **env}, directory, self.tell)
         self.notifier.start("r1")
 
-    def tell(self, event: str, /, **fields: Any) -> None:
-        self.journal.append({"event": event, **fields})
+    def tell(self, event: events.Event, /) -> None:
+        self.journal.append(events.to_record(event))
 
     def say(self, event: str, **fields: Any) -> None:
         line = {"event": event, "time": time.time(), "attempt": 0, **fields}

@@ -29,6 +29,7 @@ from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.ranks.fault_injector import flip_a_bit
 from autoglm_resume.supervise.services import replicator
 from autoglm_resume.supervise.services.replicator import Replicator, restore
+from tests.lines import line
 from tests.patience import PATIENCE, soon
 
 RUN = "run"
@@ -55,7 +56,7 @@ class Watched:
             targets,
             policy,
             self.log,
-            lambda event, **fields: self.told.append((event, fields)),
+            lambda event: self.told.append(line(event)),
         )
         self.replicas.start()
 
@@ -297,7 +298,7 @@ from autoglm_resume.supervise.services.replicator import Replicator
 root = pathlib.Path({str(tmp_path)!r})
 handle = Replicator(
     EventLoop(), os.environ, root / "checkpoints", "run", [{str(directory)!r}], "local",
-    root / "log", lambda event, **fields: None,
+    root / "log", lambda event: None,
 )
 handle.start()
 assert handle.flush(60)

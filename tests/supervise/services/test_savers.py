@@ -25,6 +25,7 @@ from autoglm_resume.supervise.services import savers as module
 from autoglm_resume.supervise.services.savers import Savers
 from autoglm_resume.worker.base.settings import Settings
 from autoglm_resume.worker.saving.saver_client import NoSaver, SaverClient
+from tests.lines import line
 from tests.patience import soon
 
 RANKS = 2
@@ -45,7 +46,7 @@ class Run:
             f"test-{directory.name}",
             RANKS,
             self.log,
-            lambda event, **fields: self.told.append((event, fields)),
+            lambda event: self.told.append(line(event)),
             lambda rank, event: self.heard.append(event),
         )
 
