@@ -16,44 +16,22 @@ from tests.patience import PATIENCE
 ROOT = Path(autoglm_resume.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-PURE = [
+PURE_FOLDERS = ("supervise/core", "checkpoint/format", "observe/pure", "events")
+PURE_FILES = (
+    *("errors.py", "failures.py", "records.py", "cluster/slurm.py"),
     *("job/units.py", "job/spec.py", "job/fields.py", "job/section.py", "job/checkpoint.py"),
-    "job/answers.py",
-    *("supervise/core/policy.py", "supervise/core/diagnosis.py", "supervise/core/liveness.py"),
-    *(
-        "supervise/core/save_interval.py",
-        "supervise/core/evidence.py",
-        "supervise/core/rank_cause.py",
-    ),
-    *("supervise/core/patterns.py", "supervise/core/code_location.py"),
-    "supervise/core/checks.py",
-    *("supervise/core/drill.py", "supervise/core/history.py"),
-    *("supervise/core/drill.py", "supervise/core/history.py", "supervise/core/resumable.py"),
-    "cluster/slurm.py",
-    *("checkpoint/store/gate.py", "checkpoint/format/manifest.py", "checkpoint/format/part.py"),
-    *(
-        "checkpoint/store/retention.py",
-        "checkpoint/format/structure.py",
-        "checkpoint/write/reuse.py",
-    ),
-    "checkpoint/chunks/compression.py",
-    *(
-        "checkpoint/format/options.py",
-        "checkpoint/replicas/plan.py",
-        "checkpoint/format/renaming.py",
-    ),
-    *(
-        "checkpoint/format/document.py",
-        "observe/pure/goodput.py",
-        "observe/pure/say.py",
-        "errors.py",
-    ),
-    *("failures.py", "records.py", "events/__init__.py", "events/base.py"),
-    *("events/supervisor.py", "events/ranks.py"),
+    *("job/answers.py", "job/notify.py", "job/secret.py"),
+    *("checkpoint/store/gate.py", "checkpoint/store/retention.py", "checkpoint/write/reuse.py"),
+    *("checkpoint/chunks/compression.py", "checkpoint/chunks/cut.py"),
+    *("checkpoint/replicas/plan.py", "checkpoint/storage/address.py"),
     *("protocol/loss_guard.py", "protocol/silences.py"),
-    *("observe/pure/recovery.py", "observe/pure/segments.py", "observe/pure/explain.py"),
-    *("observe/pure/notify.py", "job/notify.py", "job/secret.py"),
-]
+)
+_IN_FOLDERS = (path for folder in PURE_FOLDERS for path in (ROOT / folder).glob("*.py"))
+PURE = sorted({*PURE_FILES, *(str(path.relative_to(ROOT)) for path in _IN_FOLDERS)})
+LONGEST = 400
+"""Lines of a file: one that is longer is usually two rooms."""
+MOST = {"supervise": 20, "checkpoint": 12}
+"""Entries at the top of a wing: more cannot be learnt by heart."""
 IMPURE = {
     *("torch", "rich", "numpy", "subprocess", "socket", "time", "datetime", "os", "shutil"),
     *("psutil", "selectors", "threading", "multiprocessing", "tempfile", "io", "mmap"),
@@ -198,6 +176,75 @@ def test_no_pickle_is_ever_read(path: Path) -> None:
             assert text not in ("torch.load", "torch.serialization.load") or text in allowed, text
             assert not text.endswith("weights_only"), text
         assert not (isinstance(node, ast.keyword) and node.arg == "allow_pickle")
+
+
+def is_folder(module: str) -> bool:
+    return (ROOT.parent / module.replace(".", "/")).is_dir()
+
+
+def folder_of(module: str) -> str:
+    """The folder that a module, or a package itself, lies in."""
+    return module if is_folder(module) else module.rpartition(".")[0]
+
+
+def between_folders() -> dict[str, set[str]]:
+    """Which folder imports from which; functions' own imports too, since they tie as well."""
+    arrows: dict[str, set[str]] = {}
+    for path in FILES:
+        names = set(imports(tree_of(path)))
+        # `from package import module` names both; only the module is meant.
+        meant = {n.rpartition(".")[0] for n in names if n in GRAPH}
+        used = {n for n in names if n in GRAPH and not (is_folder(n) and n in meant)}
+        folder = folder_of(name_of(path))
+        arrows.setdefault(folder, set()).update(folder_of(n) for n in used)
+        arrows[folder] -= {folder, ROOT.name}
+    return arrows
+
+
+def test_no_folder_imports_itself_through_others() -> None:
+    arrows = between_folders()
+
+    def beyond(start: str) -> set[str]:
+        seen: set[str] = set()
+        queue = list(arrows.get(start, ()))
+        while queue:
+            name = queue.pop()
+            if name not in seen:
+                seen.add(name)
+                queue += arrows.get(name, ())
+        return seen
+
+    circular = {folder for folder in arrows if folder in beyond(folder) and folder != ROOT.name}
+    assert not circular
+
+
+@pytest.mark.parametrize("wing", MOST)
+def test_a_wing_can_be_learnt_by_heart(wing: str) -> None:
+    entries = [e.name for e in (ROOT / wing).iterdir() if e.name != "__pycache__"]
+    assert len(entries) <= MOST[wing], sorted(entries)
+
+
+def test_every_folder_says_what_it_answers() -> None:
+    folders = [path for path in FILES if path.name == "__init__.py"]
+    assert not [str(path) for path in folders if not ast.get_docstring(tree_of(path))]
+
+
+def test_no_file_is_two_rooms() -> None:
+    repository = ROOT.parent
+    bench = (p for p in (repository / "scripts" / "bench").rglob("*") if p.is_file())
+    files = (*FILES, *(repository / "tests").rglob("*.py"), *bench)
+    read = [path for path in files if path.suffix != ".pyc"]
+    lines = {str(path.relative_to(repository)): path.read_bytes().count(b"\n") for path in read}
+    assert not {name: count for name, count in lines.items() if count > LONGEST}
+
+
+def test_a_class_has_a_name_of_its_own() -> None:
+    homes: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in tree_of(path).body:
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert not {name: files for name, files in homes.items() if len(files) > 1}
 
 
 def test_importing_has_no_cycles() -> None:
