@@ -170,6 +170,7 @@ def test_a_run_on_a_node_set_down_goes_on_exactly_on_the_other(
 ) -> None:
     job.start(*SLOWLY)
     down = job.set_down()
+    job.go_on()
     job.rehearsal.wait_for("run_completed")
     nodes = [event["node"] for event in job.rehearsal.events("slurm")]
     assert nodes == [down, "n2" if down == "n1" else "n1"]
@@ -179,6 +180,7 @@ def test_a_run_on_a_node_set_down_goes_on_exactly_on_the_other(
 def test_a_requeued_run_completes_exactly(job: Scheduled, undisturbed: dict[str, str]) -> None:
     job.start(*SLOWLY)
     job.command("scontrol", "requeue", job.id)
+    job.go_on()
     job.rehearsal.wait_for("run_completed")
     assert lives(job.rehearsal.events()) == [0, 1]
     assert job.rehearsal.final() == undisturbed
