@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -30,6 +33,20 @@ def test_every_program_says_what_it_does_without_an_environment(program: Path) -
     assert shown.returncode == 0, shown.stderr
     assert all(option in shown.stdout for option in ("--quick", "--seed", "--json"))
     assert program.stat().st_mode & 0o111
+
+
+SOURCES = [*PROGRAMS, *sorted(BENCH.glob("*/*.py"))]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_what_a_program_takes_from_the_package_is_there(source: Path) -> None:
+    # Most of it is imported late, where no check of names would look.
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("autoglm_resume"):
+            module = importlib.import_module(str(node.module))
+            for name in node.names:
+                submodule = f"{node.module}.{name.name}"
+                assert hasattr(module, name.name) or importlib.util.find_spec(submodule)
 
 
 @pytest.mark.parametrize(("measured", "code"), [(2.0, 0), (3.5, 1)])
