@@ -30,22 +30,27 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 from dataclasses import replace
 from autoglm_resume import linux
-from autoglm_resume.supervise.ranks.group import Group
+from autoglm_resume.supervise.ranks.group import WorkerGroup
 from autoglm_resume.supervise.base.event_loop import EventLoop
-from autoglm_resume.supervise.ranks.zygote import State, Zygote
+from autoglm_resume.supervise.ranks.zygote import Zygote, ZygoteState
 from autoglm_resume.protocol.assignment import Assignment
 import psutil
+from autoglm_resume.events import to_record
 
 linux.adopt_orphans()
 loop = EventLoop()
-from tests.lines import line
 told = []
+
+def tell(event):
+    record = to_record(event)
+    told.append((record.pop("event"), record))
+
 lost = []
 stores = []
 spares = []
 assignment = replace(Assignment.load(Path(sys.argv[1])), supervisor=os.getpid())
 assignment.path.write_bytes(assignment.to_json())
-group = Group(loop, lambda *_: None)
+group = WorkerGroup(loop, lambda *_: None)
 
 def soon():
     return time.monotonic() + 120
@@ -53,10 +58,10 @@ def soon():
 def zygote(*modules):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     log = Path(assignment.directory) / "zygote.log"
-    made = Zygote(loop, environment, modules, log, lambda event: told.append(line(event)),
+    made = Zygote(loop, environment, modules, log, tell,
                   lambda: lost.append(1), stores.append,
                   lambda pid, link: spares.append((pid, link)))
-    loop.wait(lambda: made.state is not State.BUSY, soon())
+    loop.wait(lambda: made.state is not ZygoteState.BUSY, soon())
     return made
 
 def fork(z, ranks=None):
@@ -175,7 +180,7 @@ z = zygote()
 fork(z)
 until_says(0, "up")
 os.kill(z.pid, signal.SIGKILL)
-until(lambda: z.state is State.GONE)
+until(lambda: z.state is ZygoteState.GONE)
 alive = group.alive
 refused = z.fork(assignment.path, [0])
 group.signal(0, signal.SIGUSR1)
@@ -203,7 +208,7 @@ def test_a_module_that_starts_a_thread_makes_it_refuse_naming_the_module(
         assignment,
         (before if later else "z = zygote('yaml', 'starts_a_thread', 'wave')")
         + """
-until(lambda: z.state is not State.BUSY)
+until(lambda: z.state is not ZygoteState.BUSY)
 finish(state=z.state.name, module=z.unfit_module, told=told[-1], alive=group.alive)
 group.stop(0.0)
 z.close()
@@ -293,7 +298,7 @@ z = zygote()
 pids = fork(z)
 until_says(0, "up")
 os.kill(z.pid, signal.SIGKILL)
-until(lambda: z.state is State.GONE)
+until(lambda: z.state is ZygoteState.GONE)
 finish(rank=pids[0])
 signal.pause()
 """,
@@ -350,7 +355,7 @@ until(lambda: len(stores) == 1)
 z.open_store(stores[0].port)  # which is taken: nothing comes of it
 assignment = replace(assignment, environment={"STORE": str(stores[0].port)})
 assignment.path.write_bytes(assignment.to_json())
-until(lambda: z.state is State.READY)
+until(lambda: z.state is ZygoteState.READY)
 fork(z)
 until(lambda: not group.alive)
 serving = psutil.Process(stores[0].pid)
@@ -384,7 +389,7 @@ environment = {**os.environ, **shared_environment(1)}
 output = Path(assignment.directory) / "zygote.log"
 z = Zygote(loop, environment, ["numpy"], output,
            lambda *_, **__: None, lambda: None, stores.append, lambda *_: None)
-until(lambda: z.state is not State.BUSY)
+until(lambda: z.state is not ZygoteState.BUSY)
 fork(z)
 until(lambda: not group.alive)
 finish(state=z.state.name, log=log(0))
