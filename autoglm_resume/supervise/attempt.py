@@ -248,8 +248,8 @@ class Attempt:
             self._previous,
             seen.slow,
         )
-        told = described(failure, evidence.ranks, seen)
-        self._tell(events.GroupFailed(**told, lived=self._lived(self._node.beats())))
+        lived = self._lived(self._node.beats())
+        self._tell(described(failure, evidence.ranks, seen, lived))
         if failure.traceback and failure.rank is not None:
             self._context.screen.traceback(failure.rank, failure.traceback)
         self._tell(events.GroupStopped(seconds=stop_seconds))

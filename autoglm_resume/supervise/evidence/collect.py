@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from autoglm_resume import linux
+from autoglm_resume import events, linux
 from autoglm_resume.protocol.assignment import Assignment
 from autoglm_resume.protocol.heartbeats import Beat
 from autoglm_resume.supervise.base.machine import within
@@ -147,33 +147,36 @@ def gather(
     return [_with_log(task, _ended_by_agent(rank, found, AGENT in pids)) for rank in found]
 
 
-def described(failure: Failure, ranks: Sequence[RankEvidence], seen: Observed) -> dict[str, Any]:
-    """A failure and what it was concluded from, as fields for the journal."""
-    return {
-        "mono": seen.broken_at,
-        "kind": failure.kind.value,
-        "root_rank": failure.rank,
-        "summary": failure.summary,
-        "ranks": [
-            {
-                "rank": rank.rank,
-                "code": rank.code,
-                "signal": rank.signal,
-                "by_us": rank.by_us,
-                "step": rank.beat.step,
-                "phase": rank.beat.phase.label,
-            }
+def described(
+    failure: Failure, ranks: Sequence[RankEvidence], seen: Observed, lived: float | None
+) -> events.GroupFailed:
+    """A failure and what it was concluded from, for the journal."""
+    return events.GroupFailed(
+        mono=seen.broken_at,
+        kind=failure.kind.value,
+        root_rank=failure.rank,
+        summary=failure.summary,
+        ranks=tuple(
+            events.RankExit(
+                rank=rank.rank,
+                code=rank.code,
+                signal=rank.signal,
+                by_us=rank.by_us,
+                step=rank.beat.step,
+                phase=rank.beat.phase.label,
+            )
             for rank in ranks
-        ],
-        "traceback": failure.traceback,
-        "cause_mono": failure.cause_mono,
-        "refused": failure.refused,
-        "stacks": {str(rank): list(frames) for rank, frames in seen.stacks.items()},
-        "step": failure.step,
-        "place": failure.place,
-        "evidence": failure.evidence,
-        "tail": failure.tail,
-    }
+        ),
+        traceback=failure.traceback,
+        cause_mono=failure.cause_mono,
+        refused=failure.refused,
+        stacks=seen.stacks,
+        step=failure.step,
+        place=failure.place,
+        evidence=failure.evidence,
+        tail=failure.tail,
+        lived=lived,
+    )
 
 
 def agent_said(task: Assignment, exits: Mapping[int, Exit]) -> str:

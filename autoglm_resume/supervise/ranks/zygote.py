@@ -45,7 +45,7 @@ class StoreProcess(NamedTuple):
 class Zygote:
     """One zygote process, which answers one request after the other.
 
-    `tell` hears what it says, as (event, fields) for the journal; `opened` gets every store that
+    `tell` hears when it can fork, and when it no longer can; `opened` gets every store that
     was asked for, `spared` every spare with the socket to it; `lost` is called once when it can
     fork no more.
     """

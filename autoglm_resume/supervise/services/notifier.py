@@ -40,8 +40,8 @@ _FIELDS = frozenset(
 class Notifier:
     """Passes on what happens, one datagram per event, to `observe.messenger`.
 
-    Nothing here raises or waits, but for `close`. `tell` hears, for the journal:
-        notify_failed        target (its address masked), reason; once until it works again
+    Nothing here raises or waits, but for `close`. `tell` hears of a target that fails, its address
+    masked, once until it works again.
     """
 
     def __init__(

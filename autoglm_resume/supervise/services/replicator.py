@@ -41,15 +41,8 @@ class Replicator:
     Whatever the replicas do, nothing here raises after the constructor, and only `flush` and
     `repair` wait, as long as they are told.
 
-    `tell` hears, as (event, fields) for the journal:
-        replicated           id, replica, seconds, bytes (those that had to be sent)
-        replica_behind       replica, behind (checkpoints, None before anybody could list), reason;
-                             once until it has caught up
-        replica_caught_up    replica, seconds (since it fell behind)
-        replicas_flushed     seconds, behind {replica: checkpoints, None if that is not known}
-        repaired             id, files, seconds
-        repair_failed        id, reason, seconds
-        warning              text
+    `tell` hears how far the copies are, what was repaired, and of a replica once when it falls
+    behind, until it has caught up.
     """
 
     def __init__(
