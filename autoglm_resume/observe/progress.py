@@ -12,11 +12,12 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from autoglm_resume.linux import DirectoryWatch
 from autoglm_resume.observe.tables import terminal
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
+
+    from autoglm_resume.linux import DirectoryWatch
 
 _AFTER = 2.0
 """Seconds before a bar appears."""
