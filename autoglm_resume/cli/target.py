@@ -20,8 +20,8 @@ def run(given: str | None, *, acts: bool = False) -> RunDirectory:
     """A run directory, the run of a job file, or, unnamed, the newest run from here.
 
     That is one in ./runs, or one that was started from the working directory or below; a command
-    that `acts` on a run takes the latter only where no other run is. Raises UsageError if there is
-    none, or one has to be named.
+    that `acts` on a run takes the latter only where no other run lives. Raises UsageError if there
+    is none, or one has to be named.
     """
     if given is None:
         return _unnamed(acts=acts)
@@ -80,8 +80,9 @@ def _unnamed(*, acts: bool) -> RunDirectory:
             hint="name a run directory or a job file, or start one with: autoglm run JOB.yaml; "
             "`autoglm runs` lists those started elsewhere",
         )
-    if acts and len(here) + len(elsewhere) > 1:
-        raise _ambiguous([*(run.path for run in elsewhere), *(run.path for run in here)])
+    others = [*(run.path for run in elsewhere[1:]), *(run.path for run in here)]
+    if acts and _any_lives(others):
+        raise _ambiguous([elsewhere[0].path, *others])
     newest = elsewhere[0]
     if newest in silent:
         raise AutoglmError(
@@ -109,6 +110,16 @@ def _present(listed: Sequence[ListedRun]) -> tuple[list[ListedRun], list[ListedR
     return [], []
 
 
+def _any_lives(runs: Sequence[Path]) -> bool:
+    """Whether a supervisor has one of them; of one that does not answer it must be supposed."""
+    found = bounded.ask(_lives, runs)
+    return any(found.get(number, True) for number in range(len(runs)))
+
+
+def _lives(run: Path) -> bool:
+    return RunDirectory(run).holder() is not None
+
+
 def _is_there(run: ListedRun) -> bool:
     try:
         return RunDirectory(run.path).exists
@@ -121,7 +132,8 @@ def _ambiguous(candidates: Sequence[Path]) -> UsageError:
     more = len(candidates) - MOST_NAMED
     rest = f"\n  and {more} more, see: autoglm runs" if more > 0 else ""
     return UsageError(
-        f"expected the name of a run, because {len(candidates)} are from here:{named}{rest}",
+        f"expected the name of a run, because {len(candidates)} are from here, and not only the "
+        f"newest may be running:{named}{rest}",
         hint="name the one that is meant",
     )
 

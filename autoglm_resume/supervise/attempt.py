@@ -77,6 +77,7 @@ class Attempt:
         self._control = Control()
         self._stop_deadline: float | None = None
         self._began = 0.0
+        self._launched = False
 
     def run(self) -> Outcome:
         """Run it to its end. Raises UsageError for what its start needs, and Unkillable."""
@@ -86,6 +87,9 @@ class Attempt:
             launched = self._node.start(self._order, self)
             if not launched.pids:
                 return Outcome(False, None, -1, 0)
+            # The launcher may have waited for its imports first, in which no rank lived.
+            self._seen.last_saved = self._began = time.monotonic()
+            self._launched = True
             self._tell(
                 events.AttemptStarted(
                     port=launched.port,
@@ -129,7 +133,8 @@ class Attempt:
 
     def save_now(self) -> int | None:
         """Ask the ranks to save; returns after which step, None if they do not train yet."""
-        if not all(beat.first_step_time for beat in self._node.beats()):
+        # While the launcher waits for its imports, there are no ranks to ask.
+        if not self._launched or not all(b.first_step_time for b in self._node.beats()):
             return None
         self._announce("save_at")
         return self._control.save_at

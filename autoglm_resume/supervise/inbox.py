@@ -47,13 +47,13 @@ class Inbox:
         """Digests of what the newest checkpoint holds, by name."""
         self._objects_step = past.checkpointed
 
-    def connect(self, node: Node, persistence: Persistence) -> None:
-        """Whom the ranks and savers belong to."""
-        self._node, self._persistence = node, persistence
+    def connect(self, persistence: Persistence) -> None:
+        """Whom the savers belong to."""
+        self._persistence = persistence
 
-    def begin(self, attempt: Attempt, resume: ResumePoint | None) -> None:
-        """From here on they speak of this attempt, which begins with `resume`."""
-        self._attempt, self._resume = attempt, resume
+    def begin(self, node: Node, attempt: Attempt, resume: ResumePoint | None) -> None:
+        """From here on the ranks of `node` speak of this attempt, which begins with `resume`."""
+        self._node, self._attempt, self._resume = node, attempt, resume
 
     def end(self) -> None:
         """The attempt has ended; its savers may not have."""
@@ -84,9 +84,8 @@ class Inbox:
 
     def _learnt(self, rank: int, event: Event) -> Event | None:
         """Returns what the journal should keep."""
-        node, persistence = self._node, self._persistence
-        assert node is not None  # there are ranks
-        assert persistence is not None
+        persistence = self._persistence
+        assert persistence is not None  # there are savers, or ranks, which are started later
         match event:
             case events.ModelReported():
                 return self._model(rank, event)
@@ -95,7 +94,8 @@ class Inbox:
                 self._gate.clean()
                 self._sync()
             case events.ModulesImported(modules=modules, own=own, staged=staged):
-                node.learn(StartUp(modules, own, staged))
+                assert self._node is not None  # a rank says this
+                self._node.learn(StartUp(modules, own, staged))
             case events.PartSaved(blocked=float(blocked), seconds=float(seconds)):
                 self._save_timer.saved(blocked, seconds)
             case events.Committed(id=id, step=step):

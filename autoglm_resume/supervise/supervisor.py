@@ -25,6 +25,7 @@ from autoglm_resume.job.spec import Job, shown
 from autoglm_resume.journal import Journal, stamped
 from autoglm_resume.protocol.assignment import ResumePoint
 from autoglm_resume.supervise.attempt import Attempt, Outcome
+from autoglm_resume.supervise.base import bounded
 from autoglm_resume.supervise.base.assign import environment, world_size
 from autoglm_resume.supervise.base.context import Presenter, RunContext
 from autoglm_resume.supervise.base.event_loop import EventLoop, Signals
@@ -135,10 +136,10 @@ class Supervisor:
             self._persistence = persistence = Persistence(
                 self._context, self._run_id, self._gate, self._past, self._inbox.from_saver
             )
+            self._inbox.connect(persistence)
             self._node = node = LocalNode(
                 self._context, self._lock, self._run_id, self._past, persistence, self._helpers
             )
-            self._inbox.connect(node, persistence)
             code = self._bring_to_end(node, persistence, began)
             return code
         except AutoglmError as error:
@@ -233,7 +234,7 @@ class Supervisor:
             self._broken,
             self._inbox.hear,
         )
-        self._inbox.begin(attempt, resume)
+        self._inbox.begin(node, attempt, resume)
         try:
             return attempt.run()
         finally:
@@ -295,7 +296,7 @@ class Supervisor:
         """Children of this process that are no ranks."""
         kept = self._persistence.pids if self._persistence else frozenset()
         limit = self._limit.pids if self._limit else frozenset()
-        return kept | limit | self._notifier.pids | self._preflight.pids
+        return kept | limit | self._notifier.pids | self._preflight.pids | bounded.hung()
 
     def _interrupted(self, persistence: Persistence, requeued: str = "") -> int:
         if self._answers.in_trouble:  # it may never answer: what is known has to do

@@ -73,6 +73,9 @@ def agreed(settings: Settings, model: Structure | None) -> Settings:
 
     `model` is this rank's. Raises NoAcceptableCheckpoint, in every rank.
     """
+    if dist.is_available() and dist.is_initialized():
+        # A script that spawns its ranks itself need not set torchrun's variables.
+        settings = replace(settings, rank=dist.get_rank(), world_size=dist.get_world_size())
     own = model.hash if model else ""
     store = _common_store() if settings.world_size > 1 else None
     if store is None:

@@ -36,11 +36,15 @@ class RunBeside:
 def find(root: Path) -> RunBeside:
     """The run whose checkpoints are in `root`."""
     for directory in (*root.parents, _named_in(root / LOCK)):
-        job = _read(directory / "job.json") if directory else {}
-        how = job.get("checkpoint") or {}
-        if directory and how.get("dir") and Path(how["dir"]).resolve() == root.resolve():
-            lines = journal.read(directory / "events.jsonl")
-            return recall(lines, tuple(how.get("replicas") or ()))
+        how = _read(directory / "job.json").get("checkpoint") if directory else None
+        # Anybody may have a job.json of their own.
+        where = how.get("dir") if isinstance(how, dict) else None
+        if directory and isinstance(where, str) and Path(where).resolve() == root.resolve():
+            replicas = how.get("replicas") if isinstance(how, dict) else None
+            known = replicas if isinstance(replicas, list) else []
+            with contextlib.suppress(OSError):
+                lines = journal.read(directory / "events.jsonl")
+                return recall(lines, tuple(each for each in known if isinstance(each, str)))
     return RunBeside()
 
 

@@ -10,6 +10,7 @@ import pytest
 from autoglm_resume.cli import target
 from autoglm_resume.errors import AutoglmError, UsageError
 from autoglm_resume.supervise.base import bounded, run_list
+from autoglm_resume.supervise.base.run_directory import RunDirectory
 from tests.observe.runs import Script, directory
 
 
@@ -117,17 +118,21 @@ def test_to_look_at_the_newest_is_no_guess_but_to_act_on_it_is(
     a, b = started("jobs/runs/a"), started("../far/b").resolve()
     assert target.run(None).path == b
     assert str(b) in capsys.readouterr().err
-    with pytest.raises(UsageError, match=f"2 are from here:\n  {b}\n  jobs/runs/a") as refused:
+    assert target.run(None, acts=True).path == b, "the other one is over"
+    named = f"may be running:\n  {b}\n  jobs/runs/a"
+    with RunDirectory(a).locked(), pytest.raises(UsageError, match=named) as refused:
         target.run(None, acts=True)
     assert refused.value.exit_code == 2
+    with RunDirectory(b).locked():
+        assert target.run(None, acts=True).path == b
     shutil.rmtree(b)
     assert target.run(None, acts=True).path == a
 
 
 def test_of_many_candidates_the_newest_are_named(started: Started) -> None:
-    for n in range(target.MOST_NAMED + 2):
-        started(f"jobs/runs/{n}")
-    with pytest.raises(UsageError, match="and 2 more, see: autoglm runs"):
+    made = [started(f"jobs/runs/{n}") for n in range(target.MOST_NAMED + 2)]
+    more = "and 2 more, see: autoglm runs"
+    with RunDirectory(made[0]).locked(), pytest.raises(UsageError, match=more):
         target.run(None, acts=True)
 
 
@@ -142,7 +147,9 @@ def test_the_runs_of_the_directory_itself_come_first(
     assert capsys.readouterr().err == ""
     run_list.add(elsewhere, "a")
     assert target.run(None).path == elsewhere
-    with pytest.raises(UsageError, match="jobs/runs/a\n  runs/new\n  runs/old"):
+    assert target.run(None, acts=True).path == elsewhere
+    named = "jobs/runs/a\n  runs/new\n  runs/old"
+    with RunDirectory(old).locked(), pytest.raises(UsageError, match=named):
         target.run(None, acts=True)
 
 

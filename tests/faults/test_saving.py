@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.faults.conftest import Rehearsal, all_dead
-from tests.patience import PATIENCE
+from autoglm_resume.supervise.base.stops import SAVE
+from tests.faults.conftest import Rehearsal, all_dead, finish
+from tests.patience import PATIENCE, soon
 
 
 def checkpoint(steps: int = 5, **fields: Any) -> dict[str, Any]:
@@ -153,10 +155,22 @@ def test_a_run_is_not_complete_before_its_last_checkpoint_is_on_storage(
     (rehearsal.checkpoints / "step-0000000040.a0").write_text("a file is in the way")
     finished = rehearsal.run(checkpoint=checkpoint())
     assert finished.code == 0, finished
+    assert len(rehearsal.events("attempt_started")) == 2
+    assert rehearsal.events("committed")[-1]["id"] == "step-0000000040.a1"
+    assert rehearsal.final() == undisturbed
+
+
+def test_a_last_checkpoint_that_is_only_in_memory_is_what_the_run_goes_on_from(
+    rehearsal: Rehearsal,
+) -> None:
+    rehearsal.checkpoints.mkdir(parents=True)
+    (rehearsal.checkpoints / "step-0000000040.a0").write_text("a file is in the way")
+    # With two ranks, the one whose save fails first may end the other before that has its snapshot.
+    finished = rehearsal.run(checkpoint=checkpoint(), nproc_per_node=1)
+    assert finished.code == 0, finished
     restored = rehearsal.events("restored")[0]
     assert (restored["step"], restored["sealed"]) == (40, True)
     assert rehearsal.events("committed")[-1]["id"] == "step-0000000040.a1"
-    assert rehearsal.final() == undisturbed
 
 
 def test_what_was_never_on_storage_is_not_missed_there(
@@ -192,3 +206,30 @@ def test_a_snapshot_in_memory_serves_as_often_as_ranks_die(
     starts = [(e["step"], e["sealed"]) for e in rehearsal.events("restored") if e["rank"] == 0]
     assert starts == [(10, True), (10, True)]
     assert rehearsal.final() == undisturbed
+
+
+WAITS = """
+import pathlib, time
+here = pathlib.Path(__file__).parent
+(here / "importing").touch()
+while not (here / "go on").exists():
+    time.sleep(0.01)
+"""
+"""A module whose import takes as long as a test wants."""
+
+
+def test_a_save_that_is_asked_for_while_there_are_no_ranks_yet_is_told_so(
+    rehearsal: Rehearsal,
+) -> None:
+    (rehearsal.directory / "waits.py").write_text(WAITS)
+    path = {"PYTHONPATH": str(rehearsal.directory)}
+    process = rehearsal.start("--steps", "10", preload=["waits"], env=path)
+    until = soon()
+    while not (rehearsal.directory / "importing").exists():
+        assert time.monotonic() < until
+        assert process.poll() is None, finish(process)
+    process.send_signal(SAVE)
+    asked = rehearsal.wait_for("save_requested")
+    assert (asked["step"], asked["reason"]) == (None, "the ranks are not training yet")
+    (rehearsal.directory / "go on").touch()
+    assert finish(process).code == 0

@@ -74,3 +74,31 @@ def test_what_cannot_be_read_is_no_run(tmp_path: Path, text: str) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / ".lock").write_text(text)
     assert run_beside.find(tmp_path / "checkpoints") == RunBeside()
+
+
+@pytest.mark.parametrize(
+    "somebodys",
+    [
+        *("null", "[]", "3", "{", '{"checkpoint": "last.pt"}', '{"checkpoint": ["last.pt"]}'),
+        *('{"checkpoint": {"dir": 5}}', '{"checkpoint": {}}'),
+    ],
+)
+def test_a_job_file_of_somebody_elses_is_no_run(tmp_path: Path, somebodys: str) -> None:
+    (tmp_path / "job.json").write_text(somebodys)
+    assert run_beside.find(tmp_path / "checkpoints" / "train") == RunBeside()
+
+
+@pytest.mark.parametrize("replicas", [3, "s3://bucket", [3, "/replica"], {"a": 1}])
+def test_replicas_that_are_none_are_passed_over(tmp_path: Path, replicas: object) -> None:
+    run = tmp_path / "runs" / "one"
+    write_run(run, run / "checkpoints", STORY[:1], replicas=replicas)
+    expected = ("/replica",) if isinstance(replicas, list) else ()
+    assert run_beside.find(run / "checkpoints").replicas == expected
+
+
+def test_a_run_whose_journal_cannot_be_read_is_none(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "one"
+    write_run(run, run / "checkpoints", [])
+    (run / "events.jsonl").unlink()
+    (run / "events.jsonl").mkdir()
+    assert run_beside.find(run / "checkpoints") == RunBeside()

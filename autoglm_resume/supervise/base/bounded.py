@@ -13,12 +13,25 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 
 PATIENCE = 2.0
 """Seconds without any answer after which none is waited for."""
+
+_hung: set[int] = set()
+
+
+def hung() -> frozenset[int]:
+    """Children that the kernel has not let go of when last looked: nobody may wait for them."""
+    for pid in list(_hung):
+        with suppress(ChildProcessError):
+            if os.waitpid(pid, os.WNOHANG)[0] == 0:
+                continue
+        _hung.discard(pid)
+    return frozenset(_hung)
 
 
 def ask(
@@ -43,7 +56,9 @@ def ask(
             said += piece
     if piece:
         os.kill(pid, signal.SIGKILL)  # in vain while the kernel has it, and nobody waits for that
-    os.waitpid(pid, os.WNOHANG if piece else 0)
+        _hung.add(pid)
+    else:
+        os.waitpid(pid, 0)
     return dict(json.loads(line) for line in said.splitlines(keepends=True) if line[-1:] == b"\n")
 
 
@@ -60,8 +75,10 @@ def _answer_all(question: Callable[[T], Any], about: Sequence[T], fd: int) -> No
 
     try:
         # It may outlive its parent, and must not keep alive what that held: a lock, a pipe's end.
-        os.closerange(0, fd)
-        os.closerange(fd + 1, os.sysconf("SC_OPEN_MAX"))
+        for other in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
+            if other != fd:
+                with suppress(OSError):
+                    os.close(other)
         threads = [threading.Thread(target=answer, args=pair) for pair in enumerate(about)]
         for thread in threads:
             thread.start()
