@@ -18,7 +18,7 @@ from tests.patience import PATIENCE
 FAST = {"backoff": "10ms", "max_backoff": "50ms"}
 SLOWLY = ("--pause", "0.03")
 SMALLER = ("--fail", "exit", *SLOWLY)
-AGAIN = ("1:0:40",)
+AGAIN = ("1:0:39",)
 """The attempt after a failure does not end before its supervisor is killed."""
 
 

@@ -125,7 +125,7 @@ def test_a_full_disk_fails_saves_but_neither_training_nor_the_older_checkpoint(
     rehearsal: Rehearsal, small_disk: Path, undisturbed: dict[str, str]
 ) -> None:
     process = rehearsal.start(
-        hold=("0:0:20", "0:0:40"),
+        hold=("0:0:20", "0:0:39"),
         checkpoint={
             "dir": str(small_disk / "ckpt"),
             "every": {"steps": 5},
@@ -141,7 +141,7 @@ def test_a_full_disk_fails_saves_but_neither_training_nor_the_older_checkpoint(
     committed = sorted((small_disk / "ckpt").glob("step-*/manifest.json"))
     assert len(committed) >= 2
     hog.unlink()
-    rehearsal.release(40)
+    rehearsal.release(39)
     assert process.wait(PATIENCE) == 0
     assert len(rehearsal.events("attempt_started")) == 1
     assert rehearsal.final() == undisturbed

@@ -56,7 +56,7 @@ def test_a_connection_that_breaks_while_all_ranks_are_well_is_a_failure_of_commu
 def test_a_rank_that_is_asked_to_end_from_outside_was_preempted(
     rehearsal: Rehearsal, undisturbed: dict[str, str]
 ) -> None:
-    process = rehearsal.start(hold=("0:0:40",))
+    process = rehearsal.start(hold=("0:0:39",))
     rehearsal.wait_for("first_step")
     os.kill(rehearsal.events("attempt_started")[0]["pids"]["1"], signal.SIGTERM)
     _, said = process.communicate(timeout=PATIENCE)

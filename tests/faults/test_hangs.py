@@ -60,7 +60,7 @@ def test_ranks_that_wait_for_each_other_in_different_collectives_are_a_hang(
 
 
 def test_what_is_usual_in_a_run_is_remembered_by_the_next_supervisor(rehearsal: Rehearsal) -> None:
-    process = rehearsal.start("--pause", "0.02", "--steps", "80", hold=("0:0:40",))
+    process = rehearsal.start("--pause", "0.02", "--steps", "80", hold=("0:0:39",))
     rehearsal.wait_for("committed", lambda e: e["step"] >= 15)
     rehearsal.stop(40, process)
     assert process.wait(PATIENCE) == 75

@@ -43,7 +43,7 @@ def test_a_clock_behind_the_run_is_refused_warned_of_or_ignored(
 
 def test_what_an_earlier_supervisor_left_behind_is_ended(rehearsal: Rehearsal) -> None:
     patient = {"launcher": "torchrun", "heartbeat": {"timeout": "60s"}}
-    running = rehearsal.start("--fail", "daemon", **patient, hold=("0:0:40",))
+    running = rehearsal.start("--fail", "daemon", **patient, hold=("0:0:39",))
     rehearsal.wait_for("committed")
     (daemon, *_) = (p for p in rehearsal.workers() if "1234.5" in p.cmdline())
     os.kill(rehearsal.holder(), signal.SIGKILL)

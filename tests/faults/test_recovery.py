@@ -74,7 +74,7 @@ def test_the_first_failing_ranks_traceback_comes_first_and_has_none_of_our_frame
 def test_all_ranks_killed_at_once_come_back(
     rehearsal: Rehearsal, undisturbed: dict[str, str], both: tuple[int, int]
 ) -> None:
-    process = rehearsal.start(hold=("0:0:40",))
+    process = rehearsal.start(hold=("0:0:39",))
     rehearsal.wait_for("committed", lambda e: e["step"] >= 10)
     pids = rehearsal.events("attempt_started")[0]["pids"]
     for rank in both:
@@ -115,7 +115,7 @@ def test_every_attempt_meets_at_a_store_that_was_opened_ahead(rehearsal: Rehears
 def test_a_dead_zygote_hurts_nobody_and_the_next_restart_still_works(
     rehearsal: Rehearsal, undisturbed: dict[str, str]
 ) -> None:
-    process = rehearsal.start(hold=("0:0:40",))
+    process = rehearsal.start(hold=("0:0:39",))
     rehearsal.wait_for("committed", lambda e: e["step"] >= 5)
     ranks = set(rehearsal.events("attempt_started")[0]["pids"].values())
     os.kill(rehearsal.events("zygote_ready")[0]["pid"], signal.SIGKILL)
@@ -166,7 +166,7 @@ def test_one_rank_is_forked_although_numpy_starts_threads(rehearsal: Rehearsal) 
 
 
 def test_nothing_that_a_rank_started_outlives_its_attempt(rehearsal: Rehearsal) -> None:
-    process = rehearsal.start("--fail", "daemon", hold=("0:0:40",))
+    process = rehearsal.start("--fail", "daemon", hold=("0:0:39",))
     rehearsal.wait_for("committed", lambda e: e["step"] >= 10)
     assert _named(rehearsal, "sleep")
     os.kill(rehearsal.events("attempt_started")[0]["pids"]["1"], signal.SIGKILL)

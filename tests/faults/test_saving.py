@@ -133,7 +133,7 @@ def test_a_supervisor_killed_in_the_middle_of_a_save_leaves_no_process_and_no_me
     rehearsal: Rehearsal, undisturbed: dict[str, str]
 ) -> None:
     before = shared_memory()
-    rehearsal.start("--pause", "0.03", checkpoint=checkpoint(1), hold=("0:0:40",))
+    rehearsal.start("--pause", "0.03", checkpoint=checkpoint(1), hold=("0:0:39",))
     rehearsal.wait_for("committed", lambda e: e["step"] >= 10)
     workers, savers = rehearsal.workers(), rehearsal.savers()
     assert len(savers) == 2
@@ -179,7 +179,7 @@ def test_what_was_never_on_storage_is_not_missed_there(
     rehearsal.checkpoints.mkdir(parents=True)
     for step in range(5, 40, 5):
         (rehearsal.checkpoints / f"step-{step:010d}.a0").write_text("a file is in the way")
-    process = rehearsal.start(checkpoint=checkpoint(5), hold=("0:0:40",))
+    process = rehearsal.start(checkpoint=checkpoint(5), hold=("0:0:39",))
     rehearsal.wait_for("save_failed")
     savers = rehearsal.savers()
     for saver in savers:

@@ -67,7 +67,7 @@ class Split:
         return script
 
     def start(self, script: Path, steps: int = 40, spares: int = 2):  # type: ignore[no-untyped-def]
-        held = ("0:0:40",) if spares else ()
+        held = ("0:0:39",) if spares else ()
         return self.rehearsal.start(str(steps), script=str(script), spares=spares, hold=held)
 
     def spares(self, count: int = 2) -> list[int]:

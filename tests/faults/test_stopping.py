@@ -19,7 +19,7 @@ SLOWLY = ("--pause", "0.04")
 def test_a_supervisor_killed_with_sigkill_leaves_no_rank_and_resume_completes_exactly(
     rehearsal: Rehearsal, undisturbed: dict[str, str], launcher: str
 ) -> None:
-    rehearsal.start("--pause", "0.03", launcher=launcher, hold=("0:0:40",))
+    rehearsal.start("--pause", "0.03", launcher=launcher, hold=("0:0:39",))
     rehearsal.wait_for("committed", lambda e: e["step"] >= 10)
     before = rehearsal.workers()
     assert len(before) >= 4  # the supervisor, its zygote, two ranks
@@ -109,12 +109,12 @@ def test_a_schedulers_time_that_ends_before_the_first_checkpoint_fails_for_good(
 def test_a_second_supervisor_is_refused_with_76_and_disturbs_nothing(
     rehearsal: Rehearsal, undisturbed: dict[str, str]
 ) -> None:
-    first = rehearsal.start(hold=("0:0:40",))
+    first = rehearsal.start(hold=("0:0:39",))
     rehearsal.wait_for("first_step")
     second = rehearsal.resume()
     assert second.code == 76
     assert str(rehearsal.holder()) in second.err
-    rehearsal.release(40)
+    rehearsal.release(39)
     assert first.wait(PATIENCE) == 0
     assert rehearsal.final() == undisturbed
 

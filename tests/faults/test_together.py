@@ -31,7 +31,7 @@ def test_all_is_idempotent_and_continues_what_goes_on_by_itself(rehearsal: Rehea
     done, finished = start(rehearsal, "done", "--steps", "6")
     hopeless, gave_up = start(rehearsal, "hopeless", "--fail", "ninety-three")
     stopped, interrupted = start(rehearsal, "stopped", *SLOWLY, hold="0:0:20")
-    dead, killed = start(rehearsal, "dead", *SLOWLY, hold="0:0:40")
+    dead, killed = start(rehearsal, "dead", *SLOWLY, hold="0:0:39")
     busy, running = start(rehearsal, "busy", "--pause", "0.1", "--steps", "10000")
     stopped.wait_for("first_step")
     stopped.stop(20, interrupted)
@@ -83,13 +83,13 @@ def test_a_stop_of_all_is_passed_on_and_waited_for(rehearsal: Rehearsal) -> None
 def test_a_killed_supervisor_that_came_further_is_followed_by_another(
     rehearsal: Rehearsal,
 ) -> None:
-    place, process = start(rehearsal, "long", *SLOWLY, hold="0:0:40")
+    place, process = start(rehearsal, "long", *SLOWLY, hold="0:0:39")
     place.wait_for("committed")
     process.kill()
     process.wait()
     before = place.events("committed")[-1]["step"]
     runs = str(rehearsal.directory / "runs")
-    together = rehearsal.command("resume", "--all", runs, hold=("1:0:40",))
+    together = rehearsal.command("resume", "--all", runs, hold=("1:0:39",))
     place.processes.append(together)
     place.wait_for("committed", lambda e: e["step"] > before)
     os.kill(place.holder(), signal.SIGKILL)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from autoglm_resume import events
 from autoglm_resume.protocol import silences
 from autoglm_resume.protocol.heartbeats import Board, Phase, Pulse
 from autoglm_resume.supervise.core import liveness
@@ -141,6 +142,7 @@ def test_time_spent_waiting_for_another_rank_is_not_remembered_as_ones_own(
 
 
 def test_what_one_attempt_teaches_adds_to_what_the_journal_has() -> None:
-    once = {"0": {"4": {"60": 3}}}
-    twice = added(added({}, once), once)
+    told = events.read({"event": "gaps", "silences": {"0": {"4": {"60": 3}}}})
+    assert isinstance(told, events.SilencesMeasured)
+    twice = added(added({}, told.silences), told.silences)
     assert twice == {0: {4: {60: 6}}}

@@ -315,7 +315,7 @@ os.kill(os.getpid(), 9)
     def test_a_target_that_can_never_work_is_refused_before_anything_starts(
         self, loop: EventLoop, tmp_path: Path
     ) -> None:
-        with pytest.raises(UsageError, match="expected an absolute path"):
+        with pytest.raises(UsageError, match=r"^relative: .* the path an absolute one"):
             Replicator(loop, {}, tmp_path, RUN, ["relative"], "local", tmp_path / "log", print)
 
 
