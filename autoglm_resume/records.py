@@ -7,8 +7,9 @@ every command, rank and saver imports some fifty.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping
-from types import NoneType, UnionType
+from types import NoneType, SimpleNamespace, UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
@@ -119,8 +120,19 @@ def _plain(value: Any) -> Any:
 
 @functools.cache
 def _readers(cls: Any) -> dict[str, _Read]:
-    hints = get_type_hints(cls)
-    return {name: _reader(hints[name]) for name in cls._defaults}
+    return {
+        name: _reads(hint, each.__module__)
+        for each in reversed(cls.__mro__)
+        for name, hint in vars(each).get("__annotations__", {}).items()
+        if name in cls._defaults
+    }
+
+
+@functools.cache
+def _reads(hint: str, module: str) -> _Read:
+    """Once for all fields of that type: evaluating all of each class takes 0.2 ms a class."""
+    holder = SimpleNamespace(__annotations__={"it": hint})
+    return _reader(get_type_hints(holder, vars(sys.modules[module]))["it"])
 
 
 def _reader(hint: Any) -> _Read:

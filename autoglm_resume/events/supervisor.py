@@ -288,7 +288,7 @@ class RankExit(Record):
 
 
 class GroupFailed(Event, name="failure"):
-    """What was concluded of the end of an attempt; see `supervise.core.diagnosis.Failure`."""
+    """What was concluded of the end of an attempt; see `supervise.core.failure.Failure`."""
 
     kind: str = ""
     """A `failures.Kind`, or that of a newer version."""

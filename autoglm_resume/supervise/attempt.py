@@ -14,7 +14,8 @@ from autoglm_resume.failures import Kind
 from autoglm_resume.protocol.heartbeats import Beat, Control, Phase
 from autoglm_resume.supervise.base.context import RunContext
 from autoglm_resume.supervise.core import liveness
-from autoglm_resume.supervise.core.diagnosis import Failure, Previous, conclude
+from autoglm_resume.supervise.core.diagnosis import conclude
+from autoglm_resume.supervise.core.failure import Failure, Previous
 from autoglm_resume.supervise.core.liveness import Limits
 from autoglm_resume.supervise.core.stragglers import Stragglers
 from autoglm_resume.supervise.evidence.collect import described

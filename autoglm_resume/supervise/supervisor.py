@@ -33,8 +33,8 @@ from autoglm_resume.supervise.base.gpu_exclusion import excluding
 from autoglm_resume.supervise.base.run_directory import Lock, RunDirectory
 from autoglm_resume.supervise.base.stops import ASKS, SAVE, Stops
 from autoglm_resume.supervise.core import history, policy
-from autoglm_resume.supervise.core.diagnosis import Failure, Previous
 from autoglm_resume.supervise.core.drill import Drill
+from autoglm_resume.supervise.core.failure import Failure, Previous
 from autoglm_resume.supervise.gate import RunGate
 from autoglm_resume.supervise.inbox import Inbox
 from autoglm_resume.supervise.local_node import LocalNode

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from autoglm_resume.errors import WorldSizeMismatch
 from autoglm_resume.failures import TRAITS, Kind
@@ -17,44 +17,11 @@ from autoglm_resume.supervise.core.evidence import (
     tail,
     where,
 )
+from autoglm_resume.supervise.core.failure import Failure, Previous
 from autoglm_resume.supervise.core.rank_cause import Cause, cause_of
 
 FEW = 8
 """Other ranks that the evidence tells of, one by one."""
-
-
-@dataclass(frozen=True)
-class Previous:
-    """What a journal has of the failure that ended the attempt before."""
-
-    place: str
-    step: int
-
-
-@dataclass(frozen=True)
-class Failure:
-    """The conclusion."""
-
-    kind: Kind
-    rank: int | None
-    """The rank that failed first, not one of those that failed because of it."""
-    summary: str
-    step: int
-    """Steps completed by the furthest rank, -1 if none ran."""
-    cause_mono: float | None = None
-    traceback: str = ""
-    code: int | None = None
-    signal: int | None = None
-    refused: str | None = None
-    """Id of the checkpoint that the rank would not load."""
-    final: bool = False
-    """Whether these ranks would refuse it again, and the gate has nothing to learn from that."""
-    place: str = ""
-    """Where it happened, alike for failures that are the same: “train.py:31 in step”."""
-    evidence: tuple[str, ...] = ()
-    """What the class was concluded from, a sentence each."""
-    tail: str = ""
-    """Last lines of the root rank's log."""
 
 
 def conclude(

@@ -13,7 +13,7 @@ from autoglm_resume.errors import CheckpointError
 from autoglm_resume.events import Event
 from autoglm_resume.failures import Kind, known
 from autoglm_resume.protocol.silences import Counts, merged
-from autoglm_resume.supervise.core.diagnosis import Previous
+from autoglm_resume.supervise.core.failure import Previous
 from autoglm_resume.supervise.core.policy import Ended
 
 Silences: TypeAlias = Mapping[int, Mapping[int, Counts]]

@@ -22,7 +22,7 @@ from typing import Literal
 from autoglm_resume.errors import AutoglmError, CheckpointError, DoNotRequeue
 from autoglm_resume.failures import TRAITS, Answer, Kind
 from autoglm_resume.job.units import format_duration
-from autoglm_resume.supervise.core.diagnosis import Failure
+from autoglm_resume.supervise.core.failure import Failure
 
 FEW = 10
 """Steps within which a failure comes right after the checkpoint that the attempt began with."""

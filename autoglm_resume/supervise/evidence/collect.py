@@ -21,8 +21,8 @@ from autoglm_resume.protocol.assignment import Assignment
 from autoglm_resume.protocol.heartbeats import Beat
 from autoglm_resume.supervise.base.machine import within
 from autoglm_resume.supervise.core.code_location import last_raised
-from autoglm_resume.supervise.core.diagnosis import Failure
 from autoglm_resume.supervise.core.evidence import ErrorRecord, Machine, RankEvidence, Space
+from autoglm_resume.supervise.core.failure import Failure
 from autoglm_resume.supervise.core.patterns import notable
 from autoglm_resume.supervise.evidence.gpus import Gpus
 from autoglm_resume.supervise.evidence.oom import counters, rise

@@ -9,7 +9,7 @@ from autoglm_resume import events, journal
 from autoglm_resume.checkpoint.format.structure import Structure, combined
 from autoglm_resume.events import Event
 from autoglm_resume.failures import Kind
-from autoglm_resume.supervise.core.diagnosis import Previous
+from autoglm_resume.supervise.core.failure import Previous
 from autoglm_resume.supervise.core.history import (
     Exclusion,
     History,

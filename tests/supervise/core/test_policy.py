@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from autoglm_resume.failures import Answer, Kind
 from autoglm_resume.supervise.core import policy
-from autoglm_resume.supervise.core.diagnosis import Failure
+from autoglm_resume.supervise.core.failure import Failure
 from autoglm_resume.supervise.core.policy import (
     Decision,
     Ended,

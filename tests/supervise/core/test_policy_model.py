@@ -19,7 +19,7 @@ from autoglm_resume import events
 from autoglm_resume.events import Event
 from autoglm_resume.failures import TRAITS, Answer, Kind
 from autoglm_resume.supervise.core import policy
-from autoglm_resume.supervise.core.diagnosis import Failure
+from autoglm_resume.supervise.core.failure import Failure
 from autoglm_resume.supervise.core.history import recall
 from autoglm_resume.supervise.core.policy import (
     Ended,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from autoglm_resume.failures import Kind
 from autoglm_resume.protocol.heartbeats import Beat, Phase
-from autoglm_resume.supervise.core.diagnosis import Previous, conclude
+from autoglm_resume.supervise.core.diagnosis import conclude
 from autoglm_resume.supervise.core.evidence import (
     ErrorRecord,
     GpuErrors,
@@ -18,6 +18,7 @@ from autoglm_resume.supervise.core.evidence import (
     Space,
     tail,
 )
+from autoglm_resume.supervise.core.failure import Previous
 
 BEAT = Beat(pid=1, phase=Phase.BACKWARD, step=41, time=10**9, first_step_time=1)
 TRACE = 'Traceback …\n  File "/home/me/train.py", line 31, in step\n'
