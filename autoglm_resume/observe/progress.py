@@ -23,7 +23,22 @@ _AFTER = 2.0
 """Seconds before a bar appears."""
 
 
-class Progress:
+class _Live:
+    """A context in which something moves on the terminal, if there is one."""
+
+    _picture: RichProgress | None = None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._picture is not None:
+            self._picture.stop()
+
+
+class Progress(_Live):
     """Call it with the bytes done since the last call, from any thread."""
 
     def __init__(self, what: str, total: int) -> None:
@@ -33,57 +48,37 @@ class Progress:
         self._due = time.monotonic() + _AFTER
         self._lock = threading.Lock()
         self._live = terminal(sys.stderr)
-        self._bar: RichProgress | None = None
 
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
     def __call__(self, count: int) -> None:
         with self._lock:
             self._done += count
-            if self._bar is None and self._live and time.monotonic() >= self._due:
-                self._bar = _bar(self._what, self._total)
-            if self._bar is not None:
-                self._bar.update(self._bar.task_ids[0], completed=self._done)
+            if self._picture is None and self._live and time.monotonic() >= self._due:
+                self._picture = _bar(self._what, self._total)
+            if self._picture is not None:
+                self._picture.update(self._picture.task_ids[0], completed=self._done)
 
 
-class Waiting:
+class Waiting(_Live):
     """Says what one waits for: a spinner with the time on a terminal, elsewhere one line."""
 
     def __init__(self, what: str) -> None:
         self._what = what
         self._live = terminal(sys.stderr)
-        self._spinner: RichProgress | None = None
 
     def __enter__(self) -> Waiting:
         if self._live:
-            self._spinner = _spinner(self._what)
+            self._picture = _spinner(self._what)
         else:
             print(f"autoglm: {self._what}", file=sys.stderr)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._spinner is not None:
-            self._spinner.stop()
-
     def now(self, what: str) -> None:
         """It is for something else, or more is known of it."""
-        if self._spinner is not None:
-            self._spinner.update(self._spinner.task_ids[0], description=what)
+        if self._picture is not None:
+            self._picture.update(self._picture.task_ids[0], description=what)
 
     def until(self, *sources: int | DirectoryWatch) -> None:
         """Return when one of `sources` is readable."""
