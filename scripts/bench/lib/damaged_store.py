@@ -70,11 +70,10 @@ def train(directory: Path, saves: int, keyframe_every: int = 8) -> None:
     }
     (directory / "job.yaml").write_text(json.dumps(job))
     command = [sys.executable, "-m", "autoglm_resume.cli", "run", "job.yaml"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command,
         cwd=directory,
-        env=environment,
+        env=common.environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
