@@ -38,7 +38,7 @@ _FIELDS = frozenset(
 
 
 class Notifier:
-    """Passes on what happens, one datagram per event, to `observe.messenger`.
+    """Passes on what happens, one datagram per event, to the messenger.
 
     Nothing here raises or waits, but for `close`. `tell` hears of a target that fails, its address
     masked, once until it works again.
