@@ -199,7 +199,7 @@ def test_a_snapshot_in_memory_serves_as_often_as_ranks_die(
     for attempt in range(3):
         (rehearsal.checkpoints / f"step-0000000010.a{attempt}").write_text("a file is in the way")
     finished = rehearsal.run(
-        drill=("kill:rank=0,step=12", "kill:rank=1,step=13"),
+        drill=("kill:rank=0,step=12", "kill:rank=1,step=14"),  # of which attempt 0 sees 13 at most
         checkpoint=checkpoint(10, on_busy="wait"),
     )
     assert finished.code == 0, finished

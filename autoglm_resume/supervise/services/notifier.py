@@ -92,7 +92,10 @@ class Notifier:
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_WR)
         until = time.monotonic() + FLUSH_SECONDS
-        self._loop.wait(lambda: self._socket is None or hurried(), until)
+        if not self._loop.wait(lambda: self._socket is None or hurried(), until):
+            # At its low priority it may not even have come to say so itself.
+            reason = "it took longer than the end of the run could wait"
+            self._tell(events.NotifyFailed(target="its own process", reason=reason))
         self._starts = 0
         self._end()
 

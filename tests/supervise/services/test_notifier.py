@@ -255,8 +255,9 @@ def test_a_server_that_hangs_delays_nobody_else_and_the_end_only_a_little(
     run.close()
     events = [json.loads(line)["event"] for line in (tmp_path / "told.jsonl").open()]
     assert events == ["failed", "gave_up"]
-    (said,) = run.journal
-    assert said["reason"] == "it took longer than the end of the run could wait"
+    # By the messenger or, where that has not come to it, by the supervisor.
+    reasons = {said["reason"] for said in run.journal}
+    assert reasons == {"it took longer than the end of the run could wait"}
 
 
 def test_a_command_that_never_ends_is_ended_with_the_run(told: Any, tmp_path: Path) -> None:
