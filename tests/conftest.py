@@ -34,6 +34,11 @@ settings.register_profile("patient", deadline=None, suppress_health_check=[Healt
 settings.load_profile("patient")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long starts first, or it runs alone at the end beside idle processors."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 class S3Server:
     """A real S3 server over a directory, which can be killed and brought back."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -241,8 +242,8 @@ class Run(RuleBasedStateMachine):
             assert self.waited <= (most + 1) * longest
 
 
-TestRun = Run.TestCase
-TestRun.settings = settings(max_examples=400, stateful_step_count=40)
+TestRun = pytest.mark.slow(Run.TestCase)
+TestRun.settings = settings(max_examples=200, stateful_step_count=40)
 
 
 @given(
