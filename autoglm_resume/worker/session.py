@@ -10,7 +10,6 @@ It works unchanged under autoglm, under plain torchrun, and alone with python.
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -22,7 +21,6 @@ import torch
 import autoglm_resume
 from autoglm_resume import events
 from autoglm_resume.checkpoint.format import structure
-from autoglm_resume.checkpoint.format.document import digest
 from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.checkpoint.store.store import Store
@@ -34,16 +32,14 @@ from autoglm_resume.errors import (
 )
 from autoglm_resume.protocol.assignment import Assignment, ResumePoint
 from autoglm_resume.protocol.heartbeats import Board, Phase, Pulse
-from autoglm_resume.protocol.loss_guard import LossGuard
-from autoglm_resume.worker import alone, fitting, hooks, imports, restoring, rng, spare, tracked
+from autoglm_resume.worker import alone, fitting, hooks, imports, restoring, spare
 from autoglm_resume.worker.base import settings
 from autoglm_resume.worker.base.event_log import EventLog
-from autoglm_resume.worker.data import ResumableSampler
+from autoglm_resume.worker.figures import Figures
 from autoglm_resume.worker.requests import FromClock, FromRankZero, FromSupervisor, Requests
-from autoglm_resume.worker.saving import device_copy
 from autoglm_resume.worker.saving.save_manager import SaveManager
+from autoglm_resume.worker.tracked import TrackedObjects
 
-RNG = restoring.RNG
 LINEAGE = 8
 """Checkpoints that a checkpoint names as those before it."""
 
@@ -75,23 +71,17 @@ class Session:
         self._settings = chosen
         self._assignment = assignment
         self._store = Store(Path(chosen.checkpoint.dir))
-        self._tracked: dict[str, Any] = {}
-        self._models: dict[str, torch.nn.Module] = {}
-        self._led: set[str] = set()
+        self._tracked = TrackedObjects()
         self._structure: structure.Structure | None = None
         self._completed = 0
         self._resumed = False
         self._stepped = False
         self._saved_step = -1
-        self._reported = 0.0
         self._lineage: tuple[str, ...] = ()
-        self._loss = LossGuard(chosen.bounds)
         self._requests: Requests | None = None
-        self._figures: dict[str, Any] = {}
-        """Of the last completed step; `_reported_now` of the one that runs."""
-        self._reported_now: dict[str, Any] = {}
         self._events = EventLog(assignment.events(chosen.rank) if assignment else None, chosen.rank)
         self._pulse = self._find_pulse(assignment)
+        self._figures = Figures(self._pulse, chosen.bounds)
         self._pulse.phase(Phase.START)
 
     @property
@@ -118,22 +108,8 @@ class Session:
         if self._resumed:
             raise UsageError("session.track() must come before session.steps() or resume()")
         for name, obj in objects.items():
-            if name == RNG or name in self._tracked:
-                raise UsageError(f"session.track({name}=…): that name is taken")
-            if not hasattr(obj, "state_dict") or not hasattr(obj, "load_state_dict"):
-                raise UsageError(
-                    f"session.track({name}=…): {type(obj).__name__} has no state_dict() and "
-                    "load_state_dict()",
-                    hint="give it both; they may return and take any plain values and tensors",
-                )
+            self._tracked.add(name, obj)
             hooks.watch(obj, self._pulse, self._training_forward)
-            if isinstance(obj, torch.nn.parallel.DistributedDataParallel):
-                tracked.never_free(obj)
-            if tracked.led_by_rank_zero(obj):
-                self._led.add(name)
-            self._tracked[name] = obj = tracked.unwrapped(obj)
-            if isinstance(obj, torch.nn.Module):
-                self._models[name] = obj
 
     def resume(self) -> int:
         """Load the accepted checkpoint, if any, and return the first step to run.
@@ -146,7 +122,7 @@ class Session:
             return self._completed
         self._resumed = True
         self._pulse.phase(Phase.RESTORE)
-        self._structure = self._model_structure()
+        self._structure = self._tracked.structure(self._settings.config_files)
         if self._structure is not None:
             self._events.emit(
                 events.ModelReported(hash=self._structure.hash, model=self._structure.to_json())
@@ -185,10 +161,9 @@ class Session:
             raise UsageError("call session.resume() before the first session.step_done()")
         if loss is not None or grad_norm is not None:
             self.report(loss=loss, grad_norm=grad_norm)
-        for obj in self._tracked.values():
-            if isinstance(obj, ResumableSampler):
-                obj.advance()
-        self._figures, self._reported_now = self._reported_now, {}
+        for sampler in self._tracked.samplers:
+            sampler.advance()
+        self._figures.step_done()
         self._completed = completed = step + 1
         self._pulse.completed(completed)
         if not self._stepped:
@@ -202,7 +177,7 @@ class Session:
                         staged=spare.staged,
                     )
                 )
-            self._saves.prepare(self._state, self._identity())
+            self._saves.prepare(self._tracked.state, self._identity())
         self._saves.take_in()
         assert self._requests is not None
         due = self._requests.at(completed)
@@ -221,17 +196,7 @@ class Session:
         Reading a tensor on a device waits for the device, so that happens once a second at most.
         Raises LossDiverged when losses leave the bounds of the job's `guards`.
         """
-        figures = {"loss": loss, "grad_norm": grad_norm}
-        self._reported_now.update({k: v for k, v in figures.items() if v is not None})
-        now = time.monotonic()
-        if _on_device(loss) or _on_device(grad_norm):
-            if now - self._reported < 1:
-                return
-            self._reported = now
-        read = _number(loss)
-        self._pulse.report(read, _number(grad_norm))
-        if read is not None:
-            self._loss.see(read)
+        self._figures.report(loss, grad_norm)
 
     def save(self) -> bool:
         """Save now, after the last completed step; every rank must call it at the same step.
@@ -257,7 +222,7 @@ class Session:
         began = time.monotonic()
         self._pulse.phase(Phase.SAVE)
         try:
-            self._saves.begin(self._state(), self._identity(), self._safe(), began)
+            self._begin_save(self._tracked.safe_until_step(), began)
             self._saved_step = self._completed
         finally:
             self._lineage = (self._id(), *self._lineage)[:LINEAGE]
@@ -268,24 +233,12 @@ class Session:
         self._save()
         self._pulse.phase(Phase.SAVE)
         if (failure := self._saves.failure(self._id(), wait=True)) is not None:
-            self._saves.begin(self._state(), self._identity(), frozenset(), time.monotonic())
+            self._begin_save(frozenset(), time.monotonic())
             failure = self._saves.failure(self._id(), wait=True)
         return failure
 
-    def _state(self) -> capture.CapturedState:
-        states = {name: obj.state_dict() for name, obj in self._tracked.items()}
-        return capture.gather({**states, RNG: rng.capture()})
-
-    def _safe(self) -> frozenset[int]:
-        """What only an optimizer step changes, so that it may be copied until then."""
-        tracked = self._tracked.values()
-        return device_copy.safe_until_step(
-            [o for o in tracked if isinstance(o, torch.optim.Optimizer)]
-        )
-
-    def _metrics(self) -> dict[str, float]:
-        found = {name: _number(value) for name, value in self._figures.items()}
-        return {name: v for name, v in found.items() if v is not None and math.isfinite(v)}
+    def _begin_save(self, safe: frozenset[int], began: float) -> None:
+        self._saves.begin(self._tracked.state(), self._identity(), safe, began)
 
     def _identity(self) -> capture.Identity:
         return capture.Identity(
@@ -296,8 +249,8 @@ class Session:
             lineage=tuple(id for id in self._lineage if id != self._id()),
             model=self._structure,
             rng=True,
-            data=any(tracked.deals_data(obj) for obj in self._tracked.values()),
-            metrics=self._metrics(),
+            data=self._tracked.deals_data,
+            metrics=self._figures.of_completed(),
             versions={"autoglm": autoglm_resume.__version__, **capture.torch_versions()},
         )
 
@@ -309,13 +262,13 @@ class Session:
                 self._store,
                 self.rank,
                 self.world_size,
-                self._tracked,
-                self._led,
+                self._tracked.objects,
+                self._tracked.led,
                 self._settings.checkpoint.rename,
                 self._saves.held(point.id),
             )
             loading = fitting.fitted(
-                point.id, restored, self._tracked, self._structure, self._settings
+                point.id, restored, self._tracked.objects, self._structure, self._settings
             )
         except CheckpointError as error:
             self._events.emit(
@@ -328,14 +281,14 @@ class Session:
                 )
             )
             raise
-        loading.into(self._tracked)
+        loading.into(self._tracked.objects)
         if loading.partial and self.rank == 0:
             self._events.emit(loading.said().but(id=point.id, step=point.step))
             loading.tell(point.id)
         restoring.generators(restored, self.rank)
         if restored.part.world_size != self.world_size and self.rank == 0:
             count = restored.part.world_size
-            said = restoring.resharded(count, self.world_size, self._tracked)
+            said = restoring.resharded(count, self.world_size, self._tracked.objects)
             self._events.emit(said.but(id=point.id, step=point.step))
         self._completed = point.step
         # What is only in memory yet may never be written: if no step follows, it is saved again.
@@ -350,17 +303,6 @@ class Session:
                 sealed=bool(point.seals),
             )
         )
-
-    def _model_structure(self) -> structure.Structure | None:
-        if not self._models:
-            return None
-        tensors = {
-            f"{name}.{key}": value
-            for name, model in self._models.items()
-            for key, value in model.state_dict().items()
-        }
-        config = {path: digest(Path(path).read_bytes()) for path in self._settings.config_files}
-        return capture.structure_of(tensors, config)
 
     def _stop(self) -> NoReturn:
         self._events.emit(events.Stopped(step=self._completed))
@@ -380,13 +322,3 @@ class Session:
         if self.world_size > 1 and torch.distributed.is_initialized():
             return FromRankZero(self.rank, self._settings.every_seconds)
         return FromClock(self._settings.every_seconds if self.world_size == 1 else None)
-
-
-def _on_device(value: Any | None) -> bool:
-    return isinstance(value, torch.Tensor) and value.device.type != "cpu"
-
-
-def _number(value: Any | None) -> float | None:
-    if isinstance(value, torch.Tensor):
-        value = value.detach()
-    return None if value is None else float(value)

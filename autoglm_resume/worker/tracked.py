@@ -3,11 +3,79 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from autoglm_resume.checkpoint.format.document import digest
+from autoglm_resume.checkpoint.format.structure import Structure
+from autoglm_resume.checkpoint.state import capture
+from autoglm_resume.errors import UsageError
+from autoglm_resume.worker import rng
 from autoglm_resume.worker.data import ResumableSampler
+from autoglm_resume.worker.restoring import RNG
+from autoglm_resume.worker.saving import device_copy
+
+
+class TrackedObjects:
+    """What a script gave its session to save and to restore, by name."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, Any] = {}
+        self.led: set[str] = set()
+        """Names of modules whose buffers are rank 0's."""
+
+    def add(self, name: str, obj: Any) -> None:
+        """Raises UsageError for what cannot be tracked."""
+        if name == RNG or name in self.objects:
+            raise UsageError(f"session.track({name}=…): that name is taken")
+        if not hasattr(obj, "state_dict") or not hasattr(obj, "load_state_dict"):
+            raise UsageError(
+                f"session.track({name}=…): {type(obj).__name__} has no state_dict() and "
+                "load_state_dict()",
+                hint="give it both; they may return and take any plain values and tensors",
+            )
+        if isinstance(obj, torch.nn.parallel.DistributedDataParallel):
+            never_free(obj)
+        if led_by_rank_zero(obj):
+            self.led.add(name)
+        self.objects[name] = unwrapped(obj)
+
+    @property
+    def samplers(self) -> Iterator[ResumableSampler]:
+        """Those that deal the training's data."""
+        return (obj for obj in self.objects.values() if isinstance(obj, ResumableSampler))
+
+    @property
+    def deals_data(self) -> bool:
+        """Whether the position in the data is part of the state."""
+        return any(deals_data(obj) for obj in self.objects.values())
+
+    def state(self) -> capture.CapturedState:
+        """Of all objects and of the random generators, untouched: it changes when they do."""
+        states = {name: obj.state_dict() for name, obj in self.objects.items()}
+        return capture.gather({**states, RNG: rng.capture()})
+
+    def safe_until_step(self) -> frozenset[int]:
+        """What only an optimizer step changes, so that it may be copied until then."""
+        return device_copy.safe_until_step(
+            [o for o in self.objects.values() if isinstance(o, torch.optim.Optimizer)]
+        )
+
+    def structure(self, config_files: Iterable[str]) -> Structure | None:
+        """Of all modules; None where there is none."""
+        models = {n: o for n, o in self.objects.items() if isinstance(o, torch.nn.Module)}
+        if not models:
+            return None
+        tensors = {
+            f"{name}.{key}": value
+            for name, model in models.items()
+            for key, value in model.state_dict().items()
+        }
+        config = {path: digest(Path(path).read_bytes()) for path in config_files}
+        return capture.structure_of(tensors, config)
 
 
 def deals_data(obj: Any) -> bool:
