@@ -33,7 +33,11 @@ class Inbox:
         sync: Callable[[], None],
     ) -> None:
         """`sync` makes the journal survive the machine."""
-        self._reported = dict(past.models)
+        self._known = dict(past.models)
+        self._heard: dict[int, history.Model] = {}
+        """What the ranks of the present attempt have reported."""
+        self._written = {rank: model for rank, (_, model) in past.declared.items()}
+        """What the journal has of each rank last."""
         self._world_size = world_size
         self._gate = gate
         self._save_timer = save_timer
@@ -54,6 +58,7 @@ class Inbox:
     def begin(self, node: Node, attempt: Attempt, resume: ResumePoint | None) -> None:
         """From here on the ranks of `node` speak of this attempt, which begins with `resume`."""
         self._node, self._attempt, self._resume = node, attempt, resume
+        self._heard = {}
 
     def end(self) -> None:
         """The attempt has ended; its savers may not have."""
@@ -112,11 +117,12 @@ class Inbox:
         return event
 
     def _model(self, rank: int, event: events.ModelReported) -> Event | None:
-        known = self._reported.get(rank)
         structure = Structure.from_json(event.model) if event.model else None
-        self._reported[rank] = history.Model(event.hash, structure)
-        self._gate.expect_model(history.model_of(self._reported, self._world_size))
-        if known is not None and known.hash == event.hash:
+        self._heard[rank] = model = history.Model(event.hash, structure)
+        self._known = history.heard(self._known, self._heard)
+        self._gate.expect_model(history.model_of(self._known, self._world_size))
+        written, self._written[rank] = self._written.get(rank), model
+        if written is not None and written.hash == event.hash:
             return None
         # A large model's structure is written down once.
         return event if rank == 0 else event.but(model=None)

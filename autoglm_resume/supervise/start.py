@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import shlex
 import shutil
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from autoglm_resume.checkpoint.store.commit import whole
 from autoglm_resume.checkpoint.store.gate import Choice, Verdict, superseded
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import AutoglmError, NoAcceptableCheckpoint, UsageError
-from autoglm_resume.events import Event
+from autoglm_resume.events import Event, FirstStep
 from autoglm_resume.job.load import from_snapshot
 from autoglm_resume.job.spec import Job, dump, shown
 from autoglm_resume.protocol.assignment import Endpoint, shared_environment
@@ -89,6 +89,7 @@ def start(
         check_directory(checkpoints, job.guards.free_disk)
         if not checkpoints.is_relative_to(run.path):
             held.enter_context(locked_checkpoints(checkpoints, run.path))
+        held.enter_context(_kept_if_refused(run))
         run.save_job(dump(job))
         run_list.add(run.path, job.name)
         while True:
@@ -98,6 +99,25 @@ def start(
                 return code
             # It ended only to go on without a GPU.
             past, ordered, branch_from = history.recall(run.events()), (), None
+
+
+@contextmanager
+def _kept_if_refused(run: RunDirectory) -> Iterator[None]:
+    """Leave the run the job that it had, if the checkpoints are not for the one it gets now.
+
+    What `autoglm resume` goes on with is a job that has trained.
+    """
+    before: dict[str, Any] | None = None
+    with suppress(UsageError):  # there is none, or it cannot be read
+        before = run.job()
+    told = len(run.events())
+    try:
+        yield
+    except NoAcceptableCheckpoint:
+        trained = any(isinstance(event, FirstStep) for event in run.events()[told:])
+        if before is not None and not trained:
+            run.save_job(before)
+        raise
 
 
 def resume(directory: Path, screen: Presenter, branch_from: int | None = None) -> int:

@@ -125,8 +125,8 @@ def test_without_a_run_beside_it_only_integrity_is_judged(run: Path, tmp_path: P
 
 
 def test_another_model_than_the_run_has_fails_the_check(run: Path) -> None:
-    events = Script().life().both("model", attempt=0, hash="blake3:" + "0" * 64, model=None).events
-    directory(run, events)
+    other = Script().life().both("model", attempt=0, hash="blake3:" + "0" * 64, model=None)
+    directory(run, other.save(0, 10).events)
     failed = [check.name for check in look(run).verdict.checks if not check.ok]
     assert failed == ["model hash"]
 

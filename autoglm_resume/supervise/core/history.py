@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from autoglm_resume import events
-from autoglm_resume.checkpoint.format.ids import Branch
+from autoglm_resume.checkpoint.format.ids import Branch, attempt_of, is_id
 from autoglm_resume.checkpoint.format.structure import Structure, combined
 from autoglm_resume.errors import CheckpointError
 from autoglm_resume.events import Event
@@ -70,7 +70,9 @@ class History:
     checkpointed: int = 0
     """Step of the newest checkpoint that was ever committed, 0 without one."""
     models: Mapping[int, Model] = field(default_factory=dict)
-    """As each rank reported it last."""
+    """What the run is: as each rank had reported it when a checkpoint was committed last."""
+    declared: Mapping[int, tuple[int, Model]] = field(default_factory=dict)
+    """As each rank reported it last, and in which attempt: that may have been refused for it."""
     imports: tuple[str, ...] = ()
     objects: dict[str, str] | None = None
     """Digests of the newest checkpoint's objects."""
@@ -118,8 +120,8 @@ def _after(event: Event, past: History) -> History:
             return _model_reported(event, past)
         case events.ModulesImported(modules=modules):
             return replace(past, imports=tuple(dict.fromkeys((*past.imports, *modules))))
-        case events.Committed(step=step, objects=objects) if step >= past.checkpointed:
-            return replace(past, checkpointed=step, objects=dict(objects))
+        case events.Committed():
+            return _committed(event, past)
         case events.Replicated(replica=target, id=id):
             copies = (*past.replicated.get(target, ()), id)
             return replace(past, replicated={**past.replicated, target: copies})
@@ -156,8 +158,22 @@ def _model_reported(event: events.ModelReported, past: History) -> History:
         structure = Structure.from_json(event.model) if event.model else None
     except (KeyError, TypeError, ValueError, CheckpointError):
         return past  # of another version, or damaged: it must not lose the rest
-    model = Model(event.hash, structure)
-    return replace(past, models={**past.models, event.rank or 0: model})
+    declared = (event.attempt or 0, Model(event.hash, structure))
+    return replace(past, declared={**past.declared, event.rank or 0: declared})
+
+
+def _committed(event: events.Committed, past: History) -> History:
+    # A model that trained as far as this is the run's; one that was only declared may be refused.
+    saved = attempt_of(event.id) if is_id(event.id) else event.attempt
+    proven = {
+        rank: model
+        for rank, (attempt, model) in past.declared.items()
+        if saved is None or attempt <= saved
+    }
+    past = replace(past, models={**past.models, **proven})
+    if event.step < past.checkpointed:
+        return past
+    return replace(past, checkpointed=event.step, objects=dict(event.objects))
 
 
 def _failed(event: events.GroupFailed, past: History) -> History:
@@ -219,6 +235,16 @@ def added(silences: Silences, more: Mapping[int, Mapping[int, Mapping[int, int]]
         new = {phase: dict(counts) for phase, counts in phases.items()}
         found[rank] = merged([found.get(rank, {}), new])
     return found
+
+
+def heard(known: Mapping[int, Model], now: Mapping[int, Model]) -> dict[int, Model]:
+    """`known`, once the ranks of an attempt report what is in `now`; by rank.
+
+    If they have become others, what was known says nothing of the ranks that are still silent.
+    """
+    if any(rank in known and known[rank].hash != model.hash for rank, model in now.items()):
+        return dict(now)
+    return {**known, **now}
 
 
 def model_of(reported: Mapping[int, Model], world_size: int) -> Model | None:

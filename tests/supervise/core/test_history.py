@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from autoglm_resume import events, journal
+from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.format.structure import Structure, combined
 from autoglm_resume.events import Event
 from autoglm_resume.failures import Kind
@@ -15,6 +16,7 @@ from autoglm_resume.supervise.core.history import (
     History,
     Model,
     Pending,
+    heard,
     model_of,
     recall,
 )
@@ -172,21 +174,52 @@ def test_a_completed_run_is_finished() -> None:
     assert recall([event("run_started", run_id="a"), event("run_completed", step=9)]).finished
 
 
+def reported(rank: int, of: Structure, attempt: int = 0) -> Event:
+    structure = of.to_json() if rank == 0 else None
+    return event("model", rank=rank, hash=of.hash, model=structure, attempt=attempt)
+
+
+def saved_by(attempt: int, step: int = 10) -> Event:
+    return event("committed", id=checkpoint_id(step, f"a{attempt}"), step=step)
+
+
 def test_the_model_is_that_of_all_ranks_as_last_reported() -> None:
-    first = [event("model", rank=r, hash=MODEL.hash, model=MODEL.to_json()) for r in (0, 1)]
-    changed = event("model", rank=1, hash=OTHER.hash, model=None)
-    model = model_of(recall([*first, changed]).models, 2)
+    first = [reported(rank, MODEL) for rank in (0, 1)]
+    changed = reported(1, OTHER)
+    model = model_of(recall([*first, changed, saved_by(0)]).models, 2)
     assert model is not None
     assert model.hash == combined([MODEL.hash, OTHER.hash])
     assert model.structure == MODEL
-    assert model != model_of(recall(first).models, 2)
+    before = model_of(recall([*first, saved_by(0)]).models, 2)
+    assert model != before
     assert model_of({}, 2) is None
     stages = {1: Model(OTHER.hash, None), 0: Model(MODEL.hash, MODEL)}
     assert model_of(stages, 3) is None, "what the third stage is like is not known"
-    assert model_of({0: stages[0]}, 2) == model_of(recall(first).models, 2), "replicas are alike"
+    assert model_of({0: stages[0]}, 2) == before, "replicas are alike"
     assert model_of({**stages, 7: Model("of a larger run", None)}, 2) == model
     swapped = model_of(stages, 2)
     assert swapped == model, "the order in which ranks reported does not matter"
+
+
+def test_only_a_model_that_trained_up_to_a_checkpoint_is_that_of_the_run() -> None:
+    story = [reported(0, MODEL), saved_by(0)]
+    assert recall(story[:1]).models == {}
+    assert recall(story).models == {0: Model(MODEL.hash, MODEL)}
+    story += [reported(0, OTHER, attempt=1)]
+    assert recall(story).models[0].hash == MODEL.hash, "attempt 1 may have been refused"
+    late = [*story, saved_by(0, step=20)]
+    assert recall(late).models[0].hash == MODEL.hash, "which a saver of attempt 0 said later"
+    assert recall([*story, saved_by(1, step=20)]).models[0].hash == OTHER.hash
+    older = [*story, saved_by(1, step=5)]
+    assert recall(older).models[0].hash == OTHER.hash, "as of a branch"
+
+
+def test_ranks_that_have_become_others_say_nothing_of_those_that_are_silent() -> None:
+    old, new = Model(MODEL.hash, MODEL), Model(OTHER.hash, OTHER)
+    assert heard({0: old, 1: old}, {0: old}) == {0: old, 1: old}
+    assert heard({0: old, 1: old}, {0: new}) == {0: new}
+    assert heard({0: new}, {0: new, 1: new}) == {0: new, 1: new}
+    assert heard({0: old}, {1: new}) == {0: old, 1: new}, "a pipeline's second stage"
 
 
 def test_unknown_events_and_torn_lines_are_passed_over(tmp_path: Path) -> None:
