@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 
-from autoglm_resume.checkpoint.state import tree
+from autoglm_resume.checkpoint.state import decoding, tree
 from autoglm_resume.worker import rng
 
 
@@ -62,7 +62,7 @@ def test_a_capture_survives_a_checkpoint() -> None:
     state = rng.capture()
     expected = draw()
     encoded, tensors = tree.encode(state, "rng")
-    rng.restore(tree.decode(encoded, {name: tensor.clone() for name, tensor in tensors}))
+    rng.restore(decoding.decode(encoded, {name: tensor.clone() for name, tensor in tensors}))
     assert draw() == expected
 
 

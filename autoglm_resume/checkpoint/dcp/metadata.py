@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from autoglm_resume.checkpoint.format.document import Json
-from autoglm_resume.checkpoint.state import tree
+from autoglm_resume.checkpoint.state import decoding, tree
 from autoglm_resume.errors import CorruptCheckpoint, UsageError
 
 Key: TypeAlias = "tuple[str, tuple[int, ...] | None]"
@@ -89,7 +89,7 @@ def from_json(document: Json, file: str) -> Metadata:
                 chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
                 homes[fqn, tuple(offsets)] = rank
             entries[fqn] = TensorStorageMetadata(_properties(found), _size(found["size"]), chunks)
-        planner_data = tree.decode(document["planner_data"], {})
+        planner_data = decoding.decode(document["planner_data"], {})
         return Metadata(entries, planner_data, homes, version=document["version"])
     except (LookupError, TypeError, ValueError) as error:
         raise CorruptCheckpoint(f"{file}: DCP metadata not as it was written ({error!r})") from None

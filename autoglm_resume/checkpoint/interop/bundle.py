@@ -29,7 +29,7 @@ from autoglm_resume.checkpoint.format.tables import (
     object_digest,
     object_of,
 )
-from autoglm_resume.checkpoint.state import tree
+from autoglm_resume.checkpoint.state import decoding, tree
 from autoglm_resume.checkpoint.state.sharding import Box
 from autoglm_resume.errors import CorruptCheckpoint, NewerFormat
 
@@ -179,7 +179,7 @@ def _decoded(bundle: Bundle, rank: Json, name: str) -> Any:
         for row in rank["tensors"]
         if object_of(row["name"]) == name
     }
-    return tree.decode(rank["state"][name], tensors)
+    return decoding.decode(rank["state"][name], tensors)
 
 
 def _keys(rank: Json, name: str) -> list[Json]:
@@ -191,6 +191,6 @@ def _unplaced(node: Json) -> Json:
     if isinstance(node, list):
         return [_unplaced(child) for child in node]
     if isinstance(node, dict):
-        dropped = ("offset",) if "$dtensor" in node else ()
+        dropped = ("offset", "strides") if "$dtensor" in node else ()
         return {key: _unplaced(child) for key, child in node.items() if key not in dropped}
     return node

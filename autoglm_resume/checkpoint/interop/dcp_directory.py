@@ -15,7 +15,7 @@ import torch
 from autoglm_resume.checkpoint.format.document import Json
 from autoglm_resume.checkpoint.interop.bundle import Bundle, nested
 from autoglm_resume.checkpoint.interop.exported import OURS, damaged, not_ours, parsed, text_of
-from autoglm_resume.checkpoint.state import tree
+from autoglm_resume.checkpoint.state import decoding, tree
 from autoglm_resume.errors import AutoglmError, UsageError
 
 
@@ -87,7 +87,7 @@ def _planner(document: Mapping[str, Json]) -> Any:
     if not document["dcp"]:
         return DefaultSavePlanner()
     encoded = next(r["state"]["dcp"] for r in document["ranks"] if "dcp" in r["state"])
-    nesting = tree.decode(encoded["planner_data"], {})
+    nesting = decoding.decode(encoded["planner_data"], {})
 
     class AsItIs(DefaultSavePlanner):
         def transform_object(self, write_item: WriteItem, object: Any) -> Any:

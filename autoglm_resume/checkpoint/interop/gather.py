@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from autoglm_resume.checkpoint.format.manifest import Manifest
 from autoglm_resume.checkpoint.format.part import Part
 from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES, Tensor
 from autoglm_resume.checkpoint.interop.bundle import FORMAT, Bundle
-from autoglm_resume.checkpoint.state import restore, tree
+from autoglm_resume.checkpoint.state import layout, restore, tree
 from autoglm_resume.checkpoint.state.sharding import Box, Shape
 from autoglm_resume.checkpoint.store.store import Store
 
@@ -34,6 +34,7 @@ class _Leaf:
     shape: Shape
     box: Box
     joint: bool
+    leaf: layout.Leaf = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ class _Entry:
     sources: Sequence[_Leaf]
     leaves: Sequence[_Leaf]
     """All leaves that it brings back."""
+
+    @property
+    def order(self) -> layout.Leaf:
+        """What says in which order it lay in memory."""
+        return self.leaves[0].leaf
 
 
 def gather(store: Store, path: Path, progress: verify.Progress | None = None) -> Bundle:
@@ -60,7 +66,9 @@ def gather(store: Store, path: Path, progress: verify.Progress | None = None) ->
     with ChunkReader(path, parts) as reader:
 
         def load(index: int, _: memoryview) -> None:
-            tensors[entries[index].key] = _load(reader, entries[index], progress)
+            entry = entries[index]
+            loaded = _load(reader, entry, progress)
+            tensors[entry.key] = layout.ordered(entry.key, loaded, entry.order)
 
         verify.on_threads(len(entries), load, lambda: memoryview(b""))
     return Bundle(_document(manifest, parts, entries), {e.key: tensors[e.key] for e in entries})
@@ -116,13 +124,14 @@ def _leaves(parts: Sequence[Part]) -> Iterator[_Leaf]:
             yield _Leaf(part, piece.tensor, piece.fqn, piece.shape, box, joint=True)
         return
     for part in parts:
-        shardings = restore.shardings_of(part)
+        shardings, found = restore.shardings_of(part), restore.all_leaves(part)
         for tensor in part.tensors:
             sharding = shardings.get(tensor.name)
             shape = sharding.shape if sharding else tensor.shape
             offset = sharding.offset if sharding else (0,) * len(shape)
             box = Box(offset, tensor.shape)
-            yield _Leaf(part, tensor, tensor.name, shape, box, sharding is not None)
+            joint, leaf = sharding is not None, found.get(tensor.name, {})
+            yield _Leaf(part, tensor, tensor.name, shape, box, joint, leaf)
 
 
 def _by_dcp(parts: Sequence[Part]) -> bool:

@@ -19,7 +19,7 @@ def write(out: Path, bundle: Bundle) -> None:
     library = installed()
     known = set(library._TYPES.values())
     tensors = {
-        key: tensor if tensor.dtype in known else _flat(tensor)
+        key: tensor.contiguous() if tensor.dtype in known else _flat(tensor)
         for key, tensor in bundle.tensors.items()
     }
     # "format" is what transformers asks for.

@@ -31,7 +31,7 @@ def write(out: Path, bundle: Bundle) -> None:
     # Tensors that are in the state twice are in the file once.
     ours = {"document": text_of(bundle.document), "tensors": dict(bundle.tensors)}
     with files.writing(out, replace=False) as file:
-        torch.save({**_plain(nested(bundle)), OURS: ours}, file)
+        torch.save({**_plain(nested(bundle), {}), OURS: ours}, file)
 
 
 def recognises(source: Path) -> bool:
@@ -52,20 +52,27 @@ def read(source: Path) -> Bundle:
     return Bundle(document, ours["tensors"])
 
 
-def _plain(value: Any) -> Any:
-    """Of types that torch.load takes by default."""
+def _plain(value: Any, made: dict[int, Any]) -> Any:
+    """Of types that torch.load takes by default; `made` has what was made of what, by `id`."""
+    if id(value) not in made:
+        # With the value itself, so that nothing else gets its id.
+        made[id(value)] = _of_plain_type(value, made), value
+    return made[id(value)][0]
+
+
+def _of_plain_type(value: Any, made: dict[int, Any]) -> Any:
     kind = type(value)
     if kind is dict or kind is defaultdict:
-        return {key: _plain(child) for key, child in value.items()}
+        return {key: _plain(child, made) for key, child in value.items()}
     if kind is OrderedDict:
-        copy = OrderedDict((key, _plain(child)) for key, child in value.items())
+        copy = OrderedDict((key, _plain(child, made)) for key, child in value.items())
         if hasattr(value, "_metadata"):
-            copy._metadata = _plain(value._metadata)  # type: ignore[attr-defined]
+            copy._metadata = _plain(value._metadata, made)  # type: ignore[attr-defined]
         return copy
     if kind in (list, tuple):
-        return kind(_plain(child) for child in value)
+        return kind(_plain(child, made) for child in value)
     if kind in (set, frozenset):
-        return {_plain(child) for child in value}
+        return {_plain(child, made) for child in value}
     numpy = sys.modules.get("numpy")
     if numpy is not None and kind is numpy.ndarray:
         try:

@@ -18,8 +18,8 @@ from autoglm_resume.checkpoint.chunks.reader import ChunkReader
 from autoglm_resume.checkpoint.format.document import Json
 from autoglm_resume.checkpoint.format.part import Part
 from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES, Tensor, object_of
-from autoglm_resume.checkpoint.state import tree
-from autoglm_resume.checkpoint.state.restore import RestoredPart, decoded, shardings_of
+from autoglm_resume.checkpoint.state import layout, leaves, tree
+from autoglm_resume.checkpoint.state.restore import RestoredPart, all_leaves, decoded, shardings_of
 from autoglm_resume.checkpoint.state.sharding import Box, Present, Shape, Sharding
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import CheckpointError, CorruptCheckpoint, WorldSizeMismatch
@@ -87,8 +87,10 @@ def read(
             lambda: memoryview(b""),
             threads,
         )
+    found = all_leaves(first)
     for name, arrangement, shape in wrapped:
-        tensors[name] = arrangement.wrap(tensors[name], shape)
+        local = layout.ordered(name, tensors[name], found[name])
+        tensors[name] = arrangement.wrap(local, shape)
     mine = replace(first, state=states)
     return RestoredPart(mine, decoded(mine, tensors))
 
@@ -178,7 +180,7 @@ def _require_alike(parts: Sequence[Part], names: Sequence[str], led: Collection[
 
 def _other_tensor(first: Part, other: Part, name: str, led: Collection[str]) -> str:
     """The first tensor of an object that two ranks had differently; empty without one."""
-    passed = {*led, *tree.sharded_leaves(first.state[name])}
+    passed = {*led, *leaves.sharded_leaves(first.state[name])}
     theirs = {tensor.name: tensor for tensor in other.tensors}
     for tensor in first.tensors:
         if object_of(tensor.name) == name and tensor.name not in passed:
@@ -194,6 +196,8 @@ def _difference(ours: Json, theirs: Json, where: str) -> str:
         if "$dtensor" in ours and "$dtensor" in theirs:
             same = all(ours.get(key) == theirs.get(key) for key in ("$dtensor", "shape"))
             return "" if same else where
+        if "$tensor" in ours and "$tensor" in theirs:
+            ours, theirs = layout.without(ours), layout.without(theirs)
         if list(ours) != list(theirs):
             return where
         pairs = [(f"{where}.{key}", ours[key], theirs[key]) for key in ours]

@@ -21,7 +21,7 @@ from autoglm_resume.checkpoint.format.document import digest
 from autoglm_resume.checkpoint.format.part import Part
 from autoglm_resume.checkpoint.format.snapshot import Snapshot, TensorBytes
 from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES, Chunk, Tensor
-from autoglm_resume.checkpoint.state import tree
+from autoglm_resume.checkpoint.state import decoding, layout, leaves, tree
 from autoglm_resume.checkpoint.state.sharding import (
     Arrangement,
     Box,
@@ -124,8 +124,10 @@ def _restored(
     *,
     from_memory: bool,
 ) -> RestoredPart:
+    found = all_leaves(part)
     for name, (arrangement, shape) in spread.items():
-        tensors[name] = arrangement.wrap(tensors[name], shape)
+        local = layout.ordered(name, tensors[name], found[name])
+        tensors[name] = arrangement.wrap(local, shape)
     return RestoredPart(part, decoded(part, tensors, device), from_memory)
 
 
@@ -135,10 +137,10 @@ def decoded(
     """The states in `part`, made of its `tensors`. Raises CorruptCheckpoint."""
     states: dict[str, Any] = {}
     for name, state in part.state.items():
-        for leaf in tree.device_leaves(state):
+        for leaf in leaves.device_leaves(state):
             if leaf in tensors and not is_sharded(tensors[leaf]):
                 tensors[leaf] = tensors[leaf].to(device)
-        states[name] = tree.decode(state, tensors)
+        states[name] = decoding.decode(state, tensors)
     if tensors:
         raise CorruptCheckpoint(
             f"{part.id}: rank {part.rank}: expected every tensor in a state, found"
@@ -147,11 +149,16 @@ def decoded(
     return states
 
 
+def all_leaves(part: Part) -> dict[str, layout.Leaf]:
+    """Of all states, by the names of their tensors."""
+    return dict(leaf for state in part.state.values() for leaf in leaves.leaves(state))
+
+
 def shardings_of(part: Part) -> dict[str, Sharding]:
     """Of its DTensors, by name. Raises CorruptCheckpoint."""
     found: dict[str, Sharding] = {}
     for state in part.state.values():
-        found.update(tree.sharded_leaves(state))
+        found.update(leaves.sharded_leaves(state))
     return found
 
 

@@ -7,7 +7,6 @@ supported: each dimension of the mesh shards one dimension of the tensor, or rep
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 
 from autoglm_resume.checkpoint.format.document import Json
+from autoglm_resume.checkpoint.state.strides import in_order_of
 from autoglm_resume.errors import CheckpointError, CorruptCheckpoint, UsageError
 
 Shape: TypeAlias = "tuple[int, ...]"
@@ -156,18 +156,16 @@ class Arrangement:
         return Box(tuple(offset), tuple(local))
 
     def wrap(self, local: torch.Tensor, shape: Shape) -> torch.Tensor:
-        """The DTensor of `shape` whose shard here is `local`."""
+        """The DTensor of `shape` whose shard here is `local`, with its order in memory."""
         from torch.distributed.tensor import DTensor
 
-        sizes = [max(n, 1) for n in shape[1:]]
-        strides = tuple(itertools.accumulate([1, *reversed(sizes)], lambda a, b: a * b))[::-1]
         found: torch.Tensor = DTensor.from_local(
             local,
             self.mesh,
             self.placements,
             run_check=False,
             shape=torch.Size(shape),
-            stride=strides if shape else (),
+            stride=in_order_of(local.stride(), shape),
         )
         return found
 

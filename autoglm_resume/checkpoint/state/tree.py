@@ -3,8 +3,17 @@
 Lossless and type-exact. Plain JSON values stand for themselves; everything else is an object with
 one member that names its type: `{"$tuple": [...]}`, `{"$tensor": "model/layers.0.weight"}`. A dict
 whose keys are plain strings is a JSON object, any other dict a list of pairs. The leaf of a tensor
-that was not in host memory has a second member, `"device": "cuda"`. That of a DTensor is called
-`$dtensor`, names the shard that this rank has, and says what it is a shard of (see sharding.py).
+has more members where they are needed: `"device": "cuda"` if it was not in host memory,
+`"parameter": true`, `"requires_grad": true`, and how it lies in memory (see layout.py). That of a
+DTensor is called `$dtensor`, names the shard that this rank has, and says what it is a shard of
+(see sharding.py).
+
+A list, dict, set or array that is in a state several times is `{"$shared": [0, ...]}` the first
+time and `{"$same": 0}` after that, and comes back as one. So does a tensor, whose further leaves
+say `"same": "x/a"`; tensors that overlap in memory overlap again. Not kept: attributes that scripts
+hang on tensors and dicts, gradients and their graph, the order of a set, the gaps of a DTensor's
+shard and what it shares memory with, and what two objects of a session share: each is a state of
+its own.
 
 Supported: None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict,
 OrderedDict (with the `_metadata` that modules hang on it), Counter, defaultdict of a builtin type,
@@ -17,24 +26,25 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from autoglm_resume.checkpoint.format.document import Json, canonical
 from autoglm_resume.checkpoint.format.tables import DTYPE_BYTES
-from autoglm_resume.checkpoint.state.sharding import Sharding, sharding_of
+from autoglm_resume.checkpoint.state import layout
+from autoglm_resume.checkpoint.state.sharding import sharding_of
 from autoglm_resume.errors import CorruptCheckpoint, UsageError
 
 # Far below what the recursive JSON reader of Python manages.
 MAX_DEPTH = 64
 
-_FACTORIES: Mapping[str, Callable[[], Any] | None] = {
+FACTORIES: Mapping[str, Callable[[], Any] | None] = {
     "None": None,
     **{kind.__name__: kind for kind in (bool, int, float, str, list, tuple, dict, set)},
 }
-_FACTORY_NAMES = {factory: name for name, factory in _FACTORIES.items()}
+_FACTORY_NAMES = {factory: name for name, factory in FACTORIES.items()}
 _DTYPES: Mapping[str, torch.dtype] = {
     name: dtype
     for name in DTYPE_BYTES
@@ -42,6 +52,7 @@ _DTYPES: Mapping[str, torch.dtype] = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter)
+_CHANGEABLE = (list, dict, set, torch.Tensor)
 # Decimal text of huge integers is refused by Python's own JSON reader.
 _LARGEST_PLAIN_INT_BITS = 1024
 
@@ -63,34 +74,59 @@ def encode(state: object, name: str) -> tuple[Json, list[tuple[str, torch.Tensor
 
     Raises UsageError naming the path and the type of what cannot be saved.
     """
-    encoder = _Encoder(name)
+    encoder = _Encoder(name, _repeated(state))
     tree = encoder.encode(state, (), 0)
+    encoder.say_what_is_shared()
     return tree, encoder.tensors
 
 
-def decode(tree: Json, tensors: dict[str, torch.Tensor]) -> Any:
-    """The state again; takes its tensors out of `tensors`, so no two leaves share one.
-
-    What is there under the name of a DTensor's shard is taken for the DTensor. Raises
-    CorruptCheckpoint when the tree is not one that `encode` makes.
-    """
-    try:
-        return _Decoder(tensors).decode(tree)
-    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise CorruptCheckpoint(f"state tree: not as it was written ({error!r})") from error
+def _repeated(state: object) -> set[int]:
+    """By `id`, what is in `state` several times and can be changed: it must stay one."""
+    seen: set[int] = set()
+    found: set[int] = set()
+    stack = [state]
+    while stack:
+        value = stack.pop()
+        if type(value) is not tuple:
+            if id(value) in seen:
+                found.add(id(value))
+                continue
+            if isinstance(value, _CHANGEABLE) or type(value).__name__ == "ndarray":
+                seen.add(id(value))
+        if isinstance(value, list | tuple):
+            stack += value
+        elif isinstance(value, dict):
+            stack += value.values()
+    return found
 
 
 class _Encoder:
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, repeated: set[int]) -> None:
         self.name = name
         self.tensors: list[tuple[str, torch.Tensor]] = []
         self.used: set[str] = set()
+        self.repeated = repeated
+        self.numbers: dict[int, int] = {}
+        """Of what is repeated and was met."""
+        self.first: dict[int, str] = {}
+        """Names of repeated tensors."""
+        self.plain: dict[str, dict[str, Json]] = {}
+        """The leaves of tensors that are not a rank's shard, by name."""
 
     def encode(self, value: object, path: tuple[str, ...], depth: int) -> Json:
         if depth > MAX_DEPTH:
             raise UsageError(
                 f"{self.where(path)}: nested more than {MAX_DEPTH} levels deep (or inside itself)"
             )
+        if id(value) in self.repeated and not isinstance(value, torch.Tensor):
+            if (number := self.numbers.get(id(value))) is not None:
+                return {"$same": number}
+            tree = self.of_type(value, path, depth)
+            number = self.numbers[id(value)] = len(self.numbers)
+            return {"$shared": [number, tree]}
+        return self.of_type(value, path, depth)
+
+    def of_type(self, value: object, path: tuple[str, ...], depth: int) -> Json:
         kind = type(value)
         encode = _ENCODERS.get(kind)
         if encode is not None:
@@ -185,11 +221,24 @@ class _Encoder:
         return {"$default": [_FACTORY_NAMES[factory], self.pairs(value, path, depth)]}
 
     def of_tensor(self, value: torch.Tensor, path: tuple[str, ...], depth: int) -> Json:
-        return self.leaf("$tensor", value, path)
+        leaf = {**self.leaf("$tensor", value, path), **layout.described(value)}
+        if "same" not in leaf:
+            self.plain[leaf["$tensor"]] = leaf
+        return leaf
 
     def of_dtensor(self, value: Any, path: tuple[str, ...]) -> Json:
         sharding = sharding_of(value, self.where(path))
-        return {**self.leaf("$dtensor", local(value), path), **sharding.to_json()}
+        return {
+            **self.leaf("$dtensor", value, path),
+            **layout.described(local(value)),
+            **sharding.to_json(),
+        }
+
+    def say_what_is_shared(self) -> None:
+        """Among tensors: known when all of them are."""
+        tensors = [each for each in self.tensors if each[0] in self.plain]
+        for name, member in layout.shared(tensors).items():
+            self.plain[name]["memory"] = member
 
     def leaf(self, tag: str, value: torch.Tensor, path: tuple[str, ...]) -> dict[str, Json]:
         if value.layout is not torch.strided or value.is_quantized or value.is_nested:
@@ -198,8 +247,17 @@ class _Encoder:
             raise self.refusal(type(value), path, " without data")
         if dtype_name(value.dtype) not in DTYPE_BYTES:
             raise self.refusal(type(value), path, f" of {value.dtype}")
-        leaf = {tag: self.add(value.detach(), path)}
-        return leaf if value.device.type == "cpu" else {**leaf, "device": value.device.type}
+        name = self.add(local(value).detach(), path)
+        leaf: dict[str, Json] = {tag: name}
+        if id(value) in self.repeated and (first := self.first.setdefault(id(value), name)) != name:
+            leaf["same"] = first
+        if value.device.type != "cpu":
+            leaf["device"] = value.device.type
+        if isinstance(value, torch.nn.Parameter):
+            leaf["parameter"] = True
+        if value.requires_grad:
+            leaf["requires_grad"] = True
+        return leaf
 
     def add(self, tensor: torch.Tensor, path: tuple[str, ...]) -> Json:
         base = name = f"{self.name}/{'.'.join(path)}"
@@ -224,7 +282,8 @@ class _Encoder:
         self.check_numpy(value, path)
         data = bytearray(value.tobytes())
         flat = torch.frombuffer(data, dtype=torch.uint8) if data else _empty()
-        return {"$ndarray": [value.dtype.str, list(value.shape), self.add(flat, path)]}
+        tree = {"$ndarray": [value.dtype.str, list(value.shape), self.add(flat, path)]}
+        return {**tree, "order": "F"} if value.flags.fnc else tree
 
     def of_numpy_scalar(self, value: Any, path: tuple[str, ...]) -> Json:
         self.check_numpy(value, path)
@@ -256,94 +315,6 @@ _ENCODERS: Mapping[type, Callable[[_Encoder, Any, tuple[str, ...], int], Json]] 
     torch.dtype: _Encoder.of_dtype,
     torch.device: _Encoder.of_device,
 }
-
-
-class _Decoder:
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.tensors = tensors
-
-    def decode(self, tree: Json) -> Any:
-        if isinstance(tree, list):
-            return [self.decode(child) for child in tree]
-        if not isinstance(tree, dict):
-            return tree
-        tag = next(iter(tree), "")
-        if not tag.startswith("$"):
-            return {key: self.decode(child) for key, child in tree.items()}
-        return _DECODERS[tag](self, tree[tag])
-
-    def pairs(self, pairs: Json) -> list[tuple[Any, Any]]:
-        return [(self.decode(key), self.decode(value)) for key, value in pairs]
-
-    def of_tensor(self, name: str) -> torch.Tensor:
-        return self.tensors.pop(name)
-
-    def module(self, value: Json) -> Any:
-        tree, metadata = value
-        state = self.decode(tree)
-        state._metadata = self.decode(metadata)
-        return state
-
-    def of_ndarray(self, value: Json) -> Any:
-        import numpy
-
-        dtype, shape, name = value
-        # A copy, because NumPy would only borrow the tensor's memory.
-        return numpy.ndarray(tuple(shape), dtype, bytearray(as_bytes(self.of_tensor(name))))
-
-    def of_numpy_scalar(self, value: Json) -> Any:
-        import numpy
-
-        dtype, data = value
-        return numpy.ndarray((), dtype, bytes.fromhex(data))[()]
-
-
-_DECODERS: Mapping[str, Callable[[_Decoder, Json], Any]] = {
-    "$int": lambda d, v: int(v, 16),
-    "$float": lambda d, v: float(v),
-    "$complex": lambda d, v: complex(*(d.decode(part) for part in v)),
-    "$str": lambda d, v: bytes.fromhex(v).decode("utf-8", "surrogatepass"),
-    "$bytes": lambda d, v: bytes.fromhex(v),
-    "$tuple": lambda d, v: tuple(d.decode(v)),
-    "$set": lambda d, v: set(d.decode(v)),
-    "$frozenset": lambda d, v: frozenset(d.decode(v)),
-    "$dict": lambda d, v: dict(d.pairs(v)),
-    "$ordered": lambda d, v: OrderedDict(d.pairs(v)),
-    "$module": _Decoder.module,
-    "$counter": lambda d, v: Counter(dict(d.pairs(v))),
-    "$default": lambda d, v: defaultdict(_FACTORIES[v[0]], d.pairs(v[1])),
-    "$tensor": _Decoder.of_tensor,
-    "$dtensor": _Decoder.of_tensor,
-    "$size": lambda d, v: torch.Size(v),
-    "$dtype": lambda d, v: dtype_named(v),
-    "$device": lambda d, v: torch.device(v),
-    "$ndarray": _Decoder.of_ndarray,
-    "$numpy": _Decoder.of_numpy_scalar,
-}
-
-
-def device_leaves(tree: Json) -> dict[str, str]:
-    """Name to device type of the tensors in `tree` that were not on the CPU."""
-    return {name: str(leaf["device"]) for name, leaf in _leaves(tree) if "device" in leaf}
-
-
-def sharded_leaves(tree: Json) -> dict[str, Sharding]:
-    """Name to sharding of the DTensors in `tree`. Raises CorruptCheckpoint."""
-    return {name: Sharding.from_json(leaf) for name, leaf in _leaves(tree) if "$dtensor" in leaf}
-
-
-def _leaves(tree: Json) -> Iterator[tuple[str, dict[str, Json]]]:
-    stack = [tree]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, list):
-            stack += node
-        elif isinstance(node, dict):
-            name = node.get("$tensor", node.get("$dtensor"))
-            if isinstance(name, str):
-                yield name, node
-            else:
-                stack += node.values()
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:

@@ -201,7 +201,9 @@ def _nbytes(tensor: torch.Tensor) -> int:
 
 
 def _safe(tensor: torch.Tensor, safe: frozenset[int]) -> bool:
-    return tensor.data_ptr() in safe and not tensor.is_inference()
+    # In host memory a look at its bytes must tell whether it was changed.
+    seen = tensor.device.type != "cpu" or _plain(tensor)
+    return seen and tensor.data_ptr() in safe and not tensor.is_inference()
 
 
 def _copy(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:

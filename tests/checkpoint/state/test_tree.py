@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 
 from autoglm_resume.checkpoint.format.tables import DTYPE_BYTES
-from autoglm_resume.checkpoint.state import tree
+from autoglm_resume.checkpoint.state import decoding, tree
 from autoglm_resume.errors import CorruptCheckpoint, UsageError
 
 numpy = pytest.importorskip("numpy")
@@ -25,7 +25,9 @@ def same(a: Any, b: Any) -> bool:
     if type(a) is not type(b):
         return False
     if isinstance(a, torch.Tensor):
-        return (a.dtype, a.shape) == (b.dtype, b.shape) and bits(a) == bits(b)
+        return (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride()) and bits(a) == bits(
+            b
+        )
     if isinstance(a, numpy.ndarray | numpy.generic):
         return (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
     if isinstance(a, float):
@@ -50,7 +52,7 @@ def round_trip(state: Any) -> Any:
     assert len({name for name, _ in tensors}) == len(tensors)
     text = json.dumps(encoded, allow_nan=False)
     fresh = {name: t.resolve_conj().resolve_neg().clone() for name, t in tensors}
-    return tree.decode(json.loads(text), fresh)
+    return decoding.decode(json.loads(text), fresh)
 
 
 texts = st.text(st.characters(), max_size=5) | st.sampled_from(
@@ -142,11 +144,10 @@ def test_a_special_value_comes_back_exactly(value: Any) -> None:
     assert same(round_trip(value), value)
 
 
-def test_a_parameter_comes_back_as_a_tensor_and_a_module_keeps_its_metadata() -> None:
+def test_a_module_keeps_its_metadata() -> None:
     module = torch.nn.BatchNorm1d(3)
     back = round_trip(module.state_dict())
     assert back._metadata == module.state_dict()._metadata
-    assert same(round_trip(module.weight), module.weight.detach())
 
 
 def test_an_optimizer_and_a_scheduler_continue_from_what_comes_back() -> None:
@@ -212,7 +213,7 @@ def test_what_needs_pickle_is_refused_with_its_path(value: Any, place: str, says
 )
 def test_a_tree_that_was_never_written_is_corrupt(bad: Any) -> None:
     with pytest.raises(CorruptCheckpoint):
-        tree.decode(bad, {"x/t": torch.zeros(4, dtype=torch.uint8)})
+        decoding.decode(bad, {"x/t": torch.zeros(4, dtype=torch.uint8)})
 
 
 def test_tensors_whose_paths_look_alike_keep_different_names() -> None:

@@ -158,6 +158,14 @@ def test_a_change_behind_autograds_back_is_noticed_too() -> None:
     assert str(error) == "w"
 
 
+def test_a_tensor_in_another_order_whose_changes_would_go_unnoticed_is_copied_at_once() -> None:
+    weight = torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    copy, into = made([("w", weight)], [weight])
+    weight.data.mul_(0.5)
+    assert run(copy) is None
+    assert into[0].eq(1).all()
+
+
 def test_the_next_copies_look_at_the_tensors_that_are_there_then() -> None:
     copier, weight = DeviceCopier(), torch.randn(1000)
     for grown in range(6):
