@@ -263,3 +263,10 @@ def reachable_only(start: str) -> set[str]:
             seen.add(name)
             queue += [m for m in GRAPH.get(name, ()) if m in GRAPH]
     return seen
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.name != "output.py"], ids=name_of)
+def test_only_one_room_prints(path: Path) -> None:
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) != "print", f"{path.name}:{node.lineno}"

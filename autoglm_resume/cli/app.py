@@ -3,12 +3,11 @@ that needs it, when it runs."""
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
-from autoglm_resume import __version__
+from autoglm_resume import __version__, output
 from autoglm_resume.cli import (
     ckpts,
     doctor,
@@ -51,7 +50,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"autoglm {__version__}")
+        output.show(f"autoglm {__version__}")
         raise typer.Exit
 
 
@@ -99,12 +98,10 @@ app.command("schema", cls=Command, epilog=schema.EXAMPLES)(guarded(schema.schema
 
 def main() -> None:
     """Run the command line; the exit code says what happened (see `errors`)."""
+    output.begin()
     try:
         app()
     except Exception as error:
-        print(
-            f"autoglm: internal error: {type(error).__name__}: {error}\n"
-            f"autoglm: this is a bug of autoglm; please report it with this traceback",
-            file=sys.stderr,
-        )
+        output.say(f"internal error: {type(error).__name__}: {error}")
+        output.say("this is a bug of autoglm; please report it with this traceback")
         raise

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from autoglm_resume import output
+
 EXAMPLES = """
 \b
 Examples:
@@ -40,9 +42,7 @@ def ckpts(
     found = inspection.find_all(target.checkpoints(what))
     listed = listing.of(found, listing.keep_of(found.run), time.time())
     if json:
-        import json as jsonlib
-
-        print(jsonlib.dumps(listing.to_json(listed), indent=2))
+        output.document(listing.to_json(listed))
     else:
         inspection.show(listing.tables(listed, width(sys.stdout)))
     return 0

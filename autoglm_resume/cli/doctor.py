@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from autoglm_resume import output
+
 EXAMPLES = """
 \b
 Examples:
@@ -37,9 +39,7 @@ def doctor(
 
     findings = view.examine(load(job_file) if job_file is not None else None)
     if json:
-        import json as jsonlib
-
-        print(jsonlib.dumps(view.to_json(findings), indent=2))
+        output.document(view.to_json(findings))
     else:
         view.show(findings)
     return view.code(findings)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from autoglm_resume import output
 from autoglm_resume.cli.arguments import Run
 
 EXAMPLES = """
@@ -36,9 +37,7 @@ def explain(
     found = target.run(run)
     explained = telling.of(found, attempt)
     if json:
-        import json as jsonlib
-
-        print(jsonlib.dumps(telling.to_json(found.path, explained), indent=2))
+        output.document(telling.to_json(found.path, explained))
     else:
         telling.show(found.path, explained, sys.stdout)
     return 0

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from autoglm_resume import output
+
 EXAMPLES = """
 \b
 Examples:
@@ -65,5 +67,5 @@ def export(
     with Progress(f"exporting {path.name}", 2 * total) as progress:
         content = gather(found.store, path, progress)
         formats.write(to, target, content)
-    print(f"{out}: {path.name}, {len(content.tensors)} tensors, {size(content.nbytes)}")
+    output.show(f"{out}: {path.name}, {len(content.tensors)} tensors, {size(content.nbytes)}")
     return 0

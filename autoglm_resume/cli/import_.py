@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from autoglm_resume import output
+
 EXAMPLES = """
 \b
 Examples:
@@ -65,5 +67,6 @@ def import_(
     content = formats.read(Path(source))
     with Progress("importing", 2 * content.raw) as progress, undisturbed(run, store.root):
         manifest = adopt(store, content, step, progress)
-    print(f"{store.directory(manifest.id)}: {size(manifest.raw)}, {manifest.world_size} ranks")
+    there = store.directory(manifest.id)
+    output.show(f"{there}: {size(manifest.raw)}, {manifest.world_size} ranks")
     return 0

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from autoglm_resume import output
 from autoglm_resume.errors import CheckpointError, UsageError
 
 # PATH is no typer argument, because converting one would import pydantic (see light.py).
@@ -57,12 +58,10 @@ def ckpt(
         found = inspection.inspect(target, newest, expected)
     others = [] if target.single else inspection.verdicts(target, expected)
     if json:
-        import json as jsonlib
-
         document = inspection.to_json(found, tensors=tensors)
         if not target.single:
             document["all"] = [verdict.to_json() for verdict in others]
-        print(jsonlib.dumps(document, indent=2))
+        output.document(document)
     else:
         listing = [inspection.verdicts_table(others)] if others else []
         inspection.show([*listing, *inspection.tables(found, tensors=tensors)])

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from autoglm_resume import output
 from autoglm_resume.cli.arguments import Run
 from autoglm_resume.errors import UsageError
 
@@ -54,7 +55,7 @@ def resume(
 
 
 def _all(directory: str | None, step: int | None, *, json: bool) -> int:
-    import json as jsonlib
+    import sys
     from dataclasses import asdict
     from pathlib import Path
 
@@ -77,12 +78,13 @@ def _all(directory: str | None, step: int | None, *, json: bool) -> int:
     def tell(one: resume_all.Fate) -> None:
         ended.append(one)
         if not json:
-            print(f"{one.run.name}: {one.text}", flush=True)
+            output.show(f"{one.run.name}: {one.text}")
+            sys.stdout.flush()
 
     runs = target.runs(place)
     code = resume_all.resume(runs, tell)
     if not runs and not json:
-        print(f"{place}: no run there")
+        output.show(f"{place}: no run there")
     if json:
-        print(jsonlib.dumps([{**asdict(one), "run": str(one.run)} for one in ended], indent=2))
+        output.document([{**asdict(one), "run": str(one.run)} for one in ended])
     return code

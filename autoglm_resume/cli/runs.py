@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from autoglm_resume import output
+
 EXAMPLES = """
 \b
 Examples:
@@ -23,16 +25,13 @@ def runs(
     Name, state, completed steps, when it was last started or continued, directory. A run leaves
     the list when its directory is gone.
     """
-    import json as jsonlib
-    import sys
-
     from autoglm_resume.observe import all_runs
 
     found = all_runs.look()
     if json:
-        print(jsonlib.dumps(all_runs.to_json(found), indent=2))
+        output.document(all_runs.to_json(found))
     elif found:
         all_runs.show(found)
     else:
-        print("autoglm: no run yet; start one with: autoglm run JOB.yaml", file=sys.stderr)
+        output.say("no run yet; start one with: autoglm run JOB.yaml")
     return 0

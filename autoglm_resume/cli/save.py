@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from autoglm_resume import output
 from autoglm_resume.cli.arguments import Run
 from autoglm_resume.errors import AutoglmError
 
@@ -28,5 +29,5 @@ def save(
             hint=f"autoglm ckpts {found.path} lists what is saved",
         )
     saved = saving.save(found, holder)
-    print(f"{found.path}: saved at step {saved.step} ({saved.id})")
+    output.show(f"{found.path}: saved at step {saved.step} ({saved.id})")
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from autoglm_resume import output
 
 EXAMPLES = """
 \b
@@ -18,5 +18,5 @@ def schema() -> int:
     """Print the JSON Schema of job files. Editors complete and check them with it."""
     from autoglm_resume.job.spec import json_schema
 
-    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+    output.document(json_schema())
     return 0

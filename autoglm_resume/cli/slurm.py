@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from autoglm_resume import output
+
 EXAMPLES = """
 \b
 Examples:
@@ -51,12 +53,12 @@ def submit(
         command += ["--set", override]
     script = slurm.script(job, command, time=time, partition=partition, gpus=gpus, more=more or ())
     if dry_run:
-        print(script, end="")
+        output.verbatim(script)
         return 0
-    print(commands.submit(script))
+    output.show(commands.submit(script))
     if slurm.is_array(more or ()):
         where = f"the runs will be in {slurm.of_task(job.run_dir, 'TASK')}"
     else:
         where = f"the run will be in {job.run_dir}"
-    print(f"autoglm: {where}", file=sys.stderr)
+    output.say(where)
     return 0

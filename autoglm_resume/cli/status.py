@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from autoglm_resume import output
+
 EXAMPLES = """
 \b
 Examples:
@@ -27,8 +29,6 @@ def status(
     json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> int:
     """Show how a run is doing: ranks, failures, goodput, replicas."""
-    import json as jsonlib
-
     from autoglm_resume.cli import target
     from autoglm_resume.observe import status as view
 
@@ -36,13 +36,13 @@ def status(
     if runs:
         found = view.of_all(runs)
         if json:
-            print(jsonlib.dumps([view.to_json(one) for one in found], indent=2))
+            output.document([view.to_json(one) for one in found])
         else:
             view.show_all(found)
         return 0
     one = view.of(target.run(what))
     if json:
-        print(jsonlib.dumps(view.to_json(one), indent=2))
+        output.document(view.to_json(one))
     else:
         view.show(one)
     return 0

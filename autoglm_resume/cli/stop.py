@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from autoglm_resume import output
 from autoglm_resume.cli.arguments import Run
 
 EXAMPLES = """
@@ -23,8 +24,8 @@ def stop(
     found = target.run(run, acts=True)
     holder = found.holder()
     if holder is None:
-        print(f"{found.path}: not running")
+        output.show(f"{found.path}: not running")
         return 0
     stopping.stop(found, holder)
-    print(stopping.outcome(found))
+    output.show(stopping.outcome(found))
     return 0

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from autoglm_resume import output
 from autoglm_resume.errors import AutoglmError, UsageError
 from autoglm_resume.supervise.base import bounded, run_list
 from autoglm_resume.supervise.base.run_directory import RunDirectory
@@ -89,10 +89,7 @@ def _unnamed(*, acts: bool) -> RunDirectory:
             f"{newest.path}: no answer within {bounded.PATIENCE:.0f} s; is its file system there?",
             hint="`autoglm runs` lists the others",
         )
-    print(
-        f"autoglm: the {'' if acts else 'newest '}run from here: {_near(newest.path)}",
-        file=sys.stderr,
-    )
+    output.say(f"the {'' if acts else 'newest '}run from here: {_near(newest.path)}")
     return RunDirectory(newest.path)
 
 

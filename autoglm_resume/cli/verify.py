@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from autoglm_resume import output
+
 EXAMPLES = """
 \b
 Examples:
@@ -35,9 +37,7 @@ def verify(
     with Progress("verifying", inspection.stored_bytes(found, found.paths)) as progress:
         verdicts = inspection.verdicts(found, inspection.expectation(found.run), progress)
     if json:
-        import json as jsonlib
-
-        print(jsonlib.dumps([verdict.to_json() for verdict in verdicts], indent=2))
+        output.document([verdict.to_json() for verdict in verdicts])
     else:
         inspection.show([inspection.verdicts_table(verdicts)])
     return inspection.exit_code(verdicts)

@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 
+from autoglm_resume import output
 from autoglm_resume.checkpoint.store.retention import KeepRules
 from autoglm_resume.errors import UsageError
 from autoglm_resume.events import Pruned
@@ -65,4 +66,4 @@ def show(found: Listing, *, dry: bool) -> None:
     table.print(sys.stdout)
     freed = size(sum(each.facts.stored for each in found.doomed))
     count = plural(len(found.doomed), "checkpoint")
-    print(f"{count} would be deleted, {freed} freed" if dry else f"{count} deleted, {freed} freed")
+    output.show(f"{count} {'would be ' if dry else ''}deleted, {freed} freed")

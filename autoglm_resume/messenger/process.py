@@ -20,7 +20,7 @@ import time
 from collections import deque
 from typing import Any
 
-from autoglm_resume import events, linux
+from autoglm_resume import events, linux, output
 from autoglm_resume.job.secret import mask
 from autoglm_resume.observe.pure.notify import Context, Message, after, died, message
 
@@ -218,4 +218,5 @@ def main(fd: int, workdir: str) -> None:
 
 
 if __name__ == "__main__":
+    output.begin(noting=True)
     main(int(sys.argv[1]), sys.argv[2])

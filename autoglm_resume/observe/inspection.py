@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from autoglm_resume import output
 from autoglm_resume.checkpoint.chunks.reader import QUARANTINE
 from autoglm_resume.checkpoint.format.ids import is_id
 from autoglm_resume.checkpoint.format.manifest import MANIFEST
@@ -371,7 +372,7 @@ def show(tables: Sequence[Table]) -> None:
     """On standard output, with a line between them."""
     for index, table in enumerate(tables):
         if index:
-            print()
+            output.show()
         table.print(sys.stdout)
 
 

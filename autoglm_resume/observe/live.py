@@ -9,30 +9,20 @@ from __future__ import annotations
 import errno
 import math
 import os
-import re
 import select
 import time
 from typing import Literal
 
 from autoglm_resume.events import Event, GatePassed
 from autoglm_resume.observe.pure.say import sentence
+from autoglm_resume.output import PIECE, printable
 
 Console = Literal["all", "rank0", "none"]
 
-_PIECE = 4096
-"""Bytes that a pipe takes without blocking when poll says it is writable (PIPE_BUF)."""
 _PATIENCE = 200
 """Milliseconds to wait for a reader who has fallen behind."""
 _QUIET = 30.0
 """Seconds between status lines where there is no terminal."""
-
-_COLORS = re.compile(r"\x1b\[[0-9;:]*m")
-_ESCAPES = re.compile(
-    r"\x1b\[[0-?]*[ -/]*[@-~]?"  # cursor movement and the like
-    r"|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?"  # titles, links, device strings
-    r"|\x1b[ -/]*[0-~]?"
-)
-_CONTROLS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
 
 _RESET, _ERASE = "\x1b[0m", "\r\x1b[2K"
 _RED, _GREEN, _YELLOW, _MAGENTA, _DIM = (f"\x1b[{n}m" for n in (31, 32, 33, 35, 2))
@@ -100,7 +90,7 @@ class Sink:
                 return
             self._stalled = False
             try:
-                data = data[os.write(self.fd, data[:_PIECE]) :]
+                data = data[os.write(self.fd, data[:PIECE]) :]
             except BlockingIOError:
                 continue
             except OSError as error:
@@ -151,13 +141,13 @@ class Screen:
             mood = color
             if self._err.colors and isinstance(event, GatePassed):
                 mood = _GREEN if " accepted " in line else _RED
-            line = printable(line, colors=False)
+            line = printable(line)
             self._print(self._err, f"autoglm: {mood}{line}{_RESET if mood else ''}\n")
 
     def note(self, text: str) -> None:
         """A sentence that is no event."""
         for line in text.splitlines():
-            self._print(self._err, f"autoglm: {printable(line, colors=False)}\n")
+            self._print(self._err, f"autoglm: {printable(line)}\n")
 
     def traceback(self, rank: int, text: str) -> None:
         """What the first rank to fail recorded."""
@@ -216,26 +206,6 @@ class Screen:
             self._err.write(self._line())
         else:
             sink.write(text)
-
-
-def printable(text: str | bytes, *, colors: bool) -> str:
-    """One line of anybody's output, safe on a terminal: of the control sequences, colours remain.
-
-    Of what was overwritten with carriage returns (progress bars), the last state is shown.
-    """
-    if isinstance(text, bytes):
-        text = text.decode("utf-8", "replace")
-    text = text.rstrip("\r\n")
-    if "\r" in text:
-        text = next((part for part in reversed(text.split("\r")) if part.strip()), "")
-    if text.isprintable():
-        return text
-    kept = _COLORS.findall(text) if colors else []
-    plain = [_CONTROLS.sub("", _ESCAPES.sub("", part)) for part in _COLORS.split(text)]
-    if not kept:
-        return "".join(plain)
-    colored = "".join(p + c for p, c in zip(plain, [*kept, ""], strict=True))
-    return colored + _RESET
 
 
 def _from_rank(rank: int, text: str | bytes, colors: bool) -> str:

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from autoglm_resume import output
 from autoglm_resume.errors import UsageError
 from autoglm_resume.linux import DirectoryWatch
-from autoglm_resume.observe.live import printable
 from autoglm_resume.observe.tables import terminal
 from autoglm_resume.supervise.base.run_directory import RunDirectory
 
@@ -93,7 +93,7 @@ def printer(*, prefix: bool) -> Print:
     def show(rank: int, line: bytes) -> None:
         mark = f"[rank {rank}] " if prefix else ""
         if for_person:
-            print(mark + printable(line, colors=True))
+            sys.stdout.write(f"{mark}{output.printable(line, colors=True)}\n")
         else:
             sys.stdout.buffer.write(mark.encode() + line + b"\n")
 
@@ -118,6 +118,8 @@ def follow(run: RunDirectory, rank: int | None, attempt: int | None) -> None:
     watch = DirectoryWatch()
     poll = select.poll()
     poll.register(watch.fileno(), select.POLLIN)
+    with contextlib.suppress(OSError, ValueError):
+        poll.register(sys.stdout.fileno(), 0)  # wakes when the reader leaves
     run.attempts.mkdir(exist_ok=True)
     watch.add(run.attempts)
     handle = watch.add(run.attempt(number))
@@ -139,9 +141,9 @@ def follow(run: RunDirectory, rank: int | None, attempt: int | None) -> None:
                 watch.remove(handle)
                 handle = watch.add(run.attempt(number))
                 reader = LogReader(run.attempt(number), rank, show)
-                print(f"autoglm: attempt {number}", file=sys.stderr)
+                output.say(f"attempt {number}")
                 continue
-            if newer or over:
+            if newer or over or output.unread():
                 break
             poll.poll(timeout)
             for _ in watch.changed():

@@ -7,8 +7,8 @@ import shlex
 import sys
 
 from autoglm_resume.events import Judged
-from autoglm_resume.observe.live import printable
 from autoglm_resume.observe.pure.say import rejection, short
+from autoglm_resume.output import printable
 from autoglm_resume.supervise.start import Plan
 
 
@@ -40,7 +40,7 @@ def as_text(plan: Plan) -> str:
     lines = ["", "command of rank 0:", f"  {shlex.join(plan.command)}", "", "its environment:"]
     lines += [f"  {name}={shlex.quote(value)}" for name, value in plan.environment.items()]
     lines += ["", *_gate(plan)]
-    return job + "".join(f"# {printable(line, colors=False)}".rstrip() + "\n" for line in lines)
+    return job + "".join(f"# {printable(line)}".rstrip() + "\n" for line in lines)
 
 
 def _gate(plan: Plan) -> list[str]:

@@ -12,6 +12,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from autoglm_resume import output
 from autoglm_resume.observe.tables import terminal
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Progress(_Live):
     """Call it with the bytes done since the last call, from any thread."""
 
     def __init__(self, what: str, total: int) -> None:
-        self._what = what
+        self._what = output.printable(what)
         self._total = total
         self._done = 0
         self._due = time.monotonic() + _AFTER
@@ -65,20 +66,20 @@ class Waiting(_Live):
     """Says what one waits for: a spinner with the time on a terminal, elsewhere one line."""
 
     def __init__(self, what: str) -> None:
-        self._what = what
+        self._what = output.printable(what)
         self._live = terminal(sys.stderr)
 
     def __enter__(self) -> Waiting:
         if self._live:
             self._picture = _spinner(self._what)
         else:
-            print(f"autoglm: {self._what}", file=sys.stderr)
+            output.say(self._what)
         return self
 
     def now(self, what: str) -> None:
         """It is for something else, or more is known of it."""
         if self._picture is not None:
-            self._picture.update(self._picture.task_ids[0], description=what)
+            self._picture.update(self._picture.task_ids[0], description=output.printable(what))
 
     def until(self, *sources: int | DirectoryWatch) -> None:
         """Return when one of `sources` is readable."""
@@ -98,7 +99,7 @@ def _bar(what: str, total: int) -> RichProgress:
     )
 
     shown = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         DownloadColumn(binary_units=True),
@@ -118,7 +119,7 @@ def _spinner(what: str) -> RichProgress:
 
     shown = Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         TimeElapsedColumn(),
         console=Console(stderr=True),
         transient=True,

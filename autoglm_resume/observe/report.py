@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json as jsonlib
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from autoglm_resume import journal
-from autoglm_resume.observe.live import Screen, printable
+from autoglm_resume import journal, output
+from autoglm_resume.observe.live import Screen
 from autoglm_resume.observe.pure.explain import reason
 from autoglm_resume.observe.pure.goodput import Summary, summarize
 from autoglm_resume.observe.pure.recovery import Recovery
 from autoglm_resume.observe.pure.say import plural, seconds
 from autoglm_resume.observe.tables import Table
+from autoglm_resume.output import printable
 
 
 @contextlib.contextmanager
@@ -27,13 +27,10 @@ def afterwards(run_dir: Path, screen: Screen, *, json: bool) -> Iterator[None]:
         yield
     finally:
         screen.close()
+        # Nobody may be there to read what follows; a scheduler waits for the exit code.
+        output.hurry()
     summary = summarize(journal.read(Path(run_dir) / "events.jsonl"))
-    # Nobody may be there to read it any more; what the run did is what the exit code says.
-    try:
-        show(summary, sys.stdout, json=json)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    show(summary, sys.stdout, json=json)
 
 
 def show(summary: Summary, stream: TextIO, *, json: bool = False) -> None:
@@ -43,15 +40,14 @@ def show(summary: Summary, stream: TextIO, *, json: bool = False) -> None:
         return
     count = len(summary.attempts)
     ranks = f", {plural(summary.world_size, 'rank')}" if summary.world_size else ""
-    stream.write(
-        f"\nTimeline of {summary.name or 'the run'}{ranks}, {plural(count, 'attempt')}\n\n"
-    )
+    name = printable(summary.name or "the run")
+    stream.write(f"\nTimeline of {name}{ranks}, {plural(count, 'attempt')}\n\n")
     if summary.recoveries:
         _table(summary).print(stream)
         stream.write("\n")
         for index, recovery in enumerate(summary.recoveries, 1):
             for line in details(recovery):
-                stream.write(f"{index:>3}  {printable(line, colors=False)}\n")
+                stream.write(f"{index:>3}  {printable(line)}\n")
         stream.write("\n")
     facts(summary).print(stream)
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from autoglm_resume import events
+from autoglm_resume import events, output
 from autoglm_resume.errors import AutoglmError
 from autoglm_resume.events import Event
 from autoglm_resume.job.units import parse_duration
@@ -193,10 +193,10 @@ def show(status: Status) -> None:
     facts.rows += report.facts(status.summary, status.step).rows
     facts.print(sys.stdout)
     if status.ranks:
-        print()
+        output.show()
         _ranks_table(status.ranks).print(sys.stdout)
     if status.replicas:
-        print()
+        output.show()
         _replicas(status.replicas).print(sys.stdout)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from autoglm_resume.observe.live import printable
+from autoglm_resume.output import printable
 
 NAME = 32
 """Characters up to which the first column is never folded."""
@@ -28,7 +28,7 @@ class Table:
 
     def add(self, *cells: object, style: str = "") -> None:
         """A row; None shows as nothing. `style` is a rich style such as `red`, for terminals."""
-        texts = ("" if cell is None else printable(str(cell), colors=False) for cell in cells)
+        texts = ("" if cell is None else printable(str(cell)) for cell in cells)
         self.rows.append((tuple(texts), style))
 
     def lines(self) -> list[str]:

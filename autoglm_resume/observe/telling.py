@@ -11,9 +11,9 @@ from typing import Any, TextIO
 
 from autoglm_resume.errors import UsageError
 from autoglm_resume.observe import status
-from autoglm_resume.observe.live import printable
 from autoglm_resume.observe.pure.explain import Explanation, Story, explain
 from autoglm_resume.observe.tables import width
+from autoglm_resume.output import printable
 from autoglm_resume.supervise.base.run_directory import RunDirectory
 
 _BOLD, _DIM, _RED, _GREEN, _RESET = (f"\x1b[{n}m" for n in (1, 2, 31, 32, 0))
@@ -101,7 +101,7 @@ def _styled(text: str, columns: int | None, indent: str, color: str) -> str:
 
 
 def _wrapped(text: str, columns: int | None, indent: str) -> str:
-    text = printable(text.replace("\n", "; "), colors=False)
+    text = printable(text.replace("\n", "; "))
     if columns is None:
         return indent + text
     return textwrap.fill(

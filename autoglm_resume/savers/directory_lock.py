@@ -8,11 +8,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from autoglm_resume import files
+from autoglm_resume import files, output
 
 
 @contextlib.contextmanager
@@ -43,7 +42,7 @@ def _locked(root: Path, how: int) -> Iterator[None]:
             fcntl.flock(fd, how | fcntl.LOCK_NB)
         except BlockingIOError:
             if how == fcntl.LOCK_EX:
-                print(f"autoglm: {root}: waiting for the last process's save", file=sys.stderr)
+                output.say(f"{root}: waiting for the last process's save")
             fcntl.flock(fd, how)
     try:
         yield

@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from autoglm_resume import linux
+from autoglm_resume import linux, output
 from autoglm_resume.checkpoint.format.ids import newest_first
 from autoglm_resume.checkpoint.replicas.mirror import committed, replicate
 from autoglm_resume.checkpoint.replicas.plan import (
@@ -202,7 +202,7 @@ def main() -> None:
     """
     if sys.argv[1] == "restore":
         root, run, *targets = sys.argv[2:]
-        print(json.dumps(give_back(Path(root), run, targets)))
+        output.document(give_back(Path(root), run, targets))
         return
     descriptor, supervisor, root, run, *targets = sys.argv[1:]
     control = socket.socket(fileno=int(descriptor))
@@ -216,4 +216,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    output.begin(noting=True)
     main()

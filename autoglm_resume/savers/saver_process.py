@@ -41,7 +41,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
-from autoglm_resume import events, linux
+from autoglm_resume import events, linux, output
 from autoglm_resume.checkpoint.format.ids import step_of
 from autoglm_resume.checkpoint.format.snapshot import Snapshot, from_slot
 from autoglm_resume.checkpoint.write import in_memory
@@ -336,4 +336,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    output.begin(noting=True)
     main(sys.argv[1:])

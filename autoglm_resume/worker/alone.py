@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import sys
 import uuid
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from autoglm_resume import events
+from autoglm_resume import events, output
 from autoglm_resume.checkpoint.format.ids import Branch
 from autoglm_resume.checkpoint.format.structure import Structure, combined
 from autoglm_resume.checkpoint.store.gate import Expectation, Verdict
@@ -154,9 +153,9 @@ def _repair(store: Store, run: RunBeside, id: str, digest: str | None) -> list[s
     answer = replicator.answer(store, run.replicas, run.id, request)
     files: list[str] = answer["files"]
     if files:
-        _print(f"{id} was damaged; replaced from a replica: {', '.join(files)}")
+        output.say(f"{id} was damaged; replaced from a replica: {', '.join(files)}")
     else:
-        _print(f"{id} is damaged, and no replica could repair it: {answer['reason']}")
+        output.say(f"{id} is damaged, and no replica could repair it: {answer['reason']}")
     return files
 
 
@@ -164,20 +163,16 @@ def _say(event: events.Event, /) -> None:
     """What a gatekeeper tells, to whoever reads the script's standard error."""
     match event:
         case events.WarningGiven(text=text):
-            _print(text)
+            output.say(text)
         case events.Quarantined(id=id, reason=reason):
-            _print(f"{id} was moved to quarantine, {reason}")
+            output.say(f"{id} was moved to quarantine, {reason}")
         case events.GatePassed(accepted=str(accepted), step=step):
             passed_over = [verdict for verdict in event.verdicts if not verdict.accepted]
             for verdict in passed_over:
                 if not verdict.corrupt:
-                    _print(f"{verdict.id} is left where it is, {verdict.reason}")
+                    output.say(f"{verdict.id} is left where it is, {verdict.reason}")
             if passed_over:
-                _print(f"going on from step {step}, checkpoint {accepted}")
-
-
-def _print(text: str) -> None:
-    print(f"autoglm: {text}", file=sys.stderr)
+                output.say(f"going on from step {step}, checkpoint {accepted}")
 
 
 def _token(run: RunBeside, *, only: bool) -> str:

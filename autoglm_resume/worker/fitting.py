@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from autoglm_resume import output
 from autoglm_resume.checkpoint.format import renaming
 from autoglm_resume.checkpoint.format.structure import Structure, differences
 from autoglm_resume.checkpoint.state.restore import RestoredPart
@@ -63,7 +63,7 @@ class Loading:
             *(f"  state of its parameters not loaded: {name}" for name in self.without_state),
             *(f"  not in the checkpoint, as the script made it: {n}" for n in self.absent),
         ]
-        print(f"autoglm: {id}: partly restored", *lines, sep="\n", file=sys.stderr, flush=True)
+        output.say("\n".join([f"{id}: partly restored", *lines]))
 
 
 def fitted(

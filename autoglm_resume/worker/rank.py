@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from autoglm_resume import events, files, linux
+from autoglm_resume import events, files, linux, output
 from autoglm_resume.errors import Interrupted
 from autoglm_resume.protocol.assignment import ASSIGNMENT, STACKS, Assignment, Source
 from autoglm_resume.protocol.heartbeats import Board, Phase
@@ -125,7 +125,9 @@ def record(assignment: Assignment, rank: int, error: BaseException) -> None:
     """
     trace = _script_part(error)
     lines = traceback.format_exception(type(error), error, trace)
-    print("".join(lines), file=sys.stderr, end="", flush=True)
+    with contextlib.suppress(OSError):  # of a full disk, whose story the record must not miss
+        sys.stderr.write("".join(lines))
+        sys.stderr.flush()
     record = {
         "rank": rank,
         "type": type(error).__name__,
@@ -163,7 +165,8 @@ def _exit_code(end: SystemExit) -> int:
         return 0
     if isinstance(end.code, int):
         return end.code & 0xFF
-    print(end.code, file=sys.stderr)
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"{end.code}\n")
     return 1
 
 
@@ -192,6 +195,7 @@ def _parent_of(pid: int) -> int:
 
 def main() -> None:
     """A rank in a process of its own: a cold start, or a child of torchrun."""
+    output.begin(noting=True)
     assignment = Assignment.load(Path(os.environ[ASSIGNMENT]))
     drop_own_path()
     parent = os.getppid()

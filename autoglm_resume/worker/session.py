@@ -10,7 +10,6 @@ It works unchanged under autoglm, under plain torchrun, and alone with python.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 
 import autoglm_resume
-from autoglm_resume import events
+from autoglm_resume import events, output
 from autoglm_resume.checkpoint.format import structure
 from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.state import capture
@@ -58,6 +57,7 @@ def init(
     (default every 300 s), and how many are kept.
     """
     spare.refuse_session()
+    output.fill_descriptors()  # before a pack is opened under the number of standard error
     assignment = Assignment.from_environment()
     if assignment is not None:
         return Session(settings.supervised(assignment), assignment)
@@ -306,7 +306,7 @@ class Session:
 
     def _stop(self) -> NoReturn:
         self._events.emit(events.Stopped(step=self._completed))
-        sys.stdout.flush()
+        output.flush()
         raise SystemExit(Interrupted.exit_code)
 
     def _find_pulse(self, assignment: Assignment | None) -> Pulse:

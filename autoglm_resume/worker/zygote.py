@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from autoglm_resume import linux
+from autoglm_resume import linux, output
 from autoglm_resume.protocol.assignment import Assignment, Source
 from autoglm_resume.protocol.own_path import drop_own_path
 from autoglm_resume.worker import imports
@@ -249,6 +249,7 @@ def _fork(supervisor: int, roles: Sequence[Role]) -> tuple[Role | None, list[int
 
 def main() -> None:
     """`python -m autoglm_resume.worker.zygote FD SUPERVISOR MODULE…`"""
+    output.begin(noting=True)  # in the ranks, too: a full disk costs lines of their logs
     control = socket.socket(fileno=int(sys.argv[1]))
     control.set_inheritable(False)
     supervisor = int(sys.argv[2])

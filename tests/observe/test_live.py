@@ -12,7 +12,7 @@ import pytest
 
 from autoglm_resume.events import read
 from autoglm_resume.observe import live
-from autoglm_resume.observe.live import Screen, printable
+from autoglm_resume.observe.live import Screen
 
 
 class Pipes:
@@ -121,30 +121,6 @@ def test_a_reader_that_does_not_read_never_blocks(monkeypatch: pytest.MonkeyPatc
 def test_bytes_that_are_no_text_are_shown_as_well_as_they_can(pipes: Pipes) -> None:
     pipes.screen.worker_line(0, b"\xff\xfe caf\xc3\xa9")
     assert pipes.read()[0] == "[rank 0] \ufffd\ufffd café\n"
-
-
-@pytest.mark.parametrize(
-    ("raw", "shown"),
-    [
-        ("plain", "plain"),
-        ("a\tb", "a\tb"),
-        ("\x1b[2J\x1b[Hboo", "boo"),
-        ("\x1b]0;title\x07text", "text"),
-        ("\x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\", "link"),
-        ("\x9b31mc1", "31mc1"),
-        ("bell\x07\x08\x00", "bell"),
-        ("\x1bcreset", "reset"),
-        (" 10%|█\r 20%|██\r", " 20%|██"),
-        ("\x1b[31mred\x1b[0m", "red"),
-        ("cut \x1b[3", "cut "),
-    ],
-)
-def test_control_sequences_do_not_reach_the_terminal(raw: str, shown: str) -> None:
-    assert printable(raw, colors=False) == shown
-
-
-def test_colours_of_the_ranks_are_kept_and_ended() -> None:
-    assert printable("\x1b[31mred\x1b[2J", colors=True) == "\x1b[31mred\x1b[0m"
 
 
 def test_the_live_line_stays_at_the_bottom_and_fits(terminal: Pipes) -> None:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -90,15 +89,3 @@ def test_a_run_that_could_not_start_has_no_report(
     with pytest.raises(ValueError, match="no"):
         fail()
     assert capsys.readouterr().out == ""
-
-
-def test_nobody_reading_the_report_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    run = directory(tmp_path / "demo", killed_once().events)
-    with os.fdopen(writer, "w") as stream:
-        monkeypatch.setattr("sys.stdout", stream)
-        with report.afterwards(run, Screen(), json=False):
-            pass

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from autoglm_resume import events
+from autoglm_resume import events, output
 from autoglm_resume.checkpoint.format.ids import step_of
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.state.capture import CapturedState, Identity
@@ -134,8 +133,7 @@ class SaveManager:
             self._events.emit(
                 events.PartFailed(id=outcome.id, step=step_of(outcome.id), reason=outcome.reason)
             )
-        with contextlib.suppress(OSError):  # the log may be on the same full disk
-            print(f"autoglm: {outcome.reason}; training goes on", file=sys.stderr)
+        output.say(f"{outcome.reason}; training goes on")
 
     def _warn(self, reason: str) -> None:
         if reason and not self._warned:
