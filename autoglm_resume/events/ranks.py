@@ -162,3 +162,5 @@ class Stopped(OfRank):
     """It has saved and stops, as asked."""
 
     step: int | None = None
+    unsaved: str = unsaid("")
+    """Why its state could not be saved, if so."""

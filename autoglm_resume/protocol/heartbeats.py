@@ -196,6 +196,11 @@ class Board:
             raise ValueError(f"{path} is not a heartbeat board")
         return cls(memory, world_size, fd)
 
+    @classmethod
+    def join(cls, path: str | None, world_size: int) -> Board:
+        """That at `path`, or, without one, a board that nobody looks at."""
+        return cls.create(world_size)[0] if path is None else cls.open(Path(path))
+
     def beat(self, rank: int) -> Beat:
         """The last beat of `rank`, also after its death."""
         values = self._beats[rank].read()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import time
 import uuid
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -180,10 +181,11 @@ def _token(run: RunBeside, *, only: bool) -> str:
     branch, and newer than what they left at the same step.
     """
     if only:
-        word = uuid.uuid4().hex
+        # By the time: what this launch saves at the step that it began with is newer than that.
+        word = f"{time.time_ns() // 1_000_000:012x}{uuid.uuid4().hex[:4]}"
     else:
         names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
         launch = "/".join(os.environ.get(name, "") for name in names)
-        word = uuid.uuid5(uuid.NAMESPACE_OID, launch).hex
+        word = uuid.uuid5(uuid.NAMESPACE_OID, launch).hex[:8]
     attempt = max(run.attempts, *(branch.attempt for branch in run.branches), 0)
-    return f"a{attempt}x{word[:8]}" if run.id else f"x{word[:8]}"
+    return f"a{attempt}x{word}" if run.id else f"x{word}"

@@ -11,6 +11,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from autoglm_resume.events import ModulesImported
+
 RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK")
 _asked: list[str] = []
 _HERE = str(Path(__file__).parents[1]) + os.sep
@@ -64,6 +66,13 @@ def own_since_start() -> list[str]:
     Only a process that is made anew for every attempt may import these ahead of it.
     """
     return [name for name in list(sys.modules) if name not in _known and _own_file(name)]
+
+
+def said(*, staged: bool) -> ModulesImported:
+    """All of them; `staged`: the script can become a spare."""
+    return ModulesImported(
+        modules=tuple(imported_since_start()), own=tuple(own_since_start()), staged=staged
+    )
 
 
 def own_files() -> list[str]:

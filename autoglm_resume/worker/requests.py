@@ -14,7 +14,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch.distributed as dist
 
+from autoglm_resume.protocol.assignment import Assignment
 from autoglm_resume.protocol.heartbeats import Pulse
+from autoglm_resume.worker.base.settings import Settings
 
 
 class Due(NamedTuple):
@@ -30,6 +32,15 @@ class Requests(Protocol):
     def at(self, completed: int) -> Due:
         """What is due after `completed` steps."""
         ...
+
+
+def find(pulse: Pulse, settings: Settings, assignment: Assignment | None) -> Requests:
+    """From whom this rank hears them."""
+    if assignment is not None:
+        return FromSupervisor(pulse, settings.rank)
+    if settings.world_size > 1 and dist.is_initialized():
+        return FromRankZero(settings.rank, settings.every_seconds)
+    return FromClock(settings.every_seconds if settings.world_size == 1 else None)
 
 
 class FromSupervisor:

@@ -10,17 +10,17 @@ It works unchanged under autoglm, under plain torchrun, and alone with python.
 
 from __future__ import annotations
 
+import atexit
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
 import autoglm_resume
 from autoglm_resume import events, output
 from autoglm_resume.checkpoint.format import structure
-from autoglm_resume.checkpoint.format.ids import checkpoint_id
+from autoglm_resume.checkpoint.format.ids import again, checkpoint_id, newer
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write import part_writer
@@ -30,12 +30,20 @@ from autoglm_resume.errors import (
     UsageError,
 )
 from autoglm_resume.protocol.assignment import Assignment, ResumePoint
-from autoglm_resume.protocol.heartbeats import Board, Phase, Pulse
-from autoglm_resume.worker import alone, fitting, hooks, imports, restoring, spare
+from autoglm_resume.protocol.heartbeats import Board, Phase
+from autoglm_resume.worker import (
+    alone,
+    fitting,
+    hooks,
+    imports,
+    leaving,
+    requests,
+    restoring,
+    spare,
+)
 from autoglm_resume.worker.base import settings
 from autoglm_resume.worker.base.event_log import EventLog
 from autoglm_resume.worker.figures import Figures
-from autoglm_resume.worker.requests import FromClock, FromRankZero, FromSupervisor, Requests
 from autoglm_resume.worker.saving.save_manager import SaveManager
 from autoglm_resume.worker.tracked import TrackedObjects
 
@@ -77,10 +85,20 @@ class Session:
         self._resumed = False
         self._stepped = False
         self._saved_step = -1
+        self._again = 0
+        """Saves that were begun at this step before."""
+        self._planned = -1
+        """Steps that the script has asked `steps` for."""
+        self._updates = leaving.Updates()
+        self._loop = leaving.Loop()
+        self._wanted = False
+        """Whether the script wants a save once this step is complete."""
         self._lineage: tuple[str, ...] = ()
-        self._requests: Requests | None = None
+        self._requests: requests.Requests | None = None
         self._events = EventLog(assignment.events(chosen.rank) if assignment else None, chosen.rank)
-        self._pulse = self._find_pulse(assignment)
+        self._pulse = Board.join(assignment.board if assignment else None, chosen.world_size).pulse(
+            chosen.rank
+        )
         self._figures = Figures(self._pulse, chosen.bounds)
         self._pulse.phase(Phase.START)
 
@@ -130,7 +148,9 @@ class Session:
         if self._assignment is None:
             self._settings = alone.agreed(self._settings, self._structure)
         self._saves = SaveManager(self._settings, self._assignment, self._events, self._pulse)
-        self._requests = self._find_requests()
+        if self._assignment is None:
+            atexit.register(self._last_word)
+        self._requests = requests.find(self._pulse, self._settings, self._assignment)
         point = self._settings.resume
         if point is not None:
             self._restore(point)
@@ -138,83 +158,152 @@ class Session:
         return self._completed
 
     def steps(self, total: int) -> Iterator[int]:
-        """Yield the steps still to run, up to `total`, and save at the end.
+        """Yield the steps still to run, up to `total` of the whole run, and save at the end.
 
-        When the run is asked to stop, the iteration saves and ends the process with exit code 75.
+        A loop that is left by `break` or `return` is at its end, too: what it did is saved. When
+        the run is asked to stop, the iteration saves and ends the process with exit code 75.
+        Raises UsageError where `total` was asked for before and is complete.
         """
         start = self.resume()
-        self._events.emit(events.StepsPlanned(total=total))
-        for step in range(start, total):
-            yield step
-            self.step_done(step)
+        self._plan(total)
+        try:
+            for step in range(start, total):
+                self._loop.enter(step, sys._getframe(1))
+                yield step
+                self._loop.left()
+                if self._completed <= step:
+                    self.step_done(step)
+        except GeneratorExit:
+            if not sys.is_finalizing() and leaving.regularly(sys._getframe(1)):
+                self._leave()
+            self._loop.left()
+            raise
         # Without its last checkpoint the run would count as finished and its result be lost.
         if (failure := self._save_for_certain()) is not None:
             raise failure
-        self._pulse.phase(Phase.DONE)
-        self._events.emit(events.Finished(step=self._completed))
+        self._finish()
 
-    def step_done(
-        self, step: int, *, loss: Any | None = None, grad_norm: Any | None = None
-    ) -> None:
+    def step_done(self, step: int, **figures: Any | None) -> None:
         """Say that `step` (counted from 0) is complete; saves if the job's policy says so."""
         if not self._resumed:
             raise UsageError("call session.resume() before the first session.step_done()")
-        if loss is not None or grad_norm is not None:
-            self.report(loss=loss, grad_norm=grad_norm)
+        if figures:
+            self.report(**figures)
+        self._complete(step)
+        assert self._requests is not None
+        due = self._requests.at(self._completed)
+        every = self._settings.checkpoint.every_steps
+        wanted, self._wanted = self._wanted, False
+        if due.stop:
+            self._stop(self._save_for_certain())
+        regular = every is not None and self._completed % every == 0
+        if due.save or wanted or (regular and self._saves.due(self._completed)):
+            self._save()
+
+    def report(self, **figures: Any | None) -> None:
+        """Say what this step is like: numbers or one-element tensors, under any name.
+
+        They are saved with the step, and `checkpoint.keep.best` ranks by them; `loss` and
+        `grad_norm` are shown in the heartbeat, too. Reading a tensor on a device waits for the
+        device, so that happens once a second at most. Raises UsageError for what is no figure, and
+        LossDiverged when losses leave the bounds of the job's `guards`.
+        """
+        self._figures.report(figures)
+
+    def save(self) -> bool:
+        """Save now, after the last completed step; every rank must call it at the same step.
+
+        Returns whether the save is under way: it goes on beside the training, and a run whose last
+        save fails is not complete. Without a supervisor, which sees to that, it returns when it is
+        saved. What is there is saved though the step was before: it may have been changed since.
+        Within a step of `steps` the save begins when the step is complete. Raises UsageError where
+        an optimizer has stepped since the last `step_done`: that would be the state of no step.
+        """
+        if not self._resumed:
+            raise UsageError("call session.resume() before session.save()")
+        if self._loop.has(sys._getframe(1)):
+            self._wanted = True
+            return True
+        self._end_of_loop()
+        if self._updates.seen:
+            raise UsageError(
+                "session.save(): an optimizer has stepped since the last session.step_done(): a "
+                f"checkpoint of step {self._completed} would hold more than that",
+                hint="call session.step_done(step) first, then session.save()",
+            )
+        self._figures.of_state()
+        if self._saved_step == self._completed and not self._renewed():
+            return False
+        self._save()
+        return self._saves.failure(self._id(), wait=self._assignment is None) is None
+
+    def _plan(self, total: int) -> None:
+        if total <= min(self._planned, self._completed):
+            raise UsageError(
+                f"session.steps({total}) was called before, and all its steps are complete: the "
+                "total counts the steps of the whole run",
+                hint=f"for {total} steps in each epoch: session.steps((epoch + 1) * {total})",
+            )
+        if self._planned < 0 and total < self._completed:
+            text = f"session.steps({total}): the checkpoint is of step {self._completed} already"
+            self._events.emit(events.WarningGiven(text=text))
+            if self._assignment is None:
+                output.say(text)
+        self._planned = max(self._planned, total)
+        self._events.emit(events.StepsPlanned(total=self._planned))
+
+    def _complete(self, step: int) -> None:
+        """`step` is: everything that follows but for saves."""
         for sampler in self._tracked.samplers:
             sampler.advance()
         self._figures.step_done()
+        self._updates.step_done()
+        self._again = 0
         self._completed = completed = step + 1
         self._pulse.completed(completed)
         if not self._stepped:
             self._stepped = True
             self._events.emit(events.FirstStep(step=completed))
             if self.rank == 0:
-                self._events.emit(
-                    events.ModulesImported(
-                        modules=tuple(imports.imported_since_start()),
-                        own=tuple(imports.own_since_start()),
-                        staged=spare.staged,
-                    )
-                )
+                self._events.emit(imports.said(staged=spare.staged))
             self._saves.prepare(self._tracked.state, self._identity())
         self._saves.take_in()
-        assert self._requests is not None
-        due = self._requests.at(completed)
-        every = self._settings.checkpoint.every_steps
-        if due.stop:
-            self._save_for_certain()
-            self._stop()
-        elif due.save or (
-            every is not None and completed % every == 0 and self._saves.due(completed)
-        ):
-            self._save()
 
-    def report(self, *, loss: Any | None = None, grad_norm: Any | None = None) -> None:
-        """Show figures of this step in the heartbeat; numbers or one-element tensors.
+    def _finish(self) -> None:
+        self._pulse.phase(Phase.DONE)
+        self._events.emit(events.Finished(step=self._completed))
 
-        Reading a tensor on a device waits for the device, so that happens once a second at most.
-        Raises LossDiverged when losses leave the bounds of the job's `guards`.
-        """
-        self._figures.report(loss, grad_norm)
+    def _end_of_loop(self) -> None:
+        """The script has left its loop, within a step that may be complete."""
+        self._wanted = False
+        if self._loop.step is not None and self._updates.complete:
+            self._complete(self._loop.step)
+        self._loop.left()
 
-    def save(self) -> bool:
-        """Save now, after the last completed step; every rank must call it at the same step.
-
-        Waits for the save before, and returns whether this one is under way: it goes on beside
-        the training. One that fails later is reported, and the older checkpoint stays the latest.
-        """
-        if not self._resumed:
-            raise UsageError("call session.resume() before session.save()")
-        self._save()
-        return self._saves.failure(self._id()) is None
+    def _leave(self) -> None:
+        """The loop was left by the script's own will: that is the end of the training."""
+        self._end_of_loop()
+        # A failure would go nowhere from here; without a checkpoint the run will not be complete.
+        if self._completed and self._save_for_certain() is None:
+            self._finish()
 
     def _training_forward(self) -> None:
         if self._resumed:
             self._saves.start_copy()
 
     def _id(self) -> str:
-        return checkpoint_id(self._completed, self._settings.token)
+        return checkpoint_id(self._completed, again(self._settings.token, self._again))
+
+    def _renewed(self) -> bool:
+        """Whether what is saved next has a name of its own, though this step was saved before."""
+        last = self._lineage[0]
+        if self._id() == last:
+            self._again += 1
+        if newer(self._id(), last):
+            self._saved_step = -1
+            return True
+        output.say(f"{last} cannot be followed by {self._id()}: not saved")
+        return False
 
     def _save(self) -> None:
         if self._saved_step == self._completed:
@@ -304,21 +393,15 @@ class Session:
             )
         )
 
-    def _stop(self) -> NoReturn:
-        self._events.emit(events.Stopped(step=self._completed))
+    def _last_word(self) -> None:
+        """At the end of a process without a supervisor, which would say it."""
+        kept = self._saves.kept()
+        if kept < self._completed:
+            text = f"steps {kept + 1} to {self._completed} are in no checkpoint"
+            output.say(text)
+
+    def _stop(self, failure: part_writer.SaveFailed | None) -> NoReturn:
+        unsaved = failure.message if failure else ""
+        self._events.emit(events.Stopped(step=self._completed, unsaved=unsaved))
         output.flush()
         raise SystemExit(Interrupted.exit_code)
-
-    def _find_pulse(self, assignment: Assignment | None) -> Pulse:
-        if assignment is None:
-            board, _ = Board.create(self.world_size)
-        else:
-            board = Board.open(Path(assignment.board))
-        return board.pulse(self.rank)
-
-    def _find_requests(self) -> Requests:
-        if self._assignment is not None:
-            return FromSupervisor(self._pulse, self.rank)
-        if self.world_size > 1 and torch.distributed.is_initialized():
-            return FromRankZero(self.rank, self._settings.every_seconds)
-        return FromClock(self._settings.every_seconds if self.world_size == 1 else None)

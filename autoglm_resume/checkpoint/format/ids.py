@@ -31,6 +31,11 @@ def checkpoint_id(step: int, token: str) -> str:
     return name
 
 
+def again(token: str, count: int) -> str:
+    """The token of what is saved once more at the same step; with a larger `count` it is newer."""
+    return f"{token}{'' if 'x' in token else 'x'}{count:04x}" if count else token
+
+
 def is_id(name: str) -> bool:
     """Whether `name` is a checkpoint id."""
     return _ID.match(name) is not None

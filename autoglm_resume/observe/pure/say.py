@@ -222,8 +222,9 @@ def _of_attempts(event: Event) -> str:
         case events.StateRestored(rank=0 | None, step=step, memory=memory):
             source = " from memory" if memory else ""
             return f"restored step {_or_unknown(step)}{source} in {seconds(event.seconds)}"
-        case events.Stopped(rank=0 | None, step=step):
-            return f"stopped after step {_or_unknown(step)}"
+        case events.Stopped(rank=0 | None, step=step, unsaved=unsaved):
+            after = f"stopped after step {_or_unknown(step)}"
+            return f"{after}, which was not saved: {short(unsaved)}" if unsaved else after
         case events.Straggler(rank=rank, ratio=ratio):
             much = "" if ratio is None else f" {ratio:.1f} times"
             return f"rank {_or_unknown(rank)} is{much} slower than its peers"

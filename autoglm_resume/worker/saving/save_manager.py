@@ -36,6 +36,7 @@ class SaveManager:
         self._direct: PartWriter | None = None
         self._stager: Stager | None = None
         self._failures: dict[str, SaveFailed] = {}
+        self._kept = settings.resume.step if settings.resume else 0
         self._warned = False
         if settings.checkpoint.memory:
             name = assignment.savers[settings.rank] if assignment else None
@@ -104,6 +105,11 @@ class SaveManager:
             self.take_in()
         return self._failures.get(id)
 
+    def kept(self) -> int:
+        """The newest step whose state this rank has saved, or began with, when that is certain."""
+        self.failure("", wait=True)
+        return self._kept
+
     def _save_directly(self, state: CapturedState, identity: Identity, began: float) -> None:
         if self._direct is None:
             self._direct = PartWriter(self._store, self._settings.checkpoint.options, share=False)
@@ -115,6 +121,7 @@ class SaveManager:
             except SaveFailed as error:
                 self._conclude(SaveOutcome(identity.id, False, str(error)))
                 return
+            self._conclude(SaveOutcome(identity.id, True))
             blocked = time.monotonic() - began
             housekeeping.announce(self._events.emit, saved, began=began, blocked=blocked)
             self._direct.forget_memory()
@@ -126,6 +133,7 @@ class SaveManager:
 
     def _conclude(self, outcome: SaveOutcome) -> None:
         if outcome.ok:
+            self._kept = max(self._kept, step_of(outcome.id))
             return
         failure = SaveFailed(outcome.reason)
         self._failures[outcome.id] = failure

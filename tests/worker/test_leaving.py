@@ -1,0 +1,261 @@
+"""How a script leaves the loop over its steps, and what is saved then: alone, one process."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import autoglm_resume as autoglm
+from autoglm_resume.checkpoint.format.ids import step_of
+from autoglm_resume.errors import UsageError
+from tests.worker.alone import checkpoints, end_process, lonely
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path) -> Iterator[None]:
+    with lonely(tmp_path):
+        yield
+
+
+class Training:
+    """A parameter that every step makes larger by one, by an optimizer or without."""
+
+    def __init__(self, *, by_hand: bool = False, **options: Any) -> None:
+        self.model = torch.nn.Linear(1, 1)
+        torch.nn.init.zeros_(self.model.bias)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
+        self.by_hand = by_hand
+        self.session = autoglm.init(checkpoint_dir="ckpt", **options)
+        self.session.track(model=self.model, optimizer=self.optimizer)
+
+    def step(self) -> None:
+        if self.by_hand:
+            self.model.bias.data += 1
+        else:
+            self.model.bias.grad = torch.tensor([-1.0])
+            self.optimizer.step()
+
+    def steps(self, total: int = 9) -> Iterator[int]:
+        return self.session.steps(total)
+
+
+def saved() -> tuple[int, float]:
+    """Step of the newest checkpoint, and the updates that it holds."""
+    (newest, *_) = reversed(checkpoints())
+    training = Training()
+    training.session.resume()
+    assert training.session.step == step_of(newest)
+    return training.session.step, training.model.bias.item()
+
+
+def wrapped(steps: Iterator[int]) -> Iterator[int]:
+    """As tqdm does it."""
+    for step in steps:  # noqa: UP028
+        yield step
+
+
+def breaks(training: Training) -> None:
+    for step in training.steps():
+        training.step()
+        if step == 3:
+            break
+
+
+def breaks_at_the_top(training: Training) -> None:
+    for step in training.steps():
+        if step == 4:
+            break
+        training.step()
+
+
+def returns(training: Training) -> int | None:
+    for step in wrapped(training.steps()):
+        training.step()
+        if step == 3:
+            return step
+    return None
+
+
+def breaks_out_of_more(training: Training) -> None:
+    with contextlib.nullcontext():
+        for number, (step, _) in enumerate(zip(training.steps(), range(100), strict=False)):
+            try:
+                training.step()
+                if number == 3:
+                    break
+            finally:
+                assert step < 4
+
+
+def has_no_more_data(training: Training) -> None:
+    for _, _ in zip(training.steps(), range(4), strict=False):
+        training.step()
+
+
+def has_no_more_data_first(training: Training) -> None:
+    for _, _ in zip(range(4), training.steps(), strict=False):
+        training.step()
+
+
+def takes_a_slice(training: Training) -> None:
+    for _ in itertools.islice(training.steps(), 4):
+        training.step()
+
+
+def comes_to_the_end(training: Training) -> None:
+    for _ in training.steps(4):
+        training.step()
+
+
+def saves_after_a_loop_whose_iterator_it_holds(training: Training) -> None:
+    steps = training.steps()
+    bar = wrapped(steps)
+    for step in bar:
+        training.step()
+        if step == 3:
+            break
+    assert training.session.save()
+
+
+def saves_after_a_loop_left_at_the_top_whose_iterator_it_holds(training: Training) -> None:
+    steps = training.steps()
+    for step in steps:
+        if step == 4:
+            break
+        training.step()
+    assert training.session.save()
+
+
+def goes_on_by_itself_and_saves(training: Training) -> None:
+    for step in training.steps():
+        if step == 2:
+            break
+        training.step()
+    for step in range(training.session.step, 4):
+        training.step()
+        training.session.step_done(step)
+    assert training.session.save()
+
+
+ENDS = [
+    breaks,
+    breaks_at_the_top,
+    returns,
+    breaks_out_of_more,
+    has_no_more_data,
+    has_no_more_data_first,
+    takes_a_slice,
+    comes_to_the_end,
+    saves_after_a_loop_whose_iterator_it_holds,
+    saves_after_a_loop_left_at_the_top_whose_iterator_it_holds,
+    goes_on_by_itself_and_saves,
+]
+
+
+@pytest.mark.parametrize("end", ENDS, ids=lambda end: end.__name__)
+def test_however_a_script_ends_its_loop_it_has_saved_what_it_did(
+    end: Callable[[Training], object], capfd: pytest.CaptureFixture[str]
+) -> None:
+    end(Training())
+    assert saved() == (4, 4.0)
+    assert "in no checkpoint" not in capfd.readouterr().err
+
+
+def test_updates_without_an_optimizer_are_told_by_those_before() -> None:
+    breaks(Training(by_hand=True))
+    assert saved() == (4, 4.0)
+
+
+def test_what_was_saved_by_a_break_is_where_the_next_process_goes_on() -> None:
+    breaks(Training())
+    end_process()
+    comes_to_the_end(again := Training())
+    assert again.session.step == 4
+    end_process()
+    training = Training()
+    assert list(training.steps(6)) == [4, 5]
+
+
+def test_a_loop_that_is_left_before_anything_is_done_leaves_no_checkpoint() -> None:
+    for _ in Training().steps():
+        break
+    assert checkpoints() == []
+
+
+def leaves_by_an_exception(training: Training) -> None:
+    with contextlib.suppress(ValueError):
+        for step in wrapped(training.steps()):
+            training.step()
+            if step == 3:
+                raise ValueError
+
+
+def exits(training: Training) -> None:
+    with contextlib.suppress(SystemExit):
+        for step in training.steps():
+            training.step()
+            if step == 3:
+                raise SystemExit(0)
+
+
+def forgets_to_save(training: Training) -> None:
+    for step in range(training.session.resume(), 3):
+        training.step()
+        training.session.step_done(step)
+
+
+@pytest.mark.parametrize("end", [leaves_by_an_exception, exits, forgets_to_save])
+def test_what_is_in_no_checkpoint_is_said_at_the_end(
+    end: Callable[[Training], object], capfd: pytest.CaptureFixture[str]
+) -> None:
+    end(Training())
+    assert checkpoints() == []
+    assert "autoglm: steps 1 to 3 are in no checkpoint" in capfd.readouterr().err
+
+
+def test_the_steps_of_one_epoch_asked_for_again_are_refused_with_what_was_meant() -> None:
+    training = Training()
+    for _ in training.steps(4):
+        training.step()
+    with pytest.raises(UsageError, match=r"session\.steps\(4\) was called before") as caught:
+        next(training.steps(4))
+    assert "session.steps((epoch + 1) * 4)" in caught.value.hint
+    assert saved() == (4, 4.0)
+
+
+def test_a_training_in_phases_goes_on_in_whichever_it_was() -> None:
+    def train() -> list[int]:
+        training = Training()
+        return [step for total in (2, 4, 6) for step in training.steps(total)]
+
+    assert train() == [0, 1, 2, 3, 4, 5]
+    end_process()
+    assert train() == []
+
+
+def test_an_epoch_that_is_left_goes_on_where_it_was() -> None:
+    training, seen = Training(), []
+    for _ in range(3):
+        for step in training.steps(6):
+            training.step()
+            seen.append(step)
+            if step % 2:
+                break
+    assert seen == [0, 1, 2, 3, 4, 5]
+    assert saved() == (6, 6.0)
+
+
+def test_a_total_that_is_less_than_what_was_trained_is_said(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    comes_to_the_end(Training())
+    end_process()
+    assert list(Training().steps(3)) == []
+    said = capfd.readouterr().err
+    assert "autoglm: session.steps(3): the checkpoint is of step 4 already" in said
