@@ -15,6 +15,8 @@ from typing import Any
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from autoglm_resume.errors import UsageError
+
 _NEXT = "FOR_ITER"
 _REGULAR = frozenset({"POP_TOP", "POP_ITER", "END_FOR", _NEXT})
 """What a frame is doing that drops the iterator of a loop by `break` or `return`, or because
@@ -29,8 +31,28 @@ class Loop:
 
     def __init__(self) -> None:
         self.step: int | None = None
+        self._planned = -1
+        """Steps that the script has asked for so far."""
         self._at: tuple[CodeType | None, int] = (None, -1)
         self._bodies: list[tuple[CodeType, range]] = []
+
+    def plan(self, total: int, completed: int) -> str:
+        """The script asks for the steps up to `total`; returns what is odd about that, if anything.
+
+        Raises UsageError where it asked for them before, and all are complete.
+        """
+        if total <= min(self._planned, completed):
+            raise UsageError(
+                f"session.steps({total}) was called before, and all its steps are complete: the "
+                "total counts the steps of the whole run",
+                hint=f"for {total} steps in each epoch: session.steps((epoch + 1) * {total})",
+            )
+        # Later ones may be the phases of a training that was resumed in the last of them.
+        odd = self._planned < 0 and total < completed
+        self._planned = max(self._planned, total)
+        return (
+            f"session.steps({total}): the checkpoint is of step {completed} already" if odd else ""
+        )
 
     def enter(self, step: int, asked: FrameType | None) -> None:
         """The body of the loop begins with `step`, for which the frame `asked` has asked."""

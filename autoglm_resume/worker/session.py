@@ -87,8 +87,6 @@ class Session:
         self._saved_step = -1
         self._again = 0
         """Saves that were begun at this step before."""
-        self._planned = -1
-        """Steps that the script has asked `steps` for."""
         self._updates = leaving.Updates()
         self._loop = leaving.Loop()
         self._wanted = False
@@ -165,7 +163,11 @@ class Session:
         Raises UsageError where `total` was asked for before and is complete.
         """
         start = self.resume()
-        self._plan(total)
+        if odd := self._loop.plan(total, start):
+            self._events.emit(events.WarningGiven(text=odd))
+            if self._assignment is None:
+                output.say(odd)
+        self._events.emit(events.StepsPlanned(total=total))
         try:
             for step in range(start, total):
                 self._loop.enter(step, sys._getframe(1))
@@ -236,21 +238,6 @@ class Session:
             return False
         self._save()
         return self._saves.failure(self._id(), wait=self._assignment is None) is None
-
-    def _plan(self, total: int) -> None:
-        if total <= min(self._planned, self._completed):
-            raise UsageError(
-                f"session.steps({total}) was called before, and all its steps are complete: the "
-                "total counts the steps of the whole run",
-                hint=f"for {total} steps in each epoch: session.steps((epoch + 1) * {total})",
-            )
-        if self._planned < 0 and total < self._completed:
-            text = f"session.steps({total}): the checkpoint is of step {self._completed} already"
-            self._events.emit(events.WarningGiven(text=text))
-            if self._assignment is None:
-                output.say(text)
-        self._planned = max(self._planned, total)
-        self._events.emit(events.StepsPlanned(total=self._planned))
 
     def _complete(self, step: int) -> None:
         """`step` is: everything that follows but for saves."""
