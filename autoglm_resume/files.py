@@ -26,7 +26,9 @@ def sync_directory(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path, *, replace: bool = True, durable: bool = True) -> Iterator[BinaryIO]:
+def writing(
+    path: Path, *, replace: bool = True, durable: bool = True, private: bool = False
+) -> Iterator[BinaryIO]:
     """Yield a file that becomes `path` when the block ends, and vanishes if it raises.
 
     With `durable=False` it survives the death of this process but not of the machine, and a busy
@@ -34,11 +36,14 @@ def writing(path: Path, *, replace: bool = True, durable: bool = True) -> Iterat
 
     With `replace=False` an existing `path` wins and FileExistsError is raised: a hard link,
     unlike a rename, cannot overwrite.
+
+    A `private` file is its owner's alone, from the first byte on; others are as the umask says.
     """
     # A pid alone is not unique where containers share a disk.
     temporary = path.with_name(f"{TEMPORARY}{os.urandom(4).hex()}-{path.name}")
     try:
-        with temporary.open("wb") as file:
+        mode = 0o600 if private else 0o666
+        with open(temporary, "xb", opener=lambda path, flags: os.open(path, flags, mode)) as file:
             yield file
             file.flush()
             if durable:
@@ -56,9 +61,16 @@ def writing(path: Path, *, replace: bool = True, durable: bool = True) -> Iterat
         sync_directory(path.parent)
 
 
-def write(path: Path, data: bytes, *, replace: bool = True, durable: bool = True) -> None:
-    """Write `data` to `path` so that a crash leaves the old content or the new."""
-    with writing(path, replace=replace, durable=durable) as file:
+def write(
+    path: Path,
+    data: bytes,
+    *,
+    replace: bool = True,
+    durable: bool = True,
+    private: bool = False,
+) -> None:
+    """Write `data` to `path` so that a crash leaves the old content or the new; see `writing`."""
+    with writing(path, replace=replace, durable=durable, private=private) as file:
         file.write(data)
 
 

@@ -22,6 +22,21 @@ def test_a_file_appears_whole_and_nothing_else_does(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a"]
 
 
+@pytest.mark.parametrize(("umask", "usual"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_a_file_is_as_the_umask_says_and_a_private_one_its_owners(
+    tmp_path: Path, umask: int, usual: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        files.write(tmp_path / "usual", b"")
+        with files.writing(tmp_path / "private", private=True) as file:
+            assert os.fstat(file.fileno()).st_mode & 0o777 == 0o600, "from the first byte on"
+    finally:
+        os.umask(before)
+    assert (tmp_path / "usual").stat().st_mode & 0o777 == usual
+    assert (tmp_path / "private").stat().st_mode & 0o777 == 0o600
+
+
 def test_the_old_content_stays_until_the_block_ends(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"old")

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from autoglm_resume.records import Record, unsaid
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_FOR_PEOPLE = frozenset({"reason", "summary", "text", "traceback", "evidence", "tail"})
+"""Fields that nothing is concluded from."""
 
 
 class Event(Record):
@@ -27,6 +33,17 @@ class Event(Record):
         if name is not None:
             cls.event = name or re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
             TABLE[cls.event] = cls
+
+    def worded(self, change: Callable[[str], str]) -> Self:
+        """The same, with `change` made to every text that is for people only."""
+        changed: dict[str, Any] = {}
+        for name in _FOR_PEOPLE & vars(self).keys():
+            value = getattr(self, name)
+            if isinstance(value, str):
+                changed[name] = change(value)
+            elif isinstance(value, tuple):
+                changed[name] = tuple(change(v) if isinstance(v, str) else v for v in value)
+        return self.but(**changed) if changed else self
 
 
 TABLE: dict[str, type[Event]] = {}

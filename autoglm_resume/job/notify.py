@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from autoglm_resume.job.fields import Text, as_list, expected, one_of, problem
-from autoglm_resume.job.secret import mask
 from autoglm_resume.job.section import Section
 
 Occasion = Literal[
@@ -75,12 +74,3 @@ class Notice(Section):
                 else "webhook and command are both given: make two entries of them"
             )
         return command
-
-
-def without_secrets(dumped: dict[str, Any]) -> dict[str, Any]:
-    """A dumped job as it may be shown and journaled."""
-    notices = [
-        {**notice, "webhook": mask(notice["webhook"])} if notice.get("webhook") else notice
-        for notice in dumped["notify"]
-    ]
-    return {**dumped, "notify": notices}

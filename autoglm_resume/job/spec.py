@@ -18,7 +18,7 @@ from pydantic import (
 )
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
-from autoglm_resume.job import units
+from autoglm_resume.job import secret, units
 from autoglm_resume.job.answers import On, Window
 from autoglm_resume.job.checkpoint import Checkpoint
 from autoglm_resume.job.fields import (
@@ -40,7 +40,7 @@ from autoglm_resume.job.fields import (
     one_of,
     problem,
 )
-from autoglm_resume.job.notify import Notice, without_secrets
+from autoglm_resume.job.notify import Notice
 from autoglm_resume.job.section import Section
 
 
@@ -299,7 +299,7 @@ def dump(job: Job) -> dict[str, Any]:
 
 def shown(job: Job) -> dict[str, Any]:
     """`dump`, less what nobody should read in a journal or on a screen."""
-    return without_secrets(dump(job))
+    return secret.shown(dump(job))
 
 
 def sections() -> dict[tuple[str, ...], tuple[str, ...]]:

@@ -69,8 +69,17 @@ class Recipient:
         """Queue a message, if it wants it."""
         if told.on in self.on:
             with self._changed:
-                self._waiting.append(json.dumps(told.body).encode())
+                self._waiting.append(json.dumps(self._safe(told.body)).encode())
                 self._changed.notify()
+
+    def _safe(self, body: dict[str, Any]) -> dict[str, Any]:
+        """What an exception says must neither turn a terminal's text nor ring a whole channel."""
+        plain = {k: output.lines(v) if isinstance(v, str) else v for k, v in body.items()}
+        if self._webhook is not None:
+            # https://api.slack.com/reference/surfaces/formatting: `<!channel>` is a mention.
+            for character, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
+                plain["text"] = plain["text"].replace(character, entity)
+        return plain
 
     def end(self, deadline: float) -> None:
         """Deliver what is left until monotonic time `deadline`, then no more."""

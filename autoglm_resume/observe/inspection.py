@@ -135,7 +135,7 @@ def expectation(run: RunDirectory | None) -> Expectation | None:
 
     journal = run.events()
     world = next((e.world_size for e in journal if isinstance(e, RunStarted)), None)
-    job = run.job()
+    job = run.shown_job()
     guards, checkpoint = job.get("guards") or {}, job.get("checkpoint") or {}
     size = guards.get("world_size", "strict")
     past = history.recall(journal)
@@ -212,7 +212,7 @@ def _run_of(root: Path) -> RunDirectory | None:
 
 
 def _checkpoint_dir(run: RunDirectory) -> Path:
-    configured = (run.job().get("checkpoint") or {}).get("dir")
+    configured = (run.shown_job().get("checkpoint") or {}).get("dir")
     return Path(configured) if configured else run.path / "checkpoints"
 
 

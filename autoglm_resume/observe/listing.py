@@ -67,7 +67,7 @@ def keep_of(run: RunDirectory | None) -> KeepRules | None:
         return None
     from autoglm_resume.job.load import keep_of
 
-    written = (run.job().get("checkpoint") or {}).get("keep")
+    written = (run.shown_job().get("checkpoint") or {}).get("keep")
     return KeepRules() if written is None else keep_of(written, f"{run.path}/job.json")
 
 
@@ -134,7 +134,7 @@ def _accepted_last(run: RunDirectory | None) -> dict[str, str]:
 
 def _newest_that_counts(run: RunDirectory | None, ids: Sequence[str]) -> dict[str, str]:
     """The newest of `ids` that is in as many replicas as the job asks for, and that as a reason."""
-    how = (run.job().get("checkpoint") or {}) if run else {}
+    how = (run.shown_job().get("checkpoint") or {}) if run else {}
     policy, targets = how.get("commit", "local"), how.get("replicas") or ()
     if run is None or policy == "local" or not targets:
         return {}

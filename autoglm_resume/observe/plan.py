@@ -8,7 +8,7 @@ import sys
 
 from autoglm_resume.events import Judged
 from autoglm_resume.observe.pure.say import rejection, short
-from autoglm_resume.output import printable
+from autoglm_resume.output import lines, printable
 from autoglm_resume.supervise.start import Plan
 
 
@@ -37,10 +37,12 @@ def as_text(plan: Plan) -> str:
     import yaml
 
     job = yaml.safe_dump(plan.job, sort_keys=False, allow_unicode=True)
-    lines = ["", "command of rank 0:", f"  {shlex.join(plan.command)}", "", "its environment:"]
-    lines += [f"  {name}={shlex.quote(value)}" for name, value in plan.environment.items()]
-    lines += ["", *_gate(plan)]
-    return job + "".join(f"# {printable(line)}".rstrip() + "\n" for line in lines)
+    if lines(job) != job:  # it would do something to a terminal: escaped, it is the same YAML
+        job = yaml.safe_dump(plan.job, sort_keys=False)
+    comments = ["", "command of rank 0:", f"  {shlex.join(plan.command)}", "", "its environment:"]
+    comments += [f"  {name}={shlex.quote(value)}" for name, value in plan.environment.items()]
+    comments += ["", *_gate(plan)]
+    return job + "".join(f"# {printable(line)}".rstrip() + "\n" for line in comments)
 
 
 def _gate(plan: Plan) -> list[str]:

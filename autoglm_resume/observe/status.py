@@ -79,7 +79,7 @@ def of(run: RunDirectory) -> Status:
     now = time.monotonic() if here else None
     journal = run.events()
     summary = summarize(journal, alive=holder is not None, now=now)
-    job = run.job()
+    job = run.shown_job()
     targets = _section(job, "checkpoint").get("replicas")
     targets = [each for each in targets if isinstance(each, str)] if type(targets) is list else []
     return Status(

@@ -88,7 +88,7 @@ class LocalNode:
         )
         self._now = ranks = _Ranks(context, task, board, fd, self._silences, listener)
         self._lock.describe(task.board)
-        files.write(task.path, task.to_json(), durable=False)
+        files.write(task.path, task.to_json(), durable=False, private=True)
         self._launcher.start(task, ranks.group)
         if ranks.group.pids:
             ranks.watch()

@@ -18,6 +18,7 @@ from autoglm_resume.checkpoint.store.gate import Choice, Verdict, superseded
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import AutoglmError, NoAcceptableCheckpoint, UsageError
 from autoglm_resume.events import Event, FirstStep
+from autoglm_resume.job import secret
 from autoglm_resume.job.load import from_snapshot
 from autoglm_resume.job.spec import Job, dump, shown
 from autoglm_resume.protocol.assignment import Endpoint, shared_environment
@@ -162,8 +163,8 @@ def plan(job: Job, *, fresh: bool = False, drills: Sequence[str] = ()) -> Plan:
     command, ranks = LAUNCHERS[job.launcher].preview(job, task)
     return Plan(
         shown(job),
-        command,
-        {**shared_environment(world_size(job)), **ranks},
+        secret.arguments(command),
+        secret.variables({**shared_environment(world_size(job)), **ranks}),
         choice.verdicts,
         accepted.id if accepted else None,
         accepted.step if accepted else 0,

@@ -21,7 +21,8 @@ from autoglm_resume.errors import (
     died_by_signal,
 )
 from autoglm_resume.events import Event
-from autoglm_resume.job.spec import Job, shown
+from autoglm_resume.job.secret import Secrets
+from autoglm_resume.job.spec import Job, dump, shown
 from autoglm_resume.journal import Journal, stamped
 from autoglm_resume.protocol.assignment import ResumePoint
 from autoglm_resume.supervise.attempt import Attempt, Outcome
@@ -96,6 +97,7 @@ class Supervisor:
             screen,
         )
         self._preflight = Preflight(run, job, self._tell)
+        self._secrets = Secrets(dump(job), context.environment)
         self._notifier = Notifier(self._loop, job, context.environment, run.path, self._tell)
         self._gate = RunGate(job, self._world_size, self._tell_next, self._past)
         # A power cut may have lost the journal's last lines, but two attempts must never share a
@@ -352,7 +354,7 @@ class Supervisor:
 
     def _tell(self, event: Event, /) -> None:
         """Into the journal and onto the screen; an event of a rank keeps its own time."""
-        event = stamped(event, attempt=max(0, self._number - 1))
+        event = stamped(event, attempt=max(0, self._number - 1)).worded(self._secrets.out_of)
         self._journal.append(event)
         self._notifier.event(event)
         self._screen.event(event)

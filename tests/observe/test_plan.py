@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -31,6 +32,14 @@ def plan(*verdicts: Verdict) -> Plan:
 
 def test_the_whole_is_a_job_file() -> None:
     assert yaml.safe_load(view.as_text(plan())) == JOB
+
+
+def test_a_job_that_would_turn_a_terminals_text_is_shown_escaped() -> None:
+    wicked = {**JOB, "name": "evil \u202egnp.exe \x1b[2J", "args": ["naïve"]}
+    text = view.as_text(replace(plan(), job=wicked, command=["\u202e\x9b", "naïve"]))
+    assert yaml.safe_load(text) == wicked
+    assert not {"\u202e", "\x1b", "\x9b"} & set(text)
+    assert "naïve" in text
 
 
 def test_command_environment_and_verdicts_are_shown() -> None:

@@ -8,24 +8,46 @@ from typing import Any
 import torch
 
 from autoglm_resume import files
+from autoglm_resume.checkpoint.format.document import compact
 from autoglm_resume.checkpoint.interop.bundle import Bundle
 from autoglm_resume.checkpoint.interop.exported import OURS, begin_of, damaged, parsed, text_of
 from autoglm_resume.checkpoint.state import tree
 from autoglm_resume.errors import CorruptCheckpoint, UsageError
 
+LONGEST_HEADER = 100_000_000
+"""Bytes; what is longer the library refuses."""
+
 
 def write(out: Path, bundle: Bundle) -> None:
     """Raises UsageError where safetensors is not installed, and OSError."""
     library = installed()
-    known = set(library._TYPES.values())
+    names = {dtype: name for name, dtype in library._TYPES.items()}
     tensors = {
-        key: tensor.contiguous() if tensor.dtype in known else _flat(tensor)
+        key: tensor.contiguous() if tensor.dtype in names else _flat(tensor)
         for key, tensor in bundle.tensors.items()
     }
     # "format" is what transformers asks for.
-    metadata = {"format": "pt", OURS: text_of(bundle.document)}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", OURS: text_of(bundle.document)}}
+    # The widest types first, as the library does it: so all are aligned in a file that is mapped.
+    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
+    end = 0
+    for key in order:
+        tensor, begin = tensors[key], end
+        end += tensor.numel() * tensor.element_size()
+        at = {"shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[key] = {"dtype": names[tensor.dtype], **at}
+    text = compact(header)
+    text += b" " * (-len(text) % 8)
+    if len(text) > LONGEST_HEADER:
+        raise UsageError(
+            f"{out}: its header would have {len(text)} bytes, safetensors reads {LONGEST_HEADER}",
+            hint="use --to torch or --to dcp, or --only for one object of it",
+        )
+    # Not by the library: it puts a file of its own, which others may not read, in this one's place.
     with files.writing(out, replace=False) as file:
-        library.save_file(tensors, file.name, metadata)
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in order:
+            file.write(tree.as_bytes(tensors[key].contiguous()))
 
 
 def recognises(source: Path) -> bool:

@@ -24,7 +24,7 @@ from typing import Any
 
 from autoglm_resume import files, journal
 from autoglm_resume.errors import RunLocked, UsageError
-from autoglm_resume.events import Event
+from autoglm_resume.events import Event, RunStarted
 
 _WHOLE_FILE = struct.Struct("hhqqi4x")
 """struct flock: type, whence, start, length, pid."""
@@ -74,8 +74,11 @@ class RunDirectory:
         return journal.read(self.journal)
 
     def save_job(self, job: dict[str, Any]) -> None:
-        """Keep the resolved job, so that the run can be resumed from its directory alone."""
-        files.write(self._job, json.dumps(job, indent=1).encode() + b"\n")
+        """Keep the resolved job, so that the run can be resumed from its directory alone.
+
+        Only for its owner: the environment of the ranks is in it, with the keys that they need.
+        """
+        files.write(self._job, json.dumps(job, indent=1).encode() + b"\n", private=True)
 
     def job(self) -> dict[str, Any]:
         """The job as it was last started."""
@@ -90,6 +93,14 @@ class RunDirectory:
         if not isinstance(job, dict):
             raise UsageError(f"{self._job}: expected a JSON object")
         return job
+
+    def shown_job(self) -> dict[str, Any]:
+        """The same to look at: for another user as it was journaled, without what is secret."""
+        try:
+            return self.job()
+        except PermissionError:
+            told = (event.job for event in self.events() if isinstance(event, RunStarted))
+            return next((dict(job) for job in told if isinstance(job, dict)), {})
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[Lock]:

@@ -224,7 +224,7 @@ def test_a_defect_ends_no_thread_and_is_told_by_its_name_alone(
     with ours, theirs:
         config = {"webhook": "https://host/secret", "on": ["failed"]}
         target = process.Recipient(theirs, config, str(tmp_path))
-        target.tell(Message("failed", {}))
+        target.tell(Message("failed", {"text": ""}))
         ours.settimeout(PATIENCE)
         said = json.loads(ours.recv(4096))
         assert said == {"target": "https://host/…", "reason": "it failed with RuntimeError"}
@@ -321,6 +321,14 @@ def test_long_texts_are_cut_rather_than_lost(told: Any, server: Server) -> None:
     run = told({"webhook": server.url})
     run.say("failure", kind="x" * 9000, summary="ä" * 9000, place="€" * 9000, step=1)
     assert "ä" in server.got.get(timeout=PATIENCE)["text"]
+
+
+def test_what_an_exception_says_is_a_text_and_no_order(told: Any, server: Server) -> None:
+    run = told({"webhook": server.url})
+    run.say("failure", kind="x", summary="<!channel> \x1b[2J\u202egnp.exe & more", step=1)
+    body = server.got.get(timeout=PATIENCE)
+    assert body["text"].endswith(": &lt;!channel&gt; gnp.exe &amp; more (step 1)")
+    assert body["reason"] == "<!channel> gnp.exe & more"
 
 
 def test_nobody_to_tell_starts_nothing(told: Any) -> None:
