@@ -44,6 +44,7 @@ from autoglm_resume.worker import (
 from autoglm_resume.worker.base import settings
 from autoglm_resume.worker.base.event_log import EventLog
 from autoglm_resume.worker.figures import Figures
+from autoglm_resume.worker.pending_gradients import GRADIENTS, put_back
 from autoglm_resume.worker.saving.save_manager import SaveManager
 from autoglm_resume.worker.tracked import TrackedObjects
 
@@ -125,7 +126,8 @@ class Session:
             raise UsageError("session.track() must come before session.steps() or resume()")
         for name, obj in objects.items():
             self._tracked.add(name, obj)
-            hooks.watch(obj, self._pulse, self._training_forward)
+            gradients = self._tracked.gradients
+            hooks.watch(obj, self._pulse, gradients.forward, gradients.stepped)
 
     def resume(self) -> int:
         """Load the accepted checkpoint, if any, and return the first step to run.
@@ -201,6 +203,7 @@ class Session:
         regular = every is not None and self._completed % every == 0
         if due.save or wanted or (regular and self._saves.due(self._completed)):
             self._save()
+        self._tracked.gradients.step_done()
 
     def report(self, **figures: Any | None) -> None:
         """Say what this step is like: numbers or one-element tensors, under any name.
@@ -274,10 +277,6 @@ class Session:
         if self._completed and self._save_for_certain() is None:
             self._finish()
 
-    def _training_forward(self) -> None:
-        if self._resumed:
-            self._saves.start_copy()
-
     def _id(self) -> str:
         return checkpoint_id(self._completed, again(self._settings.token, self._again))
 
@@ -298,7 +297,7 @@ class Session:
         began = time.monotonic()
         self._pulse.phase(Phase.SAVE)
         try:
-            self._begin_save(self._tracked.safe_until_step(), began)
+            self._begin_save(began)
             self._saved_step = self._completed
         finally:
             self._lineage = (self._id(), *self._lineage)[:LINEAGE]
@@ -309,12 +308,12 @@ class Session:
         self._save()
         self._pulse.phase(Phase.SAVE)
         if (failure := self._saves.failure(self._id(), wait=True)) is not None:
-            self._begin_save(frozenset(), time.monotonic())
+            self._begin_save(time.monotonic(), at_once=True)
             failure = self._saves.failure(self._id(), wait=True)
         return failure
 
-    def _begin_save(self, safe: frozenset[int], began: float) -> None:
-        self._saves.begin(self._tracked.state(), self._identity(), safe, began)
+    def _begin_save(self, began: float, *, at_once: bool = False) -> None:
+        self._saves.begin(self._tracked.state(), self._identity(), began, at_once=at_once)
 
     def _identity(self) -> capture.Identity:
         return capture.Identity(
@@ -361,6 +360,7 @@ class Session:
         if loading.partial and self.rank == 0:
             self._events.emit(loading.said().but(id=point.id, step=point.step))
             loading.tell(point.id)
+        put_back(restored.states.get(GRADIENTS, {}), self._tracked.objects)
         restoring.generators(restored, self.rank)
         if restored.part.world_size != self.world_size and self.rank == 0:
             count = restored.part.world_size

@@ -15,8 +15,13 @@ from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.errors import UsageError
 from autoglm_resume.worker import rng
 from autoglm_resume.worker.data import ResumableSampler
+from autoglm_resume.worker.pending_gradients import GRADIENTS, PendingGradients
 from autoglm_resume.worker.restoring import RNG
-from autoglm_resume.worker.saving import device_copy
+from autoglm_resume.worker.saving.description import (
+    Description,
+    OptimizerDescription,
+    description_of,
+)
 
 
 class TrackedObjects:
@@ -24,12 +29,15 @@ class TrackedObjects:
 
     def __init__(self) -> None:
         self.objects: dict[str, Any] = {}
+        self.gradients = PendingGradients(self.objects)
+        self._descriptions: dict[str, Description] = {}
+        self._trained: tuple[tuple[frozenset[int], ...], frozenset[int]] = ((), frozenset())
         self.led: set[str] = set()
         """Names of modules whose buffers are rank 0's."""
 
     def add(self, name: str, obj: Any) -> None:
         """Raises UsageError for what cannot be tracked."""
-        if name == RNG or name in self.objects:
+        if name in (RNG, GRADIENTS) or name in self.objects:
             raise UsageError(f"session.track({name}=…): that name is taken")
         if not hasattr(obj, "state_dict") or not hasattr(obj, "load_state_dict"):
             raise UsageError(
@@ -41,7 +49,8 @@ class TrackedObjects:
             never_free(obj)
         if led_by_rank_zero(obj):
             self.led.add(name)
-        self.objects[name] = unwrapped(obj)
+        self.objects[name] = obj = unwrapped(obj)
+        self._descriptions[name] = description_of(name, obj)
 
     @property
     def samplers(self) -> Iterator[ResumableSampler]:
@@ -55,14 +64,24 @@ class TrackedObjects:
 
     def state(self) -> capture.CapturedState:
         """Of all objects and of the random generators, untouched: it changes when they do."""
-        states = {name: obj.state_dict() for name, obj in self.objects.items()}
-        return capture.gather({**states, RNG: rng.capture()})
+        described = self._descriptions.items()
+        optimizers = {n: d for n, d in described if isinstance(d, OptimizerDescription)}
+        states = {name: each.state() for name, each in optimizers.items()}
+        trained = self._all_trained(tuple(each.trained for each in optimizers.values()))
+        others = {n: d.state(trained) for n, d in described if n not in optimizers}
+        found = {name: (states | others)[name] for name in self.objects}
+        found[RNG] = capture.state_of(RNG, rng.capture())
+        if gradients := self.gradients.state():
+            found[GRADIENTS] = capture.state_of(GRADIENTS, gradients)
+        return capture.CapturedState(found)
 
-    def safe_until_step(self) -> frozenset[int]:
-        """What only an optimizer step changes, so that it may be copied until then."""
-        return device_copy.safe_until_step(
-            [o for o in self.objects.values() if isinstance(o, torch.optim.Optimizer)]
-        )
+    def _all_trained(self, sets: tuple[frozenset[int], ...]) -> frozenset[int]:
+        """The union, the very same one while it is of the same sets."""
+        known, union = self._trained
+        if len(known) != len(sets) or any(a is not b for a, b in zip(known, sets, strict=True)):
+            union = frozenset().union(*sets)
+            self._trained = (sets, union)
+        return union
 
     def structure(self, config_files: Iterable[str]) -> Structure | None:
         """Of all modules; None where there is none."""

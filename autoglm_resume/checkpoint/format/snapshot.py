@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from autoglm_resume.checkpoint.format.document import Json, compact
 from autoglm_resume.checkpoint.format.structure import Structure
@@ -69,10 +70,32 @@ def layout(sizes: Iterable[int]) -> tuple[list[int], int]:
 
 def describe(snapshot: Snapshot) -> bytes:
     """Everything but the bytes of the tensors, which lie in a slot by `layout`."""
-    members = {f.name: getattr(snapshot, f.name) for f in fields(snapshot)}
-    members["model"] = snapshot.model.to_json() if snapshot.model else None
-    members["tensors"] = [[t.name, t.dtype, t.shape] for t in snapshot.tensors]
-    return compact(members)
+    return assembled(
+        {f.name: getattr(snapshot, f.name) for f in fields(snapshot)},
+        {name: compact(tree) for name, tree in snapshot.trees.items()},
+        [row_text(t.name, t.dtype, t.shape) for t in snapshot.tensors],
+    )
+
+
+def row_text(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
+    """What a description says of one tensor."""
+    return compact([name, dtype, shape])
+
+
+def assembled(
+    members: Mapping[str, Any], trees: Mapping[str, bytes], rows: Iterable[bytes]
+) -> bytes:
+    """A description whose largest members are text already: they are the same in most saves."""
+    model: Structure | None = members["model"]
+    texts = {
+        "model": model.text if model else b"null",
+        "trees": b"{%b}" % b",".join(compact(name) + b":" + text for name, text in trees.items()),
+        "tensors": b"[%b]" % b",".join(rows),
+    }
+    return b"{%b}" % b",".join(
+        compact(name) + b":" + (texts[name] if name in texts else compact(value))
+        for name, value in members.items()
+    )
 
 
 def from_slot(description: bytes, slot: memoryview) -> Snapshot:

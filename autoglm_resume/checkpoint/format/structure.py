@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
-from autoglm_resume.checkpoint.format.document import Json, JsonNode, canonical, columns, digest
+from autoglm_resume.checkpoint.format.document import (
+    Json,
+    JsonNode,
+    canonical,
+    columns,
+    compact,
+    digest,
+)
 
 TensorSpec: TypeAlias = "tuple[str, str, tuple[int, ...]]"
 
@@ -34,6 +41,11 @@ class Structure:
     def hash(self) -> str:
         """`blake3:…`, the model hash."""
         return digest(canonical(self.to_json()))
+
+    @cached_property
+    def text(self) -> bytes:
+        """As JSON; made once, because every snapshot says it."""
+        return compact(self.to_json())
 
     def to_json(self) -> Json:
         return {

@@ -5,18 +5,23 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from autoglm_resume.checkpoint.format.document import Json
+from autoglm_resume.checkpoint.format.document import Json, compact
 from autoglm_resume.checkpoint.format.ids import step_of
-from autoglm_resume.checkpoint.format.snapshot import Snapshot, TensorBytes
+from autoglm_resume.checkpoint.format.snapshot import (
+    Snapshot,
+    TensorBytes,
+    assembled,
+    layout,
+    row_text,
+)
 from autoglm_resume.checkpoint.format.structure import Structure
 from autoglm_resume.checkpoint.state import tree
-
-_NOTHING = memoryview(b"")
 
 
 @dataclass(frozen=True)
@@ -36,43 +41,108 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class CapturedState:
-    """`trees` of all objects, and their tensors, untouched, by name."""
+class TensorTable:
+    """Tensors by name, untouched, and what is derived from their names, types and shapes.
 
-    trees: Mapping[str, Json]
+    A state whose tensors stay the same has the very same table, save after save: describing 849
+    tensors anew held training up for 6 to 9 ms.
+    """
+
     tensors: Sequence[tuple[str, torch.Tensor]] = field(repr=False)
+    until_step: Sequence[bool] = field(default=(), repr=False)
+    """Of each, whether only an optimizer's step changes it; all may be left out."""
 
-    def sizes(self) -> list[int]:
-        """Bytes of each tensor."""
-        return [tensor.numel() * tensor.element_size() for _, tensor in self.tensors]
+    @cached_property
+    def rows(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Name, type and shape of each tensor."""
+        return [(n, tree.dtype_name(t.dtype), tuple(t.shape)) for n, t in self.tensors]
 
-    def snapshot(self, identity: Identity, data: Sequence[memoryview] | None = None) -> Snapshot:
-        """A snapshot whose tensors have their content in `data`; without it, only described."""
-        return Snapshot(
-            id=identity.id,
-            step=step_of(identity.id),
-            rank=identity.rank,
-            world_size=identity.world_size,
-            lineage=identity.lineage,
-            created=time.time() if identity.created is None else identity.created,
-            versions=torch_versions() if identity.versions is None else identity.versions,
-            model=identity.model,
-            trees=self.trees,
-            tensors=[
-                TensorBytes(name, tree.dtype_name(tensor.dtype), tuple(tensor.shape), view)
-                for (name, tensor), view in zip(
-                    self.tensors, data or [_NOTHING] * len(self.tensors), strict=True
-                )
-            ],
-            rng=identity.rng,
-            data=identity.data,
-            metrics=identity.metrics,
+    @cached_property
+    def texts(self) -> list[bytes]:
+        """The rows as JSON."""
+        return [row_text(*row) for row in self.rows]
+
+    @property
+    def offsets(self) -> list[int]:
+        """Where the tensors begin in the memory that they take together."""
+        return self._layout[0]
+
+    @property
+    def size(self) -> int:
+        """Bytes that the tensors take in a slot."""
+        return self._layout[1]
+
+    @cached_property
+    def _layout(self) -> tuple[list[int], int]:
+        return layout(tensor.numel() * tensor.element_size() for _, tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class ObjectState:
+    """One object's tree, its tensors, and the tree as JSON."""
+
+    tree: Json
+    table: TensorTable
+    text: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class CapturedState:
+    """The state of all objects, by name; their tensors lie in a slot in this order."""
+
+    objects: Mapping[str, ObjectState]
+
+    @property
+    def tensors(self) -> list[tuple[str, torch.Tensor]]:
+        """Of all objects."""
+        return [each for state in self.objects.values() for each in state.table.tensors]
+
+    @property
+    def size(self) -> int:
+        """Bytes that all tensors take in a slot."""
+        return sum(state.table.size for state in self.objects.values())
+
+    def describe(self, identity: Identity) -> bytes:
+        """What `snapshot.describe` says of its snapshot, without making one."""
+        states = self.objects.values()
+        return assembled(
+            {f.name: None for f in fields(Snapshot)} | _members(identity),
+            {name: state.text for name, state in self.objects.items()},
+            [row for state in states for row in state.table.texts],
         )
 
     def in_place(self, identity: Identity) -> Snapshot:
         """A snapshot without a copy: good until the next optimizer step, as are host tensors."""
-        hosts = [tensor.resolve_conj().resolve_neg().cpu() for _, tensor in self.tensors]
-        return self.snapshot(identity, [tree.as_bytes(host.contiguous()) for host in hosts])
+        tensors = []
+        for state in self.objects.values():
+            for row, (_, tensor) in zip(state.table.rows, state.table.tensors, strict=True):
+                host = tensor.resolve_conj().resolve_neg().cpu().contiguous()
+                tensors.append(TensorBytes(*row, tree.as_bytes(host)))
+        trees = {name: state.tree for name, state in self.objects.items()}
+        return Snapshot(**_members(identity), trees=trees, tensors=tensors)
+
+
+def _members(identity: Identity) -> dict[str, Any]:
+    """What a snapshot says of itself."""
+    return {
+        "id": identity.id,
+        "step": step_of(identity.id),
+        "rank": identity.rank,
+        "world_size": identity.world_size,
+        "lineage": identity.lineage,
+        "created": time.time() if identity.created is None else identity.created,
+        "versions": torch_versions() if identity.versions is None else identity.versions,
+        "model": identity.model,
+        "rng": identity.rng,
+        "data": identity.data,
+        "metrics": identity.metrics,
+    }
+
+
+def state_of(name: str, value: object) -> ObjectState:
+    """Of one state dict. Raises UsageError naming the path of a value that cannot be saved."""
+    found, tensors = tree.encode(value, name)
+    return ObjectState(found, TensorTable(tensors), compact(found))
 
 
 def gather(objects: Mapping[str, object]) -> CapturedState:
@@ -80,12 +150,7 @@ def gather(objects: Mapping[str, object]) -> CapturedState:
 
     Raises UsageError naming the path of a value that cannot be saved.
     """
-    trees: dict[str, Json] = {}
-    tensors: list[tuple[str, torch.Tensor]] = []
-    for name, state in objects.items():
-        trees[name], leaves = tree.encode(state, name)
-        tensors += leaves
-    return CapturedState(trees, tensors)
+    return CapturedState({name: state_of(name, value) for name, value in objects.items()})
 
 
 def take(objects: Mapping[str, object], **identity: Any) -> Snapshot:

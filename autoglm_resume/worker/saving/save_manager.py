@@ -37,7 +37,7 @@ class SaveManager:
         self._stager: Stager | None = None
         self._failures: dict[str, SaveFailed] = {}
         self._kept = settings.resume.step if settings.resume else 0
-        self._warned = False
+        self._warned: set[str] = set()
         if settings.checkpoint.memory:
             name = assignment.savers[settings.rank] if assignment else None
             self._stager = Stager(settings, name, pulse.alive)
@@ -78,24 +78,20 @@ class SaveManager:
         return save
 
     def begin(
-        self, state: CapturedState, identity: Identity, safe: frozenset[int], began: float
+        self, state: CapturedState, identity: Identity, began: float, *, at_once: bool = False
     ) -> None:
         """Save `state`; see `Stager.begin`. `failure` tells whether that went wrong."""
         self._failures.clear()
         if self._stager is not None:
             try:
-                self._stager.begin(state, identity, safe, began)
+                self._stager.begin(state, identity, began, at_once=at_once)
             except NoSaver as error:
-                self._warn(str(error))
+                self._warn("memory", str(error))
             else:
-                self._warn(self._stager.short)
+                self._warn("memory", self._stager.short)
+                self._warn("timing", self._stager.slow)
                 return
         self._save_directly(state, identity, began)
-
-    def start_copy(self) -> None:
-        """A forward pass for training begins."""
-        if self._stager is not None:
-            self._stager.start_copy()
 
     def failure(self, id: str, *, wait: bool = False) -> SaveFailed | None:
         """Why checkpoint `id` failed, if it did; with `wait`, when that is certain."""
@@ -143,7 +139,7 @@ class SaveManager:
             )
         output.say(f"{outcome.reason}; training goes on")
 
-    def _warn(self, reason: str) -> None:
-        if reason and not self._warned:
-            self._warned = True
-            self._events.emit(events.WarningGiven(text=f"snapshots in memory: {reason}"))
+    def _warn(self, of: str, text: str) -> None:
+        if text and of not in self._warned:
+            self._warned.add(of)
+            self._events.emit(events.WarningGiven(text=f"snapshots in memory: {text}"))

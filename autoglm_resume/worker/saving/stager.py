@@ -1,17 +1,14 @@
-"""A rank's saves: a snapshot into shared memory beside the training, and on to the saver.
+"""A rank's saves: a snapshot into shared memory, and on to the saver.
 
-Parameters and optimizer state cannot change before the next `optimizer.step()`, but for one thing:
-an evaluation may swap averaged weights in and out behind autograd's back. So they are copied by a
-thread, and a hook before the step waits for it (`fence`). Where such a swap was noticed, or could
-not be (on a device), the thread waits for the next forward pass for training; where that does not
-help, everything is copied at once, as is whatever may change earlier (see `When`).
+Parameters and optimizer state are copied by a thread beside the training, once it is known that
+nothing but an optimizer's step changes them (see timing.py), and a hook before that step waits for
+the copy (`fence`). Everything else is copied at once.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import enum
 import os
 import threading
 import time
@@ -22,32 +19,25 @@ from dataclasses import dataclass
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from autoglm_resume.checkpoint.format.snapshot import Snapshot, describe, from_slot, layout
+from autoglm_resume.checkpoint.format.snapshot import Snapshot, from_slot
 from autoglm_resume.checkpoint.state.capture import CapturedState, Identity
 from autoglm_resume.protocol.saver_messages import Message
 from autoglm_resume.protocol.shared_memory import Slots
 from autoglm_resume.worker.base.settings import Settings
 from autoglm_resume.worker.saving import device_copy
 from autoglm_resume.worker.saving.saver_client import NoSaver, SaverClient
+from autoglm_resume.worker.saving.timing import CopyTiming
 
 ROUND = 1 << 20
 SPARE = 1 << 16
-"""Bytes by which the description of a snapshot may grow, beyond twice its size."""
+"""Bytes by which the description of a snapshot may grow, beyond twice its size, before slots are
+made anew."""
 PATIENCE = 30.0
 """Seconds after `checkpoint.timeout` in which a saver must answer."""
 BEAT_SECONDS = 1.0
 """Between two beats while waiting for the saver."""
 
 __all__ = ["NoSaver", "SaveOutcome", "Stager"]
-
-
-class When(enum.IntEnum):
-    """When the copy of what only a step changes begins."""
-
-    NOW = 0
-    NEXT_PASS = 1
-    AT_ONCE = 2
-    """And training waits for it."""
 
 
 @dataclass(frozen=True)
@@ -80,22 +70,32 @@ class Stager:
         self._failed: SaveOutcome | None = None
         """Set by the copying thread."""
         self._outcomes: list[SaveOutcome] = []
-        self._when = When.NOW
+        self._timing = CopyTiming()
         self._pid = os.getpid()
-        self._targets: dict[int, tuple[object, list[torch.Tensor]]] = {}
         self._hook: object = None
+        self._watched = False
+        """Whether the copy under way was made at once and is to be compared before a step."""
         self._pinned = False
         self._touched = False
         self._newest = -1
-        self._spare = SPARE
         self._requested = 0
         # A saver of the supervisor's goes on without this process.
-        atexit.register(self.wait if name is None else self.fence)
+        atexit.register(self.wait if name is None else self.wait_for_copy)
 
     @property
     def short(self) -> str:
         """Why there are fewer slots than were asked for, if so."""
         return self._client.short
+
+    @property
+    def slow(self) -> str:
+        """Why saves hold training up for the whole copy, if they do."""
+        if not self._timing.changed:
+            return ""
+        return (
+            f"{self._timing.changed} is changed between a save and the next optimizer.step(): every"
+            " save copies the whole state at once"
+        )
 
     @property
     def busy(self) -> bool:
@@ -142,7 +142,7 @@ class Stager:
 
     def prepare(self, state: CapturedState, identity: Identity) -> None:
         """Have the slots made beside the training, before the first save needs them."""
-        slots, needed = self._client.slots, self._needed(state, identity)
+        slots, needed = self._client.slots, _needed(state, state.describe(identity))
         if slots is None or slots.size < needed:
             with contextlib.suppress(NoSaver):  # the first save finds out
                 self._ask(needed)
@@ -150,26 +150,22 @@ class Stager:
             self._touch()
 
     def begin(
-        self, state: CapturedState, identity: Identity, safe: frozenset[int], began: float
+        self, state: CapturedState, identity: Identity, began: float, *, at_once: bool = False
     ) -> None:
         """Take a snapshot and have it persisted; `outcomes` will say what became of it.
 
-        `safe` are the data pointers of tensors that only an optimizer step changes; `began` is
-        when training was first held up. Waits for the save before. Raises NoSaver.
+        `began` is when training was first held up; with `at_once` it is so until the copy is
+        complete, whatever is known of the loop. Waits for the save before. Raises NoSaver.
         """
         self.wait()
-        _, at = layout(state.sizes())
-        slots = self._slots(state, identity, at)
+        text, at = state.describe(identity), state.size
+        slots = self._slots(state, text)
         number = (self._newest + 1) % slots.count
-        if self._when is When.NOW and any(t.device.type != "cpu" for _, t in state.tensors):
-            self._when = When.NEXT_PASS
-        into = self._into(state, number, slots)
 
         def done(error: Exception | None) -> None:
             try:
                 if error is not None:
                     raise error
-                text = describe(state.snapshot(identity))
                 slots.view(number)[at : at + len(text)] = text
                 self._newest = number
                 self._deadline = self._patience()
@@ -185,40 +181,44 @@ class Stager:
                     }
                 )
             except device_copy.Changed as changed:
-                self._when = When(min(self._when + 1, When.AT_ONCE))
-                later = (
-                    "copied at once"
-                    if self._when is When.AT_ONCE
-                    else "copied during the next forward and backward pass"
-                )
+                self._timing = self._timing.after(str(changed))
                 reason = (
                     f"{changed} was changed before optimizer.step(), while it was copied; from now"
-                    f" on the state is {later}"
+                    " on the whole state is copied at once"
                 )
                 self._failed = SaveOutcome(identity.id, False, reason)
             except Exception as other:
-                if isinstance(other, ValueError):  # its description has outgrown the slot
-                    self._spare *= 2
                 self._failed = SaveOutcome(identity.id, False, f"{type(other).__name__}: {other}")
 
         self._watch_steps()
-        if self._when is When.AT_ONCE:
-            safe = frozenset()
-        self._copy = self._copier.copy(state.tensors, into, safe, done)
+        at_once = at_once or self._timing.at_once
         self._take_over(identity.id)
+        self._copy = self._copier.copy(state, number, slots.view(number), done, at_once=at_once)
+        self._watched = self._timing.watched
         blocked = time.monotonic() - began
-        if self._when is not When.NEXT_PASS:
-            self._copy.start()
-
-    def start_copy(self) -> None:
-        """A forward pass for training begins: nothing changes until the optimizer's step."""
-        if self._copy is not None and os.getpid() == self._pid:
-            self._copy.start()
+        self._copy.start()
 
     def fence(self) -> None:
-        """Return when the copy is complete: what it copied may change now."""
+        """Return when what a step changes may change: it is copied, and was what was to be saved.
+
+        Called before a step, and before the next save at the latest.
+        """
         copy = self._copy
-        if copy is not None and os.getpid() == self._pid:  # a fork has its own copy of this
+        if copy is None or os.getpid() != self._pid:  # a fork has its own copy of this
+            return
+        if self._watched:
+            self._watched = False
+            self._timing = self._timing.after(copy.changed())
+        if copy.held:
+            copy.wait()
+        if copy.complete:
+            self._copy = None
+
+    def wait_for_copy(self) -> None:
+        """Return when the snapshot is complete and the saver knows of it."""
+        self.fence()
+        copy = self._copy
+        if copy is not None and os.getpid() == self._pid:
             copy.wait()
             self._copy = None
 
@@ -235,7 +235,7 @@ class Stager:
 
     def wait(self) -> None:
         """Return when no save is under way."""
-        self.fence()
+        self.wait_for_copy()
         while self._under_way is not None and os.getpid() == self._pid:
             self._poll(BEAT_SECONDS)
             self._alive()
@@ -279,27 +279,20 @@ class Stager:
             self._under_way = None
             self._outcomes.append(outcome)
 
-    def _needed(self, state: CapturedState, identity: Identity) -> int:
-        _, at = layout(state.sizes())
-        least = at + 2 * len(describe(state.snapshot(identity))) + self._spare
-        # The next attempt describes the same state in a few bytes more or less, and must not give
-        # slots back for that, with what is in them.
-        return -(-least // ROUND) * ROUND
-
     def _ask(self, size: int) -> None:
         if not self._client.connected:
             self._hello()
         self._client.send({"op": "slots", "bytes": size, "count": self._count})
         self._requested = size
 
-    def _slots(self, state: CapturedState, identity: Identity, at: int) -> Slots:
-        """Slots with room for `at` bytes of tensors and a description. Raises NoSaver."""
+    def _slots(self, state: CapturedState, text: bytes) -> Slots:
+        """Slots with room for `state`, whose description is `text`. Raises NoSaver."""
         while self._requested:
             self._poll(BEAT_SECONDS)
             self._alive()
         slots = self._client.slots
-        if slots is None or slots.size < at + self._spare:
-            self._ask(self._needed(state, identity))
+        if slots is None or slots.size < state.size + len(text):
+            self._ask(_needed(state, text))
             while self._requested:
                 self._poll(BEAT_SECONDS)
                 self._alive()
@@ -307,17 +300,6 @@ class Stager:
         if slots is None or slots.count == 0:
             raise NoSaver(self._client.short or "the saver died")
         return slots
-
-    def _into(self, state: CapturedState, number: int, slots: Slots) -> list[torch.Tensor]:
-        """Views of the slot as tensors; made once for as long as nothing changes its shape."""
-        shapes = [(tensor.dtype, tensor.shape) for _, tensor in state.tensors]
-        known = self._targets.get(number)
-        if known is None or known[0] != shapes:
-            known = self._targets[number] = (
-                shapes,
-                device_copy.targets(state.tensors, slots.view(number)),
-            )
-        return known[1]
 
     def _map(self, slots: Slots) -> None:
         self._newest = -1
@@ -333,7 +315,15 @@ class Stager:
             threading.Thread(target=slots.touch, name="touch", daemon=True).start()
 
     def _unmap(self, slots: Slots) -> None:
-        self._targets.clear()
+        self._copier.forget()
         if self._pinned:
             device_copy.unpin(slots.view(0))
             self._pinned = False
+
+
+def _needed(state: CapturedState, text: bytes) -> int:
+    """Bytes of a slot for states like this one, described in about as many bytes as `text`."""
+    least = state.size + 2 * len(text) + SPARE
+    # The next attempt describes the same state in a few bytes more or less, and must not give
+    # slots back for that, with what is in them.
+    return -(-least // ROUND) * ROUND

@@ -29,7 +29,7 @@ def test_a_snapshot_holds_the_bytes_of_every_tensor_under_its_path() -> None:
     (tensor,) = taken.tensors
     assert (tensor.name, tensor.dtype, tensor.shape) == ("model/w", "int16", (2, 2))
     assert bytes(tensor.data) == b"\0\0\2\0\1\0\3\0"
-    assert taken.trees == {"model": {"w": {"$tensor": "model/w"}, "n": 3}}
+    assert taken.trees == {"model": {"w": {"$tensor": "model/w", "strides": [1, 2]}, "n": 3}}
     assert (taken.step, taken.nbytes, taken.lineage) == (3, 8, ("x",))
     assert taken.versions["torch"] == str(torch.__version__)
 
@@ -145,8 +145,8 @@ def test_tensors_of_a_snapshot_in_a_slot_are_the_slot_itself() -> None:
 def test_a_state_can_be_described_before_it_is_copied() -> None:
     state = capture.gather({"m": {"w": torch.ones(3), "n": torch.zeros(0)}})
     identity = capture.Identity(ID, 0, 1, created=1.0)
-    assert state.sizes() == [12, 0]
-    assert describe(state.snapshot(identity)) == describe(state.in_place(identity))
+    assert state.size == layout([12, 0])[1]
+    assert state.describe(identity) == describe(state.in_place(identity))
 
 
 def test_only_a_checkpoint_id_names_a_snapshot() -> None:

@@ -38,7 +38,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
 def begin(saving: Stager, step: int) -> str:
     state = capture.gather({"m": {"w": torch.full((1000,), float(step))}})
     identity = Identity(checkpoint_id(step, "a0"), 0, 1)
-    saving.begin(state, identity, frozenset(), 0.0)
+    saving.begin(state, identity, 0.0)
     return identity.id
 
 
@@ -73,19 +73,12 @@ def test_a_saver_that_hangs_is_not_waited_for_for_ever(
     saver.resume()
 
 
-def test_an_evaluation_between_a_save_and_the_next_step_is_no_reason_to_lose_patience(
-    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(module, "PATIENCE", -1e9)
-    saving = make()
-    saving._when = module.When.NEXT_PASS
-    weight = torch.ones(1000)
-    state = capture.gather({"m": {"w": weight}})
-    identity = Identity(checkpoint_id(1, "a0"), 0, 1)
-    saving.begin(state, identity, frozenset([weight.data_ptr()]), 0.0)
-    assert saving.busy
-    assert saving.outcomes() == []
-    monkeypatch.undo()
-    saving.start_copy()
+def test_a_description_that_grows_gets_larger_slots(make: Make, tmp_path: Path) -> None:
+    saving, log = make(), list[float]()
+    for step in range(1, 8):
+        log += [step / 7] * 20_000
+        state = capture.gather({"m": {"w": torch.full((10,), float(step)), "log": log}})
+        saving.begin(state, Identity(checkpoint_id(step, "a0"), 0, 1), 0.0)
     saving.wait()
-    assert [(outcome.id, outcome.ok) for outcome in saving.outcomes()] == [(identity.id, True)]
+    assert [outcome.ok for outcome in saving.outcomes()] == [True] * 7
+    assert Store(tmp_path).committed()[0].name == checkpoint_id(7, "a0")
