@@ -39,6 +39,8 @@ class Kind(enum.Enum):
     """A file system or object store that does not answer."""
     REFUSED = "checkpoint_rejected"
     """A rank would not load the checkpoint that the gate had accepted."""
+    NO_RESULT = "no_result"
+    """The script ended well, and its last steps are in no checkpoint."""
     PORT = "port_in_use"
     PREEMPTED = "preempted"
     """A scheduler took the machine."""
@@ -125,6 +127,10 @@ TRAITS: Mapping[Kind, Traits] = {
         "the storage did not answer", "storage failed", heals=True, answer=Answer.PAUSE
     ),
     Kind.REFUSED: Traits("the rank would not load the checkpoint that the gate had accepted"),
+    Kind.NO_RESULT: Traits(
+        "the script came to its end, and what it was to leave is in no checkpoint",
+        answer=Answer.STOP,
+    ),
     Kind.PORT: Traits("somebody else had the port", "port in use", heals=True),
     Kind.PREEMPTED: Traits(
         "the scheduler took the machine",

@@ -13,8 +13,9 @@ from autoglm_resume.events import Event
 from autoglm_resume.failures import Kind
 from autoglm_resume.protocol.heartbeats import Beat, Control, Phase
 from autoglm_resume.supervise.base.context import RunContext
-from autoglm_resume.supervise.core import liveness
+from autoglm_resume.supervise.core import liveness, result
 from autoglm_resume.supervise.core.diagnosis import conclude
+from autoglm_resume.supervise.core.evidence import RankEvidence
 from autoglm_resume.supervise.core.failure import Failure, Previous
 from autoglm_resume.supervise.core.liveness import Limits
 from autoglm_resume.supervise.core.stragglers import Stragglers
@@ -40,6 +41,8 @@ class Outcome:
     """Step of the newest checkpoint it committed, 0 without one."""
     lived: float | None = None
     """Seconds it ran, where no rank had a session."""
+    unsaved: str = ""
+    """Why its last save failed, if it did."""
 
 
 class Attempt:
@@ -54,10 +57,12 @@ class Attempt:
         between_saves: Callable[[], float | None],
         previous: Failure | Previous | None,
         broken: Callable[[], None],
+        kept: Callable[[], int],
         heard: Callable[[int, Event], None],
     ) -> None:
         """`between_saves` are seconds, None where only steps count. `broken` is called once when
-        a failure is noticed, before the others are stopped; `heard` gets every event of a rank.
+        a failure is noticed, before the others are stopped; `kept` says of which step the newest
+        checkpoint is once every save has ended; `heard` gets every event of a rank.
         """
         self._context = context
         self._job = context.job
@@ -69,6 +74,7 @@ class Attempt:
         self._between_saves = between_saves
         self._previous = previous
         self._noticed = broken
+        self._kept = kept
         self.heard = heard
         heartbeat = context.job.heartbeat
         self._limits = Limits(heartbeat.timeout, heartbeat.startup)
@@ -230,6 +236,10 @@ class Attempt:
         step = max(beat.step for beat in beats)
         failure = self._tell_failure(stopped - began)
         completed = failure is None and seen.broken_at is None and node.well
+        if completed and (failure := self._missing(step)) is not None:
+            seen.failed(stopped)
+            self._tell_concluded(failure, node.evidence(seen).ranks, 0.0)
+            completed = False
         self._tell(events.SilencesMeasured(silences=node.ended()))
         self._tell(
             events.AttemptEnded(
@@ -238,7 +248,14 @@ class Attempt:
                 last_step_mono=max(beat.time for beat in beats) / 1e9,
             )
         )
-        return Outcome(completed, failure, step, seen.checkpointed, self._lived(beats))
+        lived = self._lived(beats)
+        return Outcome(completed, failure, step, seen.checkpointed, lived, seen.unsaved)
+
+    def _missing(self, step: int) -> Failure | None:
+        """Why the run is not complete though every script is."""
+        resume = self._order.resume
+        kept, seen = self._kept(), self._seen
+        return result.missing(resume.step if resume else 0, step, kept, seen.total, seen.unsaved)
 
     def _tell_failure(self, stop_seconds: float) -> Failure | None:
         """What happened, into the journal; None if nothing did but that it was asked to stop."""
@@ -254,12 +271,17 @@ class Attempt:
             self._previous,
             seen.slow,
         )
+        self._tell_concluded(failure, evidence.ranks, stop_seconds)
+        return failure
+
+    def _tell_concluded(
+        self, failure: Failure, ranks: Sequence[RankEvidence], stop_seconds: float
+    ) -> None:
         lived = self._lived(self._node.beats())
-        self._tell(described(failure, evidence.ranks, seen, lived))
+        self._tell(described(failure, ranks, self._seen, lived))
         if failure.traceback and failure.rank is not None:
             self._context.screen.traceback(failure.rank, failure.traceback)
         self._tell(events.GroupStopped(seconds=stop_seconds))
-        return failure
 
     def _lived(self, beats: Sequence[Beat]) -> float | None:
         if any(beat.phase is not Phase.NONE for beat in beats):

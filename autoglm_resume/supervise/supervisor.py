@@ -176,17 +176,17 @@ class Supervisor:
         if unfinished is not None and not self._carried_out(unfinished, persistence):
             return None
         given_up = self._answers.wait_on()
+        outcome: Outcome | None = None
         while given_up is None:
             if self._stops:
-                return self._interrupted(persistence)
+                return self._interrupted(persistence, outcome)
             # No rank is alive here, so this is the moment to judge and to clean up.
             resume = self._gate.pass_gate(node.settle(self._gate.may_take_from_memory))
             if self._stops:
-                return self._interrupted(persistence)
+                return self._interrupted(persistence, outcome)
             outcome = self._try(node, resume)
             self._gate.reached(outcome.checkpointed)
             if outcome.completed:
-                persistence.settle()
                 persistence.flush()
                 self._tell(
                     events.RunCompleted(
@@ -197,12 +197,12 @@ class Supervisor:
                 )
                 return 0
             if self._stops or outcome.failure is None:
-                return self._interrupted(persistence)
+                return self._interrupted(persistence, outcome)
             self._previous = outcome.failure
             step = resume.step if resume else 0
             decision = self._answers.answer(step, outcome, self._gate.checkpointed)
             if isinstance(decision, policy.Requeue):
-                return self._interrupted(persistence, decision.reason)
+                return self._interrupted(persistence, outcome, decision.reason)
             if not self._carried_out(decision, persistence):
                 return None
             given_up = self._answers.wait(decision)
@@ -234,6 +234,7 @@ class Supervisor:
             lambda: self._save_timer.seconds,
             self._previous,
             self._broken,
+            self._kept,
             self._inbox.hear,
         )
         self._inbox.begin(node, attempt, resume)
@@ -247,6 +248,13 @@ class Supervisor:
         """The ranks are about to be stopped; what savers hold need not be read."""
         if not self._job.checkpoint.memory:
             self._gate.read_ahead()
+
+    def _kept(self) -> int:
+        """Of which step the newest checkpoint is, 0 without one, when no save is under way."""
+        assert self._persistence is not None  # an attempt has ended
+        self._persistence.settle()
+        newest = self._gate.newest()
+        return newest.step if newest else 0
 
     def _introduce(self) -> None:
         if self._past.run_id is None:
@@ -300,21 +308,25 @@ class Supervisor:
         limit = self._limit.pids if self._limit else frozenset()
         return kept | limit | self._notifier.pids | self._preflight.pids | bounded.hung()
 
-    def _interrupted(self, persistence: Persistence, requeued: str = "") -> int:
+    def _interrupted(
+        self, persistence: Persistence, outcome: Outcome | None, requeued: str = ""
+    ) -> int:
         if self._answers.in_trouble:  # it may never answer: what is known has to do
             step = self._gate.checkpointed
         else:
-            persistence.settle()
-            newest = self._gate.newest()
+            step = self._kept()
             persistence.flush()
-            step = newest.step if newest else 0
+        lost = ""
+        if outcome is not None and outcome.step > step:
+            why = outcome.unsaved or "it was not saved"
+            lost = f", not from step {outcome.step}, which it had completed: {why}"
         number = self._stops.first or signal.SIGTERM
         if requeued:
-            code, reason = Interrupted.exit_code, f"to be started again elsewhere: {requeued}"
+            code, reason = Interrupted.exit_code, f"to be started again elsewhere: {requeued}{lost}"
         elif self._stops.hurried():
             code, reason = died_by_signal(signal.SIGINT), "stopped at once, as asked twice"
         elif step:
-            code, reason = Interrupted.exit_code, f"stopped; continues from step {step}"
+            code, reason = Interrupted.exit_code, f"stopped; continues from step {step}{lost}"
         elif number == signal.SIGUSR2 and self._limit is not None and self._limit.near():
             raise AutoglmError(
                 "the time that the scheduler gives this job ends before its first checkpoint",

@@ -159,6 +159,8 @@ def decide(
     asked, because = _asked(failure, rules)
     if asked is Answer.STOP:
         return GiveUp(f"restart.on has {because}: stop: {failure.summary}", AutoglmError.exit_code)
+    if asked is None and TRAITS[failure.kind].answer is Answer.STOP:
+        return GiveUp(failure.summary, AutoglmError.exit_code)
     if failure.kind is Kind.REFUSED:
         return _answer_refusal(history, failure)
     decision = _bounded(history, failure, rules, now, jitter, asked)

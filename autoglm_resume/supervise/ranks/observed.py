@@ -30,6 +30,8 @@ class Observed:
     """Monotonic seconds of the first failure."""
     total: int | None = None
     """Steps the run is to have, if the script said so."""
+    unsaved: str = ""
+    """Why the save of the furthest step failed, if one did."""
     checkpointed: int = 0
     last_saved: float = 0.0
     """Monotonic seconds of the last save, or of the start."""
@@ -54,6 +56,8 @@ class Observed:
                 return False
             case events.PartSaved(began=began):
                 self.last_saved = max(self.last_saved, began or 0.0)
+            case events.PartFailed(reason=reason) | events.Stopped(unsaved=str(reason)) if reason:
+                self.unsaved = reason
             case events.StateRestored(sealed=False, step=step):
                 self.checkpointed = max(self.checkpointed, step or 0)
             case events.Refused(id=id, step=step, sealed=sealed, kind=kind, reason=reason):
@@ -61,4 +65,5 @@ class Observed:
                 self.refusals[rank] = Refusal(of, step, kind, reason)
             case events.Committed(step=step):
                 self.checkpointed = max(self.checkpointed, step)
+                self.unsaved = ""
         return True
