@@ -203,7 +203,6 @@ class Session:
         regular = every is not None and self._completed % every == 0
         if due.save or wanted or (regular and self._saves.due(self._completed)):
             self._save()
-        self._tracked.gradients.step_done()
 
     def report(self, **figures: Any | None) -> None:
         """Say what this step is like: numbers or one-element tensors, under any name.
@@ -248,6 +247,7 @@ class Session:
             sampler.advance()
         self._figures.step_done()
         self._updates.step_done()
+        self._tracked.gradients.step_done()
         self._again = 0
         self._completed = completed = step + 1
         self._pulse.completed(completed)

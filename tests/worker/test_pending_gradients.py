@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import autoglm_resume as autoglm
+from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.worker.pending_gradients import GRADIENTS
-from tests.worker.alone import end_process, lonely
+from tests.worker.alone import checkpoints, end_process, lonely
 
 WINDOW = 4
 
@@ -57,13 +58,48 @@ def test_a_run_that_resumes_within_a_window_ends_like_one_that_was_not_disturbed
 
 def test_gradients_that_a_step_has_used_are_not_saved() -> None:
     session, model, optimizer = begin(1)
-    session.resume()
-    for step in range(3):
+    for _ in session.steps(3):
         optimizer.zero_grad()
         model(torch.randn(3, 4)).square().mean().backward()
         optimizer.step()
-        assert GRADIENTS not in session._tracked.state().objects
+    assert GRADIENTS not in session._tracked.state().objects
+    store = Store(Path("ckpt"))
+    for name in checkpoints():
+        assert GRADIENTS not in store.load_part(store.directory(name), 0).objects
+
+
+def test_sparse_gradients_are_pending_too() -> None:
+    def train(until: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        words = torch.nn.Embedding(50, 4, sparse=True)
+        optimizer = torch.optim.SparseAdam(words.parameters(), lr=1e-2)
+        session = autoglm.init(checkpoint_dir=directory, every_steps=1)
+        session.track(model=words, optimizer=optimizer)
+        for step in range(session.resume(), until):
+            words(torch.randint(0, 50, (3,))).square().sum().backward()
+            if step % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+            session.step_done(step)
+        end_process()
+        return words.weight.detach().clone()
+
+    directory = "undisturbed"
+    undisturbed = train(4)
+    directory = "disturbed"
+    train(3)
+    assert torch.equal(train(4), undisturbed)
+
+
+def test_gradients_without_a_forward_pass_that_is_seen_are_pending_where_no_step_came() -> None:
+    session, model, optimizer = begin(1)
+    session.resume()
+    for step in range(3):
+        model[1](model[0](torch.randn(3, 4))).square().mean().backward()  # type: ignore[index]
+        if step == 0:
+            optimizer.step()
         session.step_done(step)
+        assert bool(session._tracked.gradients.state()) == (step > 0)
 
 
 def test_gradients_are_pending_after_a_step_that_a_scaler_left_out() -> None:

@@ -1,0 +1,1 @@
+"""Small programs as people write them, one kind of state each; see train.py."""
