@@ -1,19 +1,31 @@
-"""The one way this package writes a file: temporary name, flush, rename, flush the directory.
+"""The one way this package writes a file, and the one way it reads those of strangers.
 
-Whoever dies between any two of these steps leaves the old file or the new one, and at most a
-temporary file that the next sweep removes; never half of either under the real name.
+Written: temporary name, flush, rename, flush the directory. Whoever dies between any two of these
+steps leaves the old file or the new one, and at most a temporary file that the next sweep removes;
+never half of either under the real name.
+
+Read: regular files only, and none that is larger than what is meant can be. A named pipe would have
+us wait for good, a device does something when it is opened, and a file of holes takes all memory.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 TEMPORARY = ".tmp-"
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
 
 
 def sync_directory(path: Path) -> None:
@@ -23,6 +35,47 @@ def sync_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+class UnfitFile(OSError):
+    """What is at a path is not read: it is no regular file, or larger than such a file can be."""
+
+
+def opened(path: Path) -> int:
+    """A descriptor of a regular file, to read. Raises UnfitFile for anything else, and OSError."""
+    _require_regular(path, path.stat())  # before it is opened: a tape would rewind
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        _require_regular(path, os.fstat(fd))
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def reading(path: Path) -> BinaryIO:
+    """A regular file, open to read. Raises UnfitFile for anything else, and OSError."""
+    return os.fdopen(opened(path), "rb")
+
+
+def read(path: Path, most: int) -> bytes:
+    """All of a regular file of `most` bytes at most. Raises UnfitFile, and OSError."""
+    with reading(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(most + 1) if size <= most else b""
+    if max(size, len(data)) > most:
+        found = f"expected at most {most} bytes, found {max(size, len(data))}"
+        raise UnfitFile(errno.EFBIG, found, str(path))
+    return data
+
+
+def _require_regular(path: Path, status: os.stat_result) -> None:
+    kind = stat.S_IFMT(status.st_mode)
+    if kind == stat.S_IFDIR:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if kind != stat.S_IFREG:
+        found = _KINDS.get(kind, "something else")
+        raise UnfitFile(errno.EINVAL, f"expected a regular file, found {found}", str(path))
 
 
 @contextlib.contextmanager
@@ -79,7 +132,7 @@ def read_ahead(paths: Iterable[Path]) -> None:
 
     def begin() -> None:
         for path in paths:
-            with contextlib.suppress(OSError), path.open("rb") as file:
+            with contextlib.suppress(OSError), reading(path) as file:
                 # The call itself takes as long as it takes to find the memory.
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 

@@ -16,8 +16,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from autoglm_resume import events
+from autoglm_resume import events, files
 from autoglm_resume.events import Event, to_record
+
+LARGEST = 1 << 32
+"""Bytes of a journal: years of saving every second."""
 
 
 def stamped(event: Event, *, attempt: int | None = None, rank: int | None = None) -> Event:
@@ -44,7 +47,7 @@ def decode(lines: bytes) -> Iterator[Event]:
 def read(path: Path) -> list[Event]:
     """Every event of a journal, oldest first; none if there is no such file."""
     try:
-        return list(decode(path.read_bytes()))
+        return list(decode(files.read(path, LARGEST)))
     except FileNotFoundError:
         return []
 
@@ -52,7 +55,7 @@ def read(path: Path) -> list[Event]:
 def read_end(path: Path, limit: int) -> tuple[list[Event], bool]:
     """The events in the last `limit` bytes of a journal, and whether these are all."""
     try:
-        with path.open("rb") as file:
+        with files.reading(path) as file:
             begin = max(0, file.seek(0, os.SEEK_END) - limit)
             file.seek(begin)
             if begin:

@@ -136,3 +136,23 @@ def test_what_is_read_ahead_is_in_memory_soon_and_what_is_not_there_harms_nobody
     deadline = soon()
     while not cached(path):
         assert time.monotonic() < deadline
+
+
+def test_only_regular_files_of_a_size_that_can_be_meant_are_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to("file")
+    assert files.read(tmp_path / "link", 5) == b"12345"
+    with pytest.raises(files.UnfitFile, match="expected at most 4 bytes, found 5"):
+        files.read(tmp_path / "file", 4)
+    os.mkfifo(tmp_path / "pipe")
+    for path, found in (
+        (tmp_path / "pipe", "a named pipe"),
+        (Path("/dev/zero"), "a device"),
+        (Path("/dev/tty"), "a device"),
+    ):
+        with pytest.raises(files.UnfitFile, match=f"expected a regular file, found {found}"):
+            files.read(path, 5)
+    with pytest.raises(IsADirectoryError):
+        files.read(tmp_path, 5)
+    with pytest.raises(FileNotFoundError):
+        files.read(tmp_path / "none", 5)

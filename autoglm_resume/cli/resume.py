@@ -49,7 +49,7 @@ def resume(
     from autoglm_resume.supervise import start
 
     found = target.run(run, acts=True)
-    screen = Screen(found.job().get("logs", {}).get("console", "all"), json=json)
+    screen = Screen(found.section("logs").get("console", "all"), json=json)
     with report.afterwards(found.path, screen, json=json):
         return start.resume(found.path, screen, step)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from autoglm_resume import events
+from autoglm_resume import events, files
 from autoglm_resume.control.asking import just_starting, send, supervisor
 from autoglm_resume.errors import AutoglmError
 from autoglm_resume.events import Event
@@ -121,7 +121,7 @@ class _Growing:
 
     def events(self) -> Iterable[Event]:
         """What was added since the last call, in whole lines."""
-        with self._path.open("rb") as file:
+        with files.reading(self._path) as file:
             file.seek(self._end)
             lines, newline, _ = file.read().rpartition(b"\n")
         self._end += len(lines) + len(newline)

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import yaml
 
+from autoglm_resume import files
 from autoglm_resume.errors import UsageError
 
 Keys = tuple[str | int, ...]
@@ -109,14 +110,13 @@ def _read(path: Path, source: str) -> str:
     try:
         if path.is_dir():
             raise UsageError(f"{source}: expected a job file, found a directory")
-        with path.open("rb") as file:
-            data = file.read(LARGEST_FILE + 1)
+        data = files.read(path, LARGEST_FILE)
     except FileNotFoundError:
         raise UsageError(f"{source}: no such file: {path.absolute()}{similar_file(path)}") from None
+    except files.UnfitFile as error:
+        raise UsageError(f"{source}: no job file: {error.strerror}") from None
     except OSError as error:
         raise UsageError(f"{source}: cannot be read: {error.strerror}") from None
-    if len(data) > LARGEST_FILE:
-        raise UsageError(f"{source}: larger than 1 MiB, which no job file is")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -77,8 +77,8 @@ def _live_step(holder: Holder | None) -> int | None:
     """Of the heartbeats, if they are here."""
     if holder is None or not holder.board or holder.host != socket.gethostname():
         return None
-    with contextlib.suppress(OSError, ValueError):
-        board = Board.open(Path(holder.board))
+    with contextlib.suppress(OSError, ValueError, OverflowError):
+        board = Board.look(Path(holder.board))
         try:
             return max((beat.step for beat in board.beats() if beat.step >= 0), default=None)
         finally:

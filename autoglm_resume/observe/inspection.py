@@ -135,8 +135,7 @@ def expectation(run: RunDirectory | None) -> Expectation | None:
 
     journal = run.events()
     world = next((e.world_size for e in journal if isinstance(e, RunStarted)), None)
-    job = run.shown_job()
-    guards, checkpoint = job.get("guards") or {}, job.get("checkpoint") or {}
+    guards, checkpoint = run.section("guards"), run.section("checkpoint")
     size = guards.get("world_size", "strict")
     past = history.recall(journal)
     model = history.model_of(past.models, world or 0)
@@ -212,8 +211,10 @@ def _run_of(root: Path) -> RunDirectory | None:
 
 
 def _checkpoint_dir(run: RunDirectory) -> Path:
-    configured = (run.shown_job().get("checkpoint") or {}).get("dir")
-    return Path(configured) if configured else run.path / "checkpoints"
+    configured = run.section("checkpoint").get("dir")
+    return (
+        Path(configured) if isinstance(configured, str) and configured else run.path / "checkpoints"
+    )
 
 
 def _parts(store: Store, facts: Candidate) -> tuple[Part, ...]:

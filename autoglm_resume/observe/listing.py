@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from autoglm_resume import files
 from autoglm_resume.checkpoint.format import document
 from autoglm_resume.checkpoint.format.ids import newer, recency, step_of
 from autoglm_resume.checkpoint.format.manifest import Manifest
@@ -27,6 +28,9 @@ from autoglm_resume.observe.pure.say import check as failed_check
 from autoglm_resume.observe.pure.say import seconds, short, size
 from autoglm_resume.observe.tables import Table
 from autoglm_resume.supervise.base.run_directory import RunDirectory
+
+LARGEST_NOTE = 1 << 20
+"""Bytes of a file that says why a checkpoint is in quarantine."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def keep_of(run: RunDirectory | None) -> KeepRules | None:
         return None
     from autoglm_resume.job.load import keep_of
 
-    written = (run.shown_job().get("checkpoint") or {}).get("keep")
+    written = run.section("checkpoint").get("keep")
     return KeepRules() if written is None else keep_of(written, f"{run.path}/job.json")
 
 
@@ -134,7 +138,7 @@ def _accepted_last(run: RunDirectory | None) -> dict[str, str]:
 
 def _newest_that_counts(run: RunDirectory | None, ids: Sequence[str]) -> dict[str, str]:
     """The newest of `ids` that is in as many replicas as the job asks for, and that as a reason."""
-    how = (run.shown_job().get("checkpoint") or {}) if run else {}
+    how = run.section("checkpoint") if run else {}
     policy, targets = how.get("commit", "local"), how.get("replicas") or ()
     if run is None or policy == "local" or not targets:
         return {}
@@ -173,7 +177,7 @@ def _quarantined(target: Inspected) -> tuple[tuple[str, str], ...]:
         reason = "no reason was recorded"
         with suppress(OSError, CheckpointError):
             file = path / REASON
-            reason = document.parse(file.read_bytes(), str(file))["reason"].text()
+            reason = document.parse(files.read(file, LARGEST_NOTE), str(file))["reason"].text()
         found.append((path.name, reason))
     return tuple(found)
 

@@ -11,13 +11,15 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from autoglm_resume import output
+from autoglm_resume import files, output
 from autoglm_resume.errors import UsageError
 from autoglm_resume.linux import DirectoryWatch
 from autoglm_resume.observe.tables import terminal
 from autoglm_resume.supervise.base.run_directory import RunDirectory
 
 _LOG = re.compile(r"rank-(\d+)\.log\Z")
+LONGEST_LINE = 1 << 20
+"""Bytes; what is longer is shown as several lines."""
 _ELSEWHERE = 1.0
 """Seconds between looks at a run on another host, of which the kernel here does not know."""
 
@@ -68,12 +70,12 @@ class LogReader:
         """Show the whole lines that are new, rank by rank."""
         for rank in self.ranks:
             path = self._directory / f"rank-{rank}.log"
-            with path.open("rb") as file:
+            with files.reading(path) as file:
                 file.seek(self._offsets.get(rank, 0))
-                for line in file:
-                    line = self._rest.pop(rank, b"") + line
-                    if line.endswith(b"\n"):
-                        self._show(rank, line[:-1])
+                while (piece := file.readline(LONGEST_LINE)) and not output.unread():
+                    line = self._rest.pop(rank, b"") + piece
+                    if line.endswith(b"\n") or len(line) >= LONGEST_LINE:
+                        self._show(rank, line.removesuffix(b"\n"))
                     else:
                         self._rest[rank] = line
                 self._offsets[rank] = file.tell()

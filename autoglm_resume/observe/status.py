@@ -79,14 +79,15 @@ def of(run: RunDirectory) -> Status:
     now = time.monotonic() if here else None
     journal = run.events()
     summary = summarize(journal, alive=holder is not None, now=now)
-    job = run.shown_job()
-    targets = _section(job, "checkpoint").get("replicas")
+    targets = run.section("checkpoint").get("replicas")
     targets = [each for each in targets if isinstance(each, str)] if type(targets) is list else []
     return Status(
         run.path,
         summary,
         holder,
-        _ranks(holder, recall(journal).silences, _limits(job)) if here and holder else (),
+        _ranks(holder, recall(journal).silences, _limits(run.section("heartbeat")))
+        if here and holder
+        else (),
         replicas.of(journal, targets) if targets else (),
         _slurm(journal),
     )
@@ -113,12 +114,6 @@ def of_all(runs: Iterable[RunDirectory]) -> list[Status | Unreadable]:
     return found
 
 
-def _section(job: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Of a job as it was written, which may be one of another version, or damaged."""
-    found = job.get(name)
-    return found if isinstance(found, Mapping) else {}
-
-
 def _slurm(journal: Sequence[Event]) -> events.Slurm | None:
     for event in reversed(journal):
         match event:
@@ -133,15 +128,16 @@ def _ranks(holder: Holder, past: Silences, limits: Limits) -> tuple[Rank, ...]:
     if not holder.board:
         return ()
     try:
-        board = Board.open(Path(holder.board))
-    except (OSError, ValueError):
+        board = Board.look(Path(holder.board))
+        beats = board.beats()
+    except (OSError, ValueError, OverflowError):
         return ()
     try:
         load = os.getloadavg()[0] / (os.cpu_count() or 1)
         now = time.monotonic()
         return tuple(
             _rank(rank, Look(beat, merged([past.get(rank, {}), gaps.all()])), now, limits, load)
-            for rank, (beat, gaps) in enumerate(zip(board.beats(), board.silences, strict=True))
+            for rank, (beat, gaps) in enumerate(zip(beats, board.silences, strict=True))
         )
     finally:
         board.close()
@@ -155,11 +151,10 @@ def _rank(rank: int, look: Look, now: float, limits: Limits, load: float) -> Ran
     return Rank(rank, beat.pid, beat.step, beat.phase.label, age, loss, sound)
 
 
-def _limits(job: Mapping[str, Any]) -> Limits:
-    asked = _section(job, "heartbeat")
+def _limits(asked: Mapping[str, Any]) -> Limits:
     try:
         found = parse_duration(asked["timeout"]), parse_duration(asked["startup"])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, TypeError):
         return Limits(math.inf, math.inf)  # a job of another version
     return Limits(*found)
 

@@ -27,6 +27,8 @@ STACKS = signal.SIGRTMAX - 3
 """Asks a rank to write the stacks of its threads; a signal that nobody else is known to use."""
 RUN = "AUTOGLM_RUN"
 """Names the run directory to every process of a run, so that none can be left behind unknown."""
+LARGEST_JOB = 1 << 26
+"""Bytes of a run's job.json: what a job file of a megabyte comes to, and more."""
 SUPERVISOR = "AUTOGLM_SUPERVISOR"
 """Process id of the supervisor, in the environment of all that a run starts: so its own orphans can
 be told from others'."""

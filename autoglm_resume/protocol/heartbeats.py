@@ -26,9 +26,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from autoglm_resume import files
 from autoglm_resume.protocol import silences
 from autoglm_resume.protocol.silences import SilenceHistogram
 
+MOST_RANKS = 1 << 16
+"""Of a board that is looked at; nobody has so many on one machine."""
 _MAGIC = b"autoglm board 2\0"
 _HEADER = struct.Struct("<16sI")
 _COPY = 64
@@ -195,6 +198,25 @@ class Board:
         if magic != _MAGIC or len(memory) < _size(world_size):
             raise ValueError(f"{path} is not a heartbeat board")
         return cls(memory, world_size, fd)
+
+    @classmethod
+    def look(cls, path: Path) -> Board:
+        """A copy of a board that anybody may have made, to look at. Raises OSError or ValueError.
+
+        Whoever cuts a file short that others have mapped ends their processes.
+        """
+        with files.reading(path) as file:
+            header = file.read(_HEADER.size).ljust(_HEADER.size, b"\0")
+            magic, world_size = _HEADER.unpack(header)
+            if magic != _MAGIC or world_size > MOST_RANKS:
+                raise ValueError(f"{path} is not a heartbeat board")
+            size = _size(world_size)
+            data = header + file.read(size - len(header))
+            if len(data) != size:
+                raise ValueError(f"{path} is not a whole heartbeat board")
+            memory = mmap.mmap(-1, size)
+            memory[:] = data
+            return cls(memory, world_size, -1)
 
     @classmethod
     def join(cls, path: str | None, world_size: int) -> Board:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autoglm_resume import events, journal
+from autoglm_resume import events, files, journal
 from autoglm_resume.checkpoint.format.ids import Branch
 from autoglm_resume.events import Event
+from autoglm_resume.protocol.assignment import LARGEST_JOB
 
 LOCK = ".lock"
 """In a directory of checkpoints outside of its run's: says which run had it last."""
@@ -73,6 +74,6 @@ def _named_in(lock: Path) -> Path | None:
 
 def _read(path: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
-        found = json.loads(path.read_bytes())
+        found = json.loads(files.read(path, LARGEST_JOB))
         return found if isinstance(found, dict) else {}
     return {}

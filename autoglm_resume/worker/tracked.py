@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from autoglm_resume import files
 from autoglm_resume.checkpoint.format.document import digest
 from autoglm_resume.checkpoint.format.structure import Structure
 from autoglm_resume.checkpoint.state import capture
@@ -22,6 +23,9 @@ from autoglm_resume.worker.saving.description import (
     OptimizerDescription,
     description_of,
 )
+
+LARGEST_CONFIG = 1 << 30
+"""Bytes of a config file that is part of the model hash."""
 
 
 class TrackedObjects:
@@ -93,7 +97,7 @@ class TrackedObjects:
             for name, model in models.items()
             for key, value in model.state_dict().items()
         }
-        config = {path: digest(Path(path).read_bytes()) for path in config_files}
+        config = {path: digest(files.read(Path(path), LARGEST_CONFIG)) for path in config_files}
         return capture.structure_of(tensors, config)
 
 

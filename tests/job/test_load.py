@@ -156,7 +156,10 @@ def test_what_is_impossible_is_refused_with_its_place(text: str, problem: str) -
         ("script: " + "[" * 5000, "job.yaml: not valid YAML: nested too deeply"),
         ("a: &a [*a]\n", "too many values, or nested too deeply"),
         (b"script: caf\xe9.py\n", "job.yaml:1:12: not UTF-8: found byte 0xe9"),
-        (b"#" * (1 << 20) + b"\nscript: train.py\n", "job.yaml: larger than 1 MiB"),
+        (
+            b"#" * (1 << 20) + b"\nscript: train.py\n",
+            "job.yaml: no job file: expected at most 1048576 bytes",
+        ),
     ],
 )
 def test_what_is_no_yaml_mapping_is_refused_clearly(content: str | bytes, problem: str) -> None:

@@ -59,8 +59,11 @@ def test_a_run_whose_directory_is_gone_leaves_the_list(tmp_path: Path) -> None:
     assert [run.name for run in run_list.read()] == ["there"]
 
 
-def test_a_run_that_does_not_answer_or_cannot_be_read_hides_no_other(tmp_path: Path) -> None:
-    """A pipe in place of its journal hangs whoever opens it, as a dead mount does."""
+def test_a_run_that_does_not_answer_or_cannot_be_read_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipe in place of its journal hangs whoever opens it plainly, as a dead mount does all."""
+    monkeypatch.setattr("autoglm_resume.files.reading", lambda path: path.open("rb"))
     silent = started(tmp_path / "silent", killed_once())
     (silent / "events.jsonl").unlink()
     os.mkfifo(silent / "events.jsonl")

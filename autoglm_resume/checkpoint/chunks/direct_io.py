@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from autoglm_resume import files
 from autoglm_resume.checkpoint.format.document import Buffer
 
 T = TypeVar("T")
@@ -106,7 +107,7 @@ class Input:
 
     def __init__(self, path: Path, largest: int) -> None:
         """Raises OSError."""
-        self._file = _File(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        self._file = _File(files.opened(path))
         self._buffer = _memory((largest // BLOCK + 2) * BLOCK)
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from autoglm_resume import files
 from autoglm_resume.checkpoint.chunks import casts, codec
 from autoglm_resume.checkpoint.chunks.verify import fingerprint, read_exactly, reading
 from autoglm_resume.checkpoint.format.document import digest
@@ -149,7 +150,7 @@ class ChunkReader:
         with self._lock:
             if key not in self._files:
                 path = pack_path(self._path, part, part.packs[pack])
-                fd = self._files[key] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                fd = self._files[key] = files.opened(path)
                 expected, found = part.packs[pack].fingerprint.size, fingerprint(fd).size
                 if expected != found:
                     raise CorruptCheckpoint(f"{path}: expected {expected} bytes, found {found}")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
+from autoglm_resume import files
 from autoglm_resume.checkpoint.format.part import Part
 from autoglm_resume.checkpoint.format.tables import Chunk, Fingerprint
 from autoglm_resume.errors import CheckpointError, CorruptCheckpoint
@@ -19,7 +20,7 @@ Progress: TypeAlias = "Callable[[int], None]"
 
 @contextlib.contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Turn an OSError into a CheckpointError: CorruptCheckpoint only if `file` is not there.
+    """Turn an OSError into a CheckpointError: CorruptCheckpoint only if no such file is there.
 
     No permission or a failing disk says nothing about the bytes.
     """
@@ -27,6 +28,8 @@ def reading(file: Path) -> Iterator[None]:
         yield
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise CorruptCheckpoint(f"{file}: expected a file, found none") from None
+    except files.UnfitFile as error:
+        raise CorruptCheckpoint(f"{file}: {error.strerror}") from None
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
 

@@ -194,6 +194,8 @@ def _check(part: Part, node: JsonNode) -> None:
     for index, chunk in enumerate(part.chunks):
         if chunk.raw > CHUNK_BYTES:
             expect(f"chunk {index}: raw size", f"at most {CHUNK_BYTES}", chunk.raw)
+        if chunk.stored > CHUNK_BYTES:  # what does not get smaller is stored raw
+            expect(f"chunk {index}: stored size", f"at most {CHUNK_BYTES}", chunk.stored)
         if chunk.pack == 0:
             expect(f"chunk {index}: offset", end, chunk.offset)
             end += chunk.stored
@@ -214,11 +216,18 @@ def _check(part: Part, node: JsonNode) -> None:
         if tensor.chunks and max(tensor.chunks) >= len(part.chunks):
             expect(f"{tensor.name}: chunks", f"below {len(part.chunks)}", max(tensor.chunks))
         used.update(tensor.chunks)
-        chunks = [part.chunks[index] for index in tensor.chunks]
-        expect(f"{tensor.name}: bytes", tensor.nbytes, sum(chunk.raw for chunk in chunks))
+        size = tensor.nbytes
+        raw = sum(part.chunks[index].raw for index in tensor.chunks)
+        expect(f"{tensor.name}: bytes", size, raw)
+        expect(f"{tensor.name}: chunks", -(-size // CHUNK_BYTES), len(tensor.chunks))
+        for index in tensor.chunks:
+            raw = part.chunks[index].raw
+            if raw != min(CHUNK_BYTES, size):
+                expect(f"{tensor.name}: chunk {index}: raw size", min(CHUNK_BYTES, size), raw)
+            size -= raw
         expect(
             f"{tensor.name}: digest",
-            digest_of_digests(chunk.digest for chunk in chunks),
+            digest_of_digests(part.chunks[index].digest for index in tensor.chunks),
             tensor.digest,
         )
     used.update(chunk.base for chunk in part.chunks if chunk.base is not None)

@@ -63,7 +63,7 @@ class Structure:
         tensors: list[TensorSpec] = []
         for row in node["tensors"].items():
             name, dtype, shape = columns(row, 3)
-            tensors.append((name.text(), dtype.text(), tuple(n.whole() for n in shape.items())))
+            tensors.append((name.text(), dtype.text(), shape.whole_numbers()))
         config: list[tuple[str, str]] = []
         for row in node["config"].items():
             path, value = columns(row, 2)

@@ -19,6 +19,8 @@ from autoglm_resume.checkpoint.format.document import Json, JsonNode, canonical,
 from autoglm_resume.checkpoint.format.ids import is_id
 
 CHUNK_BYTES = 1 << 20
+LARGEST_TENSOR = 1 << 58
+"""Elements, of 16 bytes at most: its bytes are still a number of 63 bits."""
 CAST_FACTOR = 2
 """Bytes that one byte of a cast is made of."""
 
@@ -104,7 +106,7 @@ def object_of(tensor_name: str) -> str:
 def read_chunk(node: JsonNode) -> Chunk:
     """Raises CorruptCheckpoint, as those below."""
     digest, raw, pack, stored, offset, codec, base, cast_of = columns(node, 8)
-    sources = tuple(index.whole() for index in cast_of.items())
+    sources = cast_of.whole_numbers()
     if sources:
         if pack.value is not None:
             pack.fail("no pack of a cast")
@@ -125,12 +127,16 @@ def read_chunk(node: JsonNode) -> Chunk:
 def read_tensor(node: JsonNode) -> Tensor:
     if node["dtype"].text() not in DTYPE_BYTES:
         node["dtype"].fail("a known dtype")
+    shape = node["shape"].whole_numbers()
+    # Dimensions of 0 hide how large the others are, which torch multiplies all the same.
+    if math.prod(size or 1 for size in shape) > LARGEST_TENSOR:
+        node["shape"].fail(f"at most {LARGEST_TENSOR} elements")
     return Tensor(
         name=node["name"].text(),
         dtype=node["dtype"].text(),
-        shape=tuple(size.whole() for size in node["shape"].items()),
+        shape=shape,
         digest=node["digest"].digest(),
-        chunks=tuple(index.whole() for index in node["chunks"].items()),
+        chunks=node["chunks"].whole_numbers(),
     )
 
 

@@ -69,8 +69,10 @@ class Bundle:
         `progress` gets their bytes. Raises CorruptCheckpoint, and NewerFormat.
         """
         with self._as_written():
+            _require_pieces(self.document)
+            read = _Pieces(self)
             ranks = range(len(self.document["ranks"]))
-            return [_snapshot(self, id, rank, progress) for rank in ranks]
+            return [_snapshot(read, self.document, id, rank, progress) for rank in ranks]
 
     @contextmanager
     def _as_written(self) -> Iterator[None]:
@@ -112,12 +114,17 @@ def nested(bundle: Bundle) -> dict[str, Any]:
     return found
 
 
-def _snapshot(bundle: Bundle, id: str, number: int, progress: verify.Progress | None) -> Snapshot:
-    document = bundle.document
+def _snapshot(
+    read: _Pieces,
+    document: dict[str, Json],
+    id: str,
+    number: int,
+    progress: verify.Progress | None,
+) -> Snapshot:
     rank = document["ranks"][number]
     contents = []
     for row in rank["tensors"]:
-        contents.append(_tensor(bundle, row))
+        contents.append(read.tensor(row))
         if progress:
             progress(contents[-1].nbytes)
     tables: dict[str, list[Tensor]] = {name: [] for name in rank["objects"]}
@@ -145,27 +152,63 @@ def _snapshot(bundle: Bundle, id: str, number: int, progress: verify.Progress | 
     )
 
 
-def _tensor(bundle: Bundle, row: Json) -> TensorBytes:
-    """What a rank has of a tensor, verified."""
-    dtype, shape = bundle.document["tensors"][row["key"]]
-    whole = bundle.tensors[row["key"]]
-    if [tree.dtype_name(whole.dtype), list(whole.shape)] != [dtype, shape]:
-        raise CorruptCheckpoint(
-            f"export: {row['key']}: expected {shape} of {dtype}, found {list(whole.shape)} of"
-            f" {tree.dtype_name(whole.dtype)}"
-        )
-    box = Box(tuple(row["offset"]), tuple(row["shape"]))
-    local = whole[box.within(Box.whole(tuple(shape)))].contiguous()
-    data = tree.as_bytes(local)
-    chunks = range(0, len(data), CHUNK_BYTES)
-    found = digest_of_digests(digest(data[start : start + CHUNK_BYTES]) for start in chunks)
-    if found != row["digest"] or tuple(local.shape) != box.shape:
-        raise CorruptCheckpoint(
-            f"export: {row['key']}: expected {row['digest']} for {row['name']} of a rank, found"
-            f" {found}",
-            hint="only what autoglm exported, unchanged, can be imported again",
-        )
-    return TensorBytes(row["name"], dtype, box.shape, data)
+class _Pieces:
+    """What ranks have of the tensors, verified; pieces that several have are there once."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        self._found: dict[tuple[str, Box], tuple[memoryview, str]] = {}
+
+    def tensor(self, row: Json) -> TensorBytes:
+        """That of one row of a rank. Raises CorruptCheckpoint, and what a wrong row makes fail."""
+        key, box = row["key"], _box(row)
+        if (key, box) not in self._found:
+            self._found[key, box] = self._read(key, box)
+        data, found = self._found[key, box]
+        if found != row["digest"]:
+            raise CorruptCheckpoint(
+                f"export: {key}: expected {row['digest']} for {row['name']} of a rank, found"
+                f" {found}",
+                hint="only what autoglm exported, unchanged, can be imported again",
+            )
+        return TensorBytes(row["name"], self._bundle.document["tensors"][key][0], box.shape, data)
+
+    def _read(self, key: str, box: Box) -> tuple[memoryview, str]:
+        """Its bytes, and their digest."""
+        dtype, shape = self._bundle.document["tensors"][key]
+        whole = self._bundle.tensors[key]
+        if [tree.dtype_name(whole.dtype), list(whole.shape)] != [dtype, shape]:
+            raise CorruptCheckpoint(
+                f"export: {key}: expected {shape} of {dtype}, found {list(whole.shape)} of"
+                f" {tree.dtype_name(whole.dtype)}"
+            )
+        # An expanded tensor has more elements than memory; ours have one place for each.
+        if whole.numel() * whole.element_size() > whole.untyped_storage().nbytes():
+            raise CorruptCheckpoint(f"export: {key}: expected all of its elements, found fewer")
+        local = whole[box.within(Box.whole(tuple(shape)))].contiguous()
+        if tuple(local.shape) != box.shape:
+            raise CorruptCheckpoint(f"export: {key}: expected {box} in it, found {local.shape}")
+        data = tree.as_bytes(local)
+        chunks = range(0, len(data), CHUNK_BYTES)
+        return data, digest_of_digests(digest(data[at : at + CHUNK_BYTES]) for at in chunks)
+
+
+def _box(row: Json) -> Box:
+    return Box(tuple(row["offset"]), tuple(row["shape"]))
+
+
+def _require_pieces(document: dict[str, Json]) -> None:
+    """Raise ValueError if the ranks are said to have more of a tensor than there is.
+
+    So no document takes more memory than twice what the tensors take.
+    """
+    pieces: dict[str, set[Box]] = {}
+    for rank in document["ranks"]:
+        for row in rank["tensors"]:
+            pieces.setdefault(row["key"], set()).add(_box(row))
+    for key, boxes in pieces.items():
+        if sum(box.volume for box in boxes) > math.prod(document["tensors"][key][1]):
+            raise ValueError(f"{key}: more than all of it")
 
 
 def _content(bundle: Bundle, row: Json, offset: Json) -> torch.Tensor | bytes:

@@ -51,7 +51,7 @@ def write(out: Path, bundle: Bundle) -> None:
 
 def recognises(source: Path) -> bool:
     """A directory with DCP's metadata."""
-    return (source / ".metadata").exists()
+    return (source / ".metadata").is_file()
 
 
 def read(source: Path) -> Bundle:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from autoglm_resume import files
 from autoglm_resume.checkpoint.format.document import Json, compact
 from autoglm_resume.checkpoint.interop.bundle import Bundle
 from autoglm_resume.errors import CorruptCheckpoint, UsageError
@@ -21,7 +22,7 @@ def begin_of(source: Path) -> bytes:
     """The first bytes of a file; none of a directory. Raises OSError."""
     if source.is_dir():
         return b""
-    with source.open("rb") as file:
+    with files.reading(source) as file:
         return file.read(16)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from autoglm_resume import files
 from autoglm_resume.checkpoint.interop import dcp_directory, safetensors_file, torch_file
 from autoglm_resume.checkpoint.interop.adopt import SnapshotSource
 from autoglm_resume.checkpoint.interop.bundle import Bundle
@@ -57,9 +58,12 @@ def layout_of(source: Path) -> str:
     """Name of the first layout that `source` is in. Raises UsageError, and OSError."""
     if not source.exists():
         raise UsageError(f"{source}: no such file or directory")
-    for name, reader in READERS.items():
-        if reader.recognises(source):
-            return name
+    try:
+        for name, reader in READERS.items():
+            if reader.recognises(source):
+                return name
+    except files.UnfitFile as error:
+        raise UsageError(f"{source}: {error.strerror}") from None
     if source.is_dir():
         raise UsageError(
             f"{source}: expected a file, or a directory that DCP has written; found no .metadata"

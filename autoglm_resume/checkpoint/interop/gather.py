@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from autoglm_resume.checkpoint.chunks import verify
+from autoglm_resume.checkpoint.chunks import memory, verify
 from autoglm_resume.checkpoint.chunks.reader import ChunkReader
 from autoglm_resume.checkpoint.format.document import Json
 from autoglm_resume.checkpoint.format.manifest import Manifest
@@ -62,6 +62,7 @@ def gather(store: Store, path: Path, progress: verify.Progress | None = None) ->
     manifest = store.load_manifest(path)
     parts = [store.load_part(path, ref.rank) for ref in manifest.parts]
     entries = list(_entries(parts))
+    memory.require(manifest.id, [Tensor(e.key, e.dtype, e.shape, "", ()) for e in entries])
     tensors: dict[str, torch.Tensor] = {}
     with ChunkReader(path, parts) as reader:
 
@@ -142,7 +143,8 @@ def _by_dcp(parts: Sequence[Part]) -> bool:
 
 def _load(reader: ChunkReader, entry: _Entry, progress: verify.Progress | None) -> torch.Tensor:
     dtype, whole = tree.dtype_named(entry.dtype), Box.whole(entry.shape)
-    found = torch.empty(entry.shape, dtype=dtype)
+    # Whoever says which boxes there are may have left gaps, which nobody's memory may fill.
+    found = torch.zeros(entry.shape, dtype=dtype)
     for leaf in entry.sources:
         target = found if leaf.box == whole else torch.empty(leaf.tensor.shape, dtype=dtype)
         view = tree.as_bytes(target)

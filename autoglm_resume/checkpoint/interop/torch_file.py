@@ -8,6 +8,7 @@ importing the file again brings back what they were.
 from __future__ import annotations
 
 import sys
+import zipfile
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,9 @@ def recognises(source: Path) -> bool:
 def read(source: Path) -> Bundle:
     """Raises CorruptCheckpoint, and UsageError."""
     try:
+        with zipfile.ZipFile(source) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("its entries are compressed, and torch.save compresses nothing")
         found = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever untrusted bytes can make of it
         raise damaged(source, "an archive that torch.load does not take", error) from error

@@ -17,7 +17,7 @@ from typing import TypeVar
 from autoglm_resume import files
 from autoglm_resume.checkpoint.chunks import codec, verify
 from autoglm_resume.checkpoint.chunks.reader import ChunkReader
-from autoglm_resume.checkpoint.format.document import digest
+from autoglm_resume.checkpoint.format.document import LARGEST_MANIFEST, LARGEST_PART, digest
 from autoglm_resume.checkpoint.format.ids import newest_first
 from autoglm_resume.checkpoint.format.manifest import MANIFEST, Manifest, PartRef
 from autoglm_resume.checkpoint.format.part import Part
@@ -180,7 +180,7 @@ class _Mender:
 
 def _manifest(path: Path, id: str, known: str | None) -> Manifest:
     with verify.reading(path):
-        manifest = Manifest.decode(path.read_bytes(), str(path))
+        manifest = Manifest.decode(files.read(path, LARGEST_MANIFEST), str(path))
     expect(path, "id", id, manifest.id)
     if known is not None:
         expect(path, "digest", known, manifest.digest)
@@ -189,7 +189,7 @@ def _manifest(path: Path, id: str, known: str | None) -> Manifest:
 
 def _part(path: Path, ref: PartRef) -> Part:
     with verify.reading(path):
-        data = path.read_bytes()
+        data = files.read(path, LARGEST_PART)
     expect(path, "digest", ref.digest, digest(data))
     return Part.decode(data, str(path))
 
@@ -201,7 +201,7 @@ def prove_pack(path: Path, part: Part, bases: ChunkReader) -> None:
     """
     own = [(index, chunk) for index, chunk in enumerate(part.chunks) if chunk.pack == 0]
     with verify.reading(path):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = files.opened(path)
     try:
         expect(path, "bytes", part.stored, os.fstat(fd).st_size)
 

@@ -6,7 +6,7 @@ nothing but the time to read it. A snapshot in shared memory is copied out, neve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from autoglm_resume import linux
-from autoglm_resume.checkpoint.chunks import verify
+from autoglm_resume.checkpoint.chunks import memory, verify
 from autoglm_resume.checkpoint.chunks.cut import items_of
 from autoglm_resume.checkpoint.chunks.reader import ChunkReader
 from autoglm_resume.checkpoint.format.document import digest
@@ -219,11 +219,12 @@ def _from_memory(part: Part, memory: Snapshot, threads: int) -> dict[str, torch.
 
 def _fill(
     id: str,
-    entries: Iterable[Tensor | TensorBytes],
+    entries: Sequence[Tensor | TensorBytes],
     load: Callable[[_ChunkTarget], None],
     threads: int,
 ) -> dict[str, torch.Tensor]:
     """Fresh tensors, by name, every chunk of which has been `load`ed."""
+    memory.require(id, entries)
     tensors: dict[str, torch.Tensor] = {}
     pieces: list[_ChunkTarget] = []
     for entry in entries:

@@ -53,7 +53,7 @@ class Directory:
             return output.tell()
 
     def get(self, name: str, path: Path) -> None:
-        with (self._root / name).open("rb") as source, files.writing(path) as output:
+        with files.reading(self._root / name) as source, files.writing(path) as output:
             shutil.copyfileobj(source, output, PIECE_BYTES)
 
     def remove(self, id: str) -> None:

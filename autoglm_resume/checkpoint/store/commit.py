@@ -9,6 +9,7 @@ from pathlib import Path
 
 from autoglm_resume import files
 from autoglm_resume.checkpoint.chunks import verify
+from autoglm_resume.checkpoint.format.document import LARGEST_PART
 from autoglm_resume.checkpoint.format.ids import is_id
 from autoglm_resume.checkpoint.format.manifest import MANIFEST, Manifest, Parent
 from autoglm_resume.checkpoint.format.part import Part, part_file
@@ -143,5 +144,5 @@ def _committed(directory: Path, id: str) -> bool:
 
 def _stored_part(file: Path) -> tuple[Part, bytes]:
     with verify.reading(file):
-        data = file.read_bytes()
+        data = files.read(file, LARGEST_PART)
     return Part.decode(data, str(file)), data

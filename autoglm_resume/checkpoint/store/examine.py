@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from autoglm_resume import files
 from autoglm_resume.checkpoint.chunks import verify
 from autoglm_resume.checkpoint.chunks.reader import ChunkReader, pack_path
 from autoglm_resume.checkpoint.chunks.verify import Progress
+from autoglm_resume.checkpoint.format.document import LARGEST_MANIFEST
 from autoglm_resume.checkpoint.format.manifest import MANIFEST, Manifest, needs_of
 from autoglm_resume.checkpoint.format.part import Part
 from autoglm_resume.checkpoint.store.gate import Candidate, Integrity
@@ -69,7 +71,7 @@ def _check_chain(path: Path, manifest: Manifest) -> None:
         return
     file = path.parent / manifest.parent.id / MANIFEST
     try:
-        parent = Manifest.decode(file.read_bytes(), str(file))
+        parent = Manifest.decode(files.read(file, LARGEST_MANIFEST), str(file))
     except (OSError, CheckpointError):
         # Its own troubles are its own verdict.
         return

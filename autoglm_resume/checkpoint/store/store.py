@@ -18,7 +18,12 @@ from pathlib import Path
 from autoglm_resume import files
 from autoglm_resume.checkpoint.chunks import verify
 from autoglm_resume.checkpoint.chunks.reader import QUARANTINE
-from autoglm_resume.checkpoint.format.document import digest, indented
+from autoglm_resume.checkpoint.format.document import (
+    LARGEST_MANIFEST,
+    LARGEST_PART,
+    digest,
+    indented,
+)
 from autoglm_resume.checkpoint.format.ids import attempt_of, is_id, recency, step_of
 from autoglm_resume.checkpoint.format.manifest import MANIFEST, Manifest, PartRef
 from autoglm_resume.checkpoint.format.part import Part
@@ -74,7 +79,7 @@ class Store:
         """
         file = path / MANIFEST
         with verify.reading(file):
-            data = file.read_bytes()
+            data = files.read(file, LARGEST_MANIFEST)
         return Manifest.decode(data, str(file))
 
     def load_part(self, path: Path, rank: int) -> Part:
@@ -107,7 +112,7 @@ class Store:
         """What `ref` in the `manifest` of the checkpoint in `path` is. Raises CheckpointError."""
         file = path / ref.file
         with verify.reading(file):
-            data = file.read_bytes()
+            data = files.read(file, LARGEST_PART)
         if (found := digest(data)) != ref.digest:
             raise CorruptCheckpoint(f"{file}: expected {ref.digest}, found {found}")
         part = Part.decode(data, str(file))

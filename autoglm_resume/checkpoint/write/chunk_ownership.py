@@ -17,6 +17,7 @@ from threading import Event
 
 from autoglm_resume import files
 from autoglm_resume.checkpoint.chunks.cut import Position
+from autoglm_resume.checkpoint.format.document import LARGEST_PART
 
 PATIENCE = 10.0
 """Seconds to wait for the other ranks' claims, beyond which this rank stores all of its own."""
@@ -72,7 +73,7 @@ def _owner(key: Position, name: str, rank: int, others: Mapping[int, Mapping[str
 
 def _read(file: Path) -> Mapping[str, str] | None:
     try:
-        claims = json.loads(file.read_bytes())
+        claims = json.loads(files.read(file, LARGEST_PART))
     except (OSError, ValueError):
         return None
     return claims if isinstance(claims, dict) else None

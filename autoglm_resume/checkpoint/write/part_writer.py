@@ -20,7 +20,7 @@ from autoglm_resume import files, linux
 from autoglm_resume.checkpoint.chunks import casts, verify
 from autoglm_resume.checkpoint.chunks.compression import Throughput
 from autoglm_resume.checkpoint.chunks.cut import Item, items_of
-from autoglm_resume.checkpoint.format.document import digest_of_digests
+from autoglm_resume.checkpoint.format.document import LARGEST_PART, digest_of_digests
 from autoglm_resume.checkpoint.format.manifest import MANIFEST, Manifest
 from autoglm_resume.checkpoint.format.options import SaveOptions
 from autoglm_resume.checkpoint.format.part import Part, pack_file, part_file
@@ -122,7 +122,7 @@ class PartWriter:
         file = directory / part_file(snapshot.rank)
         if file.exists():
             # An earlier try wrote it and failed to commit; a part is never written twice.
-            part = Part.decode(file.read_bytes(), str(file))
+            part = Part.decode(files.read(file, LARGEST_PART), str(file))
         else:
             make_directory(directory)
             part = self._write(snapshot, items, pool, directory, abandoned)

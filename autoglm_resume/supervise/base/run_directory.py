@@ -14,10 +14,11 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ from typing import Any
 from autoglm_resume import files, journal
 from autoglm_resume.errors import RunLocked, UsageError
 from autoglm_resume.events import Event, RunStarted
+from autoglm_resume.protocol.assignment import LARGEST_JOB
 
 _WHOLE_FILE = struct.Struct("hhqqi4x")
 """struct flock: type, whence, start, length, pid."""
+_BOARD = re.compile(r"/proc/\d+/fd/\d+")
 
 
 @dataclass(frozen=True)
@@ -83,12 +86,14 @@ class RunDirectory:
     def job(self) -> dict[str, Any]:
         """The job as it was last started."""
         try:
-            job = json.loads(self._job.read_bytes())
+            job = json.loads(files.read(self._job, LARGEST_JOB))
         except FileNotFoundError:
             raise UsageError(
                 f"{self.path}: no run was started here (no {self._job.name})"
             ) from None
-        except ValueError as error:
+        except files.UnfitFile as error:
+            raise UsageError(f"{self._job}: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{self._job}: expected JSON, found: {error}") from None
         if not isinstance(job, dict):
             raise UsageError(f"{self._job}: expected a JSON object")
@@ -102,6 +107,11 @@ class RunDirectory:
             told = (event.job for event in self.events() if isinstance(event, RunStarted))
             return next((dict(job) for job in told if isinstance(job, dict)), {})
 
+    def section(self, name: str) -> Mapping[str, Any]:
+        """One of the job to look at, which may be of another version, or damaged."""
+        found = self.shown_job().get(name)
+        return found if isinstance(found, Mapping) else {}
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[Lock]:
         """Hold the run. Raises RunLocked while another process does; a dead process cannot."""
@@ -111,7 +121,7 @@ class RunDirectory:
     def holder(self) -> Holder | None:
         """Who has the run now, None if nobody."""
         try:
-            with self._lock.open("rb") as file:
+            with files.reading(self._lock) as file:
                 question = _WHOLE_FILE.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
                 answer = fcntl.fcntl(file, fcntl.F_OFD_GETLK, question)
                 if _WHOLE_FILE.unpack(answer)[0] != fcntl.F_UNLCK:
@@ -182,11 +192,18 @@ def _held(path: Path, run: str = "") -> Iterator[Lock]:
 
 def _read_holder(fd: int) -> Holder:
     try:
-        return Holder(**json.loads(os.pread(fd, 4096, 0)))
-    except (ValueError, TypeError):
+        found = json.loads(os.pread(fd, 4096, 0))
+        pid, since = int(found["pid"]), float(found["since"])
+        host, board, run = (str(found.get(name, "")) for name in ("host", "board", "run"))
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
         return Holder(0, "unknown", 0.0)
+    # Whoever looks at a run opens its board: never any file that a lock may name.
+    return Holder(pid, host, since, board if _BOARD.fullmatch(board) else "", run)
 
 
 def _sentence(holder: Holder) -> str:
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.since))
+    try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.since))
+    except (ValueError, OverflowError, OSError):
+        since = "an unknown time"
     return f"process {holder.pid} on {holder.host}, since {since}"

@@ -19,6 +19,8 @@ from pathlib import Path
 from autoglm_resume import files
 from autoglm_resume.supervise.base import bounded
 
+LARGEST = 1 << 16
+"""Bytes of one file: two paths, a name and a time."""
 STALE = 3600.0
 """Seconds after which what a write left behind that was killed is swept away."""
 
@@ -105,7 +107,7 @@ def _read(file: Path) -> ListedRun | None:
     if file.suffix != ".json" or file.name.startswith(files.TEMPORARY):
         return None
     try:
-        found = json.loads(file.read_bytes())
+        found = json.loads(files.read(file, LARGEST))
         path, origin = Path(found["path"]), Path(found["started_from"])
         listed = ListedRun(path, str(found["name"]), origin, float(found["started"]))
     except (OSError, ValueError, LookupError, TypeError, RecursionError):

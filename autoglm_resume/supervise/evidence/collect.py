@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from autoglm_resume import events, linux
+from autoglm_resume import events, files, linux
 from autoglm_resume.protocol.assignment import Assignment
 from autoglm_resume.protocol.heartbeats import Beat
 from autoglm_resume.supervise.base.machine import within
@@ -192,7 +192,7 @@ def agent_said(task: Assignment, exits: Mapping[int, Exit]) -> str:
 def read_end(path: Path, most: int) -> str:
     """The last `most` bytes of a file, from the first whole line on; empty if there is none."""
     try:
-        with path.open("rb") as file:
+        with files.reading(path) as file:
             size = os.fstat(file.fileno()).st_size
             file.seek(max(0, size - most))
             data = file.read(most)
@@ -259,6 +259,6 @@ def _error(task: Assignment, rank: int) -> ErrorRecord | None:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
+    with files.reading(path) as file:
         found: dict[str, Any] = json.loads(file.read(ERROR_BYTES))
     return found

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from autoglm_resume import events, journal, linux
+from autoglm_resume import events, files, journal, linux
 from autoglm_resume.checkpoint.format.manifest import Manifest
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import CheckpointError, UsageError
@@ -167,7 +167,7 @@ def needs(
 def last_written(path: Path) -> float | None:
     """Unix seconds of the last event of a journal."""
     try:
-        with path.open("rb") as file:
+        with files.reading(path) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
             times = [event.time for event in journal.decode(file.read())]
     except OSError:

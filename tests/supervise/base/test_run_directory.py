@@ -81,10 +81,10 @@ def test_a_shorter_description_replaces_a_longer_one_whole(tmp_path: Path) -> No
     run = RunDirectory(tmp_path)
     with run.locked() as lock:
         lock.describe("/proc/1/fd/" + "9" * 300)
-        lock.describe("b")
+        lock.describe("/proc/1/fd/2")
         who = run.holder()
         assert who is not None
-        assert who.board == "b"
+        assert who.board == "/proc/1/fd/2"
 
 
 def test_asking_who_holds_a_run_never_keeps_anybody_from_starting_it(tmp_path: Path) -> None:
