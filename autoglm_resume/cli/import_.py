@@ -51,13 +51,13 @@ def import_(
     from autoglm_resume.observe import inspection
     from autoglm_resume.observe.progress import Progress
     from autoglm_resume.observe.pure.say import size
-    from autoglm_resume.supervise.base.run_directory import undisturbed
+    from autoglm_resume.supervise.base.run_directory import RunDirectory, undisturbed
 
     try:
         target = inspection.find(Path(directory))
         store, run = target.store, target.run
     except UsageError:  # no checkpoint there yet
-        if Path(directory).is_file():
+        if Path(directory).is_file() or RunDirectory(Path(directory)).exists:
             raise
         store, run = Store(Path(directory).absolute()), None
 

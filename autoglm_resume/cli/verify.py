@@ -30,10 +30,16 @@ def verify(
 ) -> int:
     """Read every byte of every checkpoint. Exits 0 if all are good, 1 if some, 90 if none."""
     from autoglm_resume.cli import target
+    from autoglm_resume.errors import NoAcceptableCheckpoint
     from autoglm_resume.observe import inspection
     from autoglm_resume.observe.progress import Progress
 
     found = inspection.find(target.checkpoints(what))
+    if not found.paths:
+        raise NoAcceptableCheckpoint(
+            f"{found.store.root}: expected a checkpoint to verify, found none"
+            + (f" but {len(kept)} in quarantine" if (kept := found.store.quarantined()) else "")
+        )
     with Progress("verifying", inspection.stored_bytes(found, found.paths)) as progress:
         verdicts = inspection.verdicts(found, inspection.expectation(found.run), progress)
     if json:

@@ -25,7 +25,9 @@ from autoglm_resume.observe.progress import Progress
 from autoglm_resume.observe.pure.say import check as failed_check
 from autoglm_resume.observe.pure.say import plural, short, size
 from autoglm_resume.observe.tables import Table
-from autoglm_resume.supervise.base.run_directory import RunDirectory
+from autoglm_resume.protocol.relocation import same
+from autoglm_resume.supervise.base import home
+from autoglm_resume.supervise.base.run_directory import RunDirectory, last_run
 
 _BRING_BACK = (
     "To bring copies back, name their target in checkpoint.replicas of a job whose directory of"
@@ -93,7 +95,7 @@ def find(given: Path) -> Inspected:
         return Inspected(Store(root), (path,), _run_of(root), single=True)
     run = RunDirectory(path)
     if run.exists:
-        store = Store(_checkpoint_dir(run))
+        store = Store(home.checkpoints(run))
     else:
         store = Store(path)
         if not store.committed() and not store.uncommitted() and not (path / QUARANTINE).is_dir():
@@ -204,17 +206,15 @@ def word(verdict: Verdict) -> str:
 
 
 def _run_of(root: Path) -> RunDirectory | None:
-    run = RunDirectory(root.parent)
+    """The run whose checkpoints are in `root`: one that `root` lies in, or that had it last."""
     if root.name == QUARANTINE:
         return _run_of(root.parent)
-    return run if run.exists and _checkpoint_dir(run) == root else None
-
-
-def _checkpoint_dir(run: RunDirectory) -> Path:
-    configured = run.section("checkpoint").get("dir")
-    return (
-        Path(configured) if isinstance(configured, str) and configured else run.path / "checkpoints"
-    )
+    for directory in (*root.resolve().parents, last_run(root)):
+        run = RunDirectory(directory) if directory is not None else None
+        with suppress(UsageError, OSError):  # a copy, or no job at all
+            if run is not None and run.exists and same(home.checkpoints(run), root):
+                return run
+    return None
 
 
 def _parts(store: Store, facts: Candidate) -> tuple[Part, ...]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from autoglm_resume.errors import AutoglmError, died_by_signal
 from autoglm_resume.events import Committed
+from autoglm_resume.supervise.base import home
 from autoglm_resume.supervise.base.event_loop import EventLoop, Signals
 from autoglm_resume.supervise.base.run_directory import RunDirectory
 from autoglm_resume.supervise.base.stops import ASKS
@@ -117,10 +118,9 @@ def _reason_against(run: RunDirectory) -> str | None:
     if holder is not None:
         return f"running, process {holder.pid} on {holder.host}"
     try:
-        home = Path(str(run.job().get("run_dir", "")))
+        if (before := home.aside_of(run)) is not None:
+            return f"left alone: set aside from {before}"
     except AutoglmError as error:
         return f"left alone: {error.message}"
-    if home.resolve() != run.path.resolve():
-        return f"set aside or moved from {home}"
     found = resumable.of(run.events())
     return None if found.goes_on else found.why

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import shlex
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -16,13 +13,13 @@ from autoglm_resume.checkpoint.storage import storage
 from autoglm_resume.checkpoint.store.commit import whole
 from autoglm_resume.checkpoint.store.gate import Choice, Verdict, superseded
 from autoglm_resume.checkpoint.store.store import Store
-from autoglm_resume.errors import AutoglmError, NoAcceptableCheckpoint, UsageError
+from autoglm_resume.errors import NoAcceptableCheckpoint, UsageError
 from autoglm_resume.events import Event, FirstStep
 from autoglm_resume.job import secret
 from autoglm_resume.job.load import from_snapshot
 from autoglm_resume.job.spec import Job, dump, shown
 from autoglm_resume.protocol.assignment import Endpoint, shared_environment
-from autoglm_resume.supervise.base import run_list
+from autoglm_resume.supervise.base import home, run_list, set_aside
 from autoglm_resume.supervise.base.assign import assignment, world_size
 from autoglm_resume.supervise.base.context import Presenter
 from autoglm_resume.supervise.base.gpu_exclusion import without
@@ -71,7 +68,10 @@ def start(
         storage.check(replica)
     run = RunDirectory(Path(job.run_dir))
     if fresh:
-        _start_over(run, Path(job.checkpoint.dir))
+        files = (job.workdir, job.script, *job.guards.config_files)
+        needed = [Path.cwd(), *(Path(path) for path in files if path is not None)]
+        for said in set_aside.start_over(run, Path(job.checkpoint.dir), needed):
+            screen.note(said)
     with ExitStack() as held:
         lock = held.enter_context(run.locked())
         checkpoints = Path(job.checkpoint.dir)
@@ -88,8 +88,8 @@ def start(
             screen.note(f"{run.path}: continuing the run (attempt {past.attempts})")
         require_storage(job)
         check_directory(checkpoints, job.guards.free_disk)
-        if not checkpoints.is_relative_to(run.path):
-            held.enter_context(locked_checkpoints(checkpoints, run.path))
+        # By whatever path: two runs may name one directory, and a person one in a run.
+        held.enter_context(locked_checkpoints(checkpoints, run.path))
         held.enter_context(_kept_if_refused(run))
         run.save_job(dump(job))
         run_list.add(run.path, job.name)
@@ -126,13 +126,23 @@ def resume(directory: Path, screen: Presenter, branch_from: int | None = None) -
 
     `branch_from`: see `start`.
     """
-    job = from_snapshot(RunDirectory(directory).job())
-    if Path(job.run_dir).resolve() != directory.resolve():
-        raise UsageError(
-            f"{directory}: this run was set aside or moved; its job names {job.run_dir}",
-            hint="move it back there, or start it from its job file",
-        )
+    run = RunDirectory(directory)
+    job = from_snapshot(run.job())
+    if (before := home.left(run)) is not None:
+        screen.note(f"{directory}: this run was in {before} before")
+        _require_code(job)
     return start(job, screen, branch_from=branch_from)
+
+
+def _require_code(job: Job) -> None:
+    """Raise UsageError unless what the job runs is there."""
+    for path in (job.workdir, job.script):
+        if path is not None and not Path(path).exists():
+            raise UsageError(
+                f"{path}: not there, and the run needs it",
+                hint="start the run from its job file, where that is now: autoglm run JOB.yaml "
+                f"--set run_dir={job.run_dir}",
+            )
 
 
 def plan(job: Job, *, fresh: bool = False, drills: Sequence[str] = ()) -> Plan:
@@ -198,26 +208,3 @@ def _require_step(store: Store, step: int, branches: Iterable[Branch]) -> None:
         + (f"{which} steps {steps}" if there else "there is none at all"),
         hint="`autoglm ckpts` says more about each" if there else "",
     )
-
-
-def _start_over(run: RunDirectory, checkpoints: Path) -> None:
-    """Set an earlier run and its checkpoints aside, if there are any and nobody has them."""
-    if not checkpoints.is_relative_to(run.path) and checkpoints.exists():
-        with locked_checkpoints(checkpoints):
-            _set_aside(checkpoints)
-    if run.path.exists():
-        with run.locked():
-            _set_aside(run.path)
-
-
-def _set_aside(path: Path) -> None:
-    for number in itertools.count(1):
-        aside = path.with_name(f"{path.name}~{number}")
-        if not aside.exists():
-            break
-    try:
-        shutil.move(path, aside)
-    except OSError as error:
-        raise AutoglmError(
-            f"{path}: could not be set aside as {shlex.quote(str(aside))}: {error.strerror}"
-        ) from error

@@ -16,6 +16,7 @@ from autoglm_resume import events, files, journal
 from autoglm_resume.checkpoint.format.ids import Branch
 from autoglm_resume.events import Event
 from autoglm_resume.protocol.assignment import LARGEST_JOB
+from autoglm_resume.protocol.relocation import relocated
 
 LOCK = ".lock"
 """In a directory of checkpoints outside of its run's: says which run had it last."""
@@ -37,7 +38,8 @@ class RunBeside:
 def find(root: Path) -> RunBeside:
     """The run whose checkpoints are in `root`."""
     for directory in (*root.parents, _named_in(root / LOCK)):
-        how = _read(directory / "job.json").get("checkpoint") if directory else None
+        job = relocated(_read(directory / "job.json"), directory) if directory else {}
+        how = job.get("checkpoint")
         # Anybody may have a job.json of their own.
         where = how.get("dir") if isinstance(how, dict) else None
         if directory and isinstance(where, str) and Path(where).resolve() == root.resolve():

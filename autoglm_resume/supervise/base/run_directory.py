@@ -27,6 +27,7 @@ from autoglm_resume import files, journal
 from autoglm_resume.errors import RunLocked, UsageError
 from autoglm_resume.events import Event, RunStarted
 from autoglm_resume.protocol.assignment import LARGEST_JOB
+from autoglm_resume.protocol.relocation import relocated
 
 _WHOLE_FILE = struct.Struct("hhqqi4x")
 """struct flock: type, whence, start, length, pid."""
@@ -84,7 +85,11 @@ class RunDirectory:
         files.write(self._job, json.dumps(job, indent=1).encode() + b"\n", private=True)
 
     def job(self) -> dict[str, Any]:
-        """The job as it was last started."""
+        """The job as it was last started, with the run's own paths as they are now."""
+        return relocated(self.recorded_job(), self.path)
+
+    def recorded_job(self) -> dict[str, Any]:
+        """The same as it was written, before the directory was moved or copied, if it was."""
         try:
             job = json.loads(files.read(self._job, LARGEST_JOB))
         except FileNotFoundError:
@@ -105,7 +110,7 @@ class RunDirectory:
             return self.job()
         except PermissionError:
             told = (event.job for event in self.events() if isinstance(event, RunStarted))
-            return next((dict(job) for job in told if isinstance(job, dict)), {})
+            return relocated(next((job for job in told if isinstance(job, dict)), {}), self.path)
 
     def section(self, name: str) -> Mapping[str, Any]:
         """One of the job to look at, which may be of another version, or damaged."""
@@ -157,14 +162,21 @@ def locked_checkpoints(directory: Path, run: Path | None = None) -> Iterator[Non
         yield
 
 
+def last_run(checkpoints: Path) -> Path | None:
+    """The directory of the run that had this directory of checkpoints last, if that is known."""
+    with contextlib.suppress(OSError, ValueError), (checkpoints / ".lock").open("rb") as file:
+        run = _read_holder(file.fileno()).run
+        return Path(run) if run else None
+    return None
+
+
 @contextlib.contextmanager
 def undisturbed(run: RunDirectory | None, checkpoints: Path) -> Iterator[None]:
     """While no supervisor has `checkpoints`, or the run they are of. Raises RunLocked."""
     with contextlib.ExitStack() as held:
         if run is not None:
             held.enter_context(run.locked())
-        if run is None or not checkpoints.is_relative_to(run.path):
-            held.enter_context(locked_checkpoints(checkpoints, run.path if run else None))
+        held.enter_context(locked_checkpoints(checkpoints, run.path if run else None))
         yield
 
 

@@ -1,0 +1,76 @@
+"""Where a run is at home: a directory that was moved is the run, and one that was copied is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from autoglm_resume.errors import UsageError
+from autoglm_resume.events import RunStarted
+from autoglm_resume.protocol.relocation import home_of, same
+from autoglm_resume.supervise.base.run_directory import RunDirectory
+
+
+def checkpoints(run: RunDirectory) -> Path:
+    """The directory of the run's checkpoints.
+
+    Raises UsageError where they lie elsewhere and are another run's, or those of the run that this
+    one was copied from.
+    """
+    found = _recorded(run)
+    before = _elsewhere(run)
+    if before is None or found.is_relative_to(run.path) or not RunDirectory(before).exists:
+        return found
+    if same(_recorded(RunDirectory(before)), found):
+        raise UsageError(
+            f"{run.path}: it holds no checkpoints, and {found}, where its job has them, is used by"
+            f" the run in {before}",
+            hint=f"name what is meant: {before}, or a directory of checkpoints",
+        )
+    return found
+
+
+def left(run: RunDirectory) -> Path | None:
+    """Where the run was before it was moved here; None if it was not.
+
+    Raises UsageError if it is a copy: the original, which is still there, would go on too, in the
+    same replicas.
+    """
+    home = _elsewhere(run)
+    if home is None:
+        return None
+    if (own := _id(run)) and _id(RunDirectory(home)) == own:
+        raise UsageError(
+            f"{run.path}: this is a copy of the run in {home}, which is still there",
+            hint=f"continue that one: autoglm resume {home}; or move it away first",
+        )
+    checkpoints(run)
+    return home
+
+
+def aside_of(run: RunDirectory) -> Path | None:
+    """What this run was set aside from, so that it does not go on by itself; None if it was not.
+
+    Raises UsageError if it is a copy.
+    """
+    before = left(run)
+    if before is None:
+        return None
+    named = run.path.parent == before.parent and run.path.name.startswith(f"{before.name}~")
+    return before if named or RunDirectory(before).exists else None
+
+
+def _recorded(run: RunDirectory) -> Path:
+    where = run.section("checkpoint").get("dir")
+    return Path(where) if where and isinstance(where, str) else run.path / "checkpoints"
+
+
+def _elsewhere(run: RunDirectory) -> Path | None:
+    try:
+        home = home_of(run.recorded_job())
+    except PermissionError:  # another user's: only for what is shown of it
+        return None
+    return None if home is None or same(home, run.path) else home
+
+
+def _id(run: RunDirectory) -> str | None:
+    return next((e.run_id for e in run.events() if isinstance(e, RunStarted)), None)
