@@ -126,6 +126,15 @@ class PartSaved(OfRank, name="saved"):
     """Bytes of `raw` that another rank wrote."""
 
 
+class SaveFelt(OfRank):
+    """What a save has cost training, seen when it was over: held up and slowed down together."""
+
+    step: int | None = None
+    """Steps completed by then."""
+    seconds: float | None = None
+    """Below zero where steps happened to be faster than usual."""
+
+
 class Committed(OfRank):
     """A checkpoint exists from now on; told by a saver, or by the gate that found it complete."""
 

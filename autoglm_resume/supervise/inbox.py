@@ -103,6 +103,8 @@ class Inbox:
                 self._node.learn(StartUp(modules, own, staged))
             case events.PartSaved(blocked=float(blocked), seconds=float(seconds)):
                 self._save_timer.saved(blocked, seconds)
+            case events.SaveFelt(seconds=float(seconds)):
+                self._save_timer.felt(seconds)
             case events.Committed(id=id, step=step):
                 if not self._gate.notice(id, step):
                     return None

@@ -26,9 +26,13 @@ class SaveTimer:
         self._trained = trained
         self._failures = failures
         self._tell = tell
-        self._costs: deque[float] = deque(maxlen=RECENT)
+        self._blocked: deque[float] = deque(maxlen=RECENT)
+        self._felt: deque[float] = deque(maxlen=RECENT)
         self._writing: deque[float] = deque(maxlen=RECENT)
         self._began = time.monotonic()
+        self._failed: deque[float] = deque(maxlen=RECENT)
+        """Monotonic times at which this life saw that there are more failures, newest last."""
+        self._known = failures()
         asked = job.checkpoint.every.seconds
         self._auto = asked == "auto"
         self.seconds: float | None = None if asked == "auto" else asked
@@ -36,16 +40,33 @@ class SaveTimer:
 
     def saved(self, blocked: float, seconds: float) -> None:
         """A save kept its rank for `blocked` seconds and was on storage after `seconds`."""
-        self._costs.append(blocked)
+        self._blocked.append(blocked)
         self._writing.append(seconds)
+        self.choose()
+
+    def felt(self, seconds: float) -> None:
+        """A save cost training so much: held up, and slower steps beside it."""
+        self._felt.append(seconds)
+
+    def attempt(self) -> None:
+        """Another attempt begins, as a rule because the last one failed."""
+        failures = self._failures()
+        self._failed.extend([time.monotonic()] * (failures - self._known))
+        self._known = failures
         self.choose()
 
     def choose(self) -> None:
         """Think about it anew, and say so if something notable comes of it."""
         if not self._auto:
             return
-        elapsed = self._trained + time.monotonic() - self._began
-        chosen = save_interval.choose(self._costs, self._failures(), elapsed, writing=self._writing)
+        now = time.monotonic()
+        chosen = save_interval.choose(
+            self._felt or self._blocked,
+            self._failures(),
+            self._trained + now - self._began,
+            writing=self._writing,
+            since=[now - failed for failed in reversed(self._failed)],
+        )
         if self.seconds is None or not 1 / NOTABLE < chosen.seconds / self.seconds < NOTABLE:
             self.seconds = chosen.seconds
             self._tell(events.SaveInterval(seconds=chosen.seconds, reason=chosen.reason))

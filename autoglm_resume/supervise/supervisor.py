@@ -224,6 +224,7 @@ class Supervisor:
 
     def _try(self, node: Node, resume: ResumePoint | None) -> Outcome:
         self._preflight.before(self._gate.store, resume)
+        self._save_timer.attempt()
         number, self._number = self._number, self._number + 1
         members = (Member(node.name, self._world_size),)
         attempt = self._attempt = Attempt(

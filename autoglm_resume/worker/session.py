@@ -257,7 +257,7 @@ class Session:
             if self.rank == 0:
                 self._events.emit(imports.said(staged=spare.staged))
             self._saves.prepare(self._tracked.state, self._identity())
-        self._saves.take_in()
+        self._saves.step_done(completed)
 
     def _finish(self) -> None:
         self._pulse.phase(Phase.DONE)

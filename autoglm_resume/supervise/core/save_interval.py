@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,10 +24,10 @@ PRIOR: Final = 86_400.0
 Well-kept clusters do better (Llama 3: one unexpected interruption in about 260 node-days), spare
 capacity and new scripts worse; what the run itself shows outweighs it soon.
 """
-FIRST: Final = 10.0
+FIRST: Final = 5.0
 """Seconds until the first save: it shows what they cost, and a run that fails every half minute
 must come to it."""
-SHORTEST: Final = 10.0
+SHORTEST: Final = 1.0
 """Seconds: a failure costs a restart anyway, beside which losing less would not be noticed."""
 LONGEST: Final = 3600.0
 """Seconds: failures come in bursts, and nobody should lose more than an hour to an estimate."""
@@ -53,6 +53,7 @@ def choose(
     elapsed: float,
     *,
     writing: Collection[float] = (),
+    since: Sequence[float] = (),
     nodes: int = 1,
 ) -> Interval:
     """The interval that fits what this run has measured so far; all times are seconds.
@@ -60,13 +61,16 @@ def choose(
     `costs`: what each of the latest saves took from the training, blocked and slowed down together.
     Their median counts: the first save, or one beside a busy neighbour, says little of the next.
     `failures` in `elapsed` seconds of training on `nodes` machines. `writing`: from snapshot to
-    committed, of the latest saves.
+    committed, of the latest saves. `since`: how long ago the latest failures were, newest first.
     """
     if not costs:
         return Interval(FIRST, f"every {_about(FIRST)} until a save has shown what it costs")
     cost = max(0.0, statistics.median(costs))
     busy = statistics.median(writing) if writing else 0.0
-    best = math.sqrt(2 * cost * (PRIOR / nodes + elapsed) / (1 + failures))
+    usual = (PRIOR / nodes + elapsed) / (1 + failures)
+    # A burst: one failure says nothing of the next, but the second does.
+    between = min([usual, *(ago / count for count, ago in enumerate(since, 1) if count > 1)])
+    best = math.sqrt(2 * cost * between)
     seconds, bound = min(
         (best, ""),
         (LONGEST, f"{_about(LONGEST)} is the longest"),
@@ -79,6 +83,8 @@ def choose(
     )
     happened = f"{failures or 'no'} {'failure' if failures < 2 else 'failures'}"
     reason = f"a save costs {_about(cost)}, {happened} in {_about(elapsed)} so far"
+    if between < usual:
+        reason += f", of late one every {_about(between)}"
     return Interval(seconds, "; ".join(filter(None, (f"every {_about(seconds)}: {reason}", bound))))
 
 

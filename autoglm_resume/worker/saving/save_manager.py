@@ -19,6 +19,7 @@ from autoglm_resume.protocol.heartbeats import Pulse
 from autoglm_resume.savers import directory_lock, housekeeping
 from autoglm_resume.worker.base.event_log import EventLog
 from autoglm_resume.worker.base.settings import Settings
+from autoglm_resume.worker.saving.cost import StepTimes
 from autoglm_resume.worker.saving.stager import NoSaver, SaveOutcome, Stager
 
 
@@ -37,6 +38,7 @@ class SaveManager:
         self._stager: Stager | None = None
         self._failures: dict[str, SaveFailed] = {}
         self._kept = settings.resume.step if settings.resume else 0
+        self._times = StepTimes()
         self._warned: set[str] = set()
         if settings.checkpoint.memory:
             name = assignment.savers[settings.rank] if assignment else None
@@ -62,6 +64,16 @@ class SaveManager:
         if self._settings.checkpoint.on_error == "stop" and self._failures:
             raise next(iter(self._failures.values()))
 
+    def step_done(self, step: int) -> None:
+        """Like `take_in`, once in every step: what saves cost training is seen here."""
+        self.take_in()
+        busy = self._stager is not None and self._stager.busy
+        self._cost(self._times.step(time.monotonic(), busy=busy), step)
+
+    def _cost(self, seconds: float | None, step: int) -> None:
+        if seconds is not None and self._settings.rank == 0:
+            self._events.emit(events.SaveFelt(step=step, seconds=seconds))
+
     def due(self, step: int) -> bool:
         """Whether to save after `step`, as the job's policy has it; all ranks get the same answer.
 
@@ -82,6 +94,7 @@ class SaveManager:
     ) -> None:
         """Save `state`; see `Stager.begin`. `failure` tells whether that went wrong."""
         self._failures.clear()
+        self._cost(self._times.begin(), step_of(identity.id))
         if self._stager is not None:
             try:
                 self._stager.begin(state, identity, began, at_once=at_once)

@@ -15,8 +15,8 @@ DAY = 24 * HOUR
 
 
 def test_the_first_save_comes_soon_because_it_shows_what_saves_cost() -> None:
-    assert choose([], 0, 10.0).seconds == 10
-    assert choose([], 0, 10.0).reason == "every 10s until a save has shown what it costs"
+    assert choose([], 0, 10.0).seconds == 5
+    assert choose([], 0, 10.0).reason == "every 5s until a save has shown what it costs"
 
 
 @pytest.mark.parametrize(
@@ -41,11 +41,11 @@ def test_the_interval_is_that_of_young(
         ([0.5], 1, 3 * HOUR, [], "every 3m40s: a save costs 500ms, 1 failure in 3h so far"),
         ([0.5], 2, 7500.0, [], "every 2m57s: a save costs 500ms, 2 failures in 2h5m so far"),
         (
-            [0.0002],
+            [0.0],
             0,
             5.0,
-            [0.5],
-            "every 10s: a save costs 0.2ms, no failure in 5s so far; 10s is the shortest",
+            [0.4],
+            "every 1s: a save costs 0ms, no failure in 5s so far; 1s is the shortest",
         ),
         (
             [60.0],
@@ -75,6 +75,15 @@ def test_the_reason_gives_the_numbers(
     costs: list[float], failures: int, elapsed: float, writing: list[float], reason: str
 ) -> None:
     assert choose(costs, failures, elapsed, writing=writing).reason == reason
+
+
+def test_failures_that_come_in_a_burst_count_for_what_they_are() -> None:
+    calm = choose([0.1], 9, 3000.0, since=[1500.0, 2000.0])
+    assert calm.seconds == pytest.approx(math.sqrt(2 * 0.1 * 1000))
+    burst = choose([0.1], 9, 3000.0, since=[3.0, 33.0, 63.0, 93.0])
+    assert burst.seconds == pytest.approx(math.sqrt(2 * 0.1 * 33 / 2))
+    assert "of late one every 16s" in burst.reason or "17s" in burst.reason
+    assert choose([0.1], 1, 3000.0, since=[3.0]) == choose([0.1], 1, 3000.0)
 
 
 def test_one_slow_save_does_not_stretch_it() -> None:
