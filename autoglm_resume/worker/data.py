@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from autoglm_resume.errors import UsageError
+from autoglm_resume.worker.fetching import Dealt
 
 
 class ResumableSampler:
@@ -18,14 +19,16 @@ class ResumableSampler:
     the ranks in turn; the last one of an epoch may be smaller, and what would not give every rank
     a sample joins the batch before it. So nothing is padded, dropped, or seen twice.
 
-    The position moves when a step is *done* (`Session.step_done` calls `advance` of every tracked
-    sampler, so track the one of training only), not when an index is drawn: a DataLoader draws
-    ahead, and a checkpoint must count only what was trained on. The position is a number of global
-    samples.
+    The position moves when a step is *done* (`Session.step_done` moves every tracked sampler, so
+    track the one of training only), not when an index is drawn: a DataLoader draws ahead, and a
+    checkpoint must count only what was trained on. The position is a number of global samples;
+    after the last step of an epoch it is the beginning of the next one.
 
-    Give the DataLoader a `generator=` of its own: it draws a seed when it is iterated, and from
-    the global generator that draw would happen once more after a resume.
+    What a DataLoader's data set and `collate_fn` draw from the global generators of Python, NumPy
+    and torch (on the CPU) follows from `seed` and the position alone, with and without workers.
     """
+
+    deals_by_position = True
 
     def __init__(
         self,
@@ -62,21 +65,32 @@ class ResumableSampler:
         self.batches_per_step = batches_per_step
         self.epoch = 0
         self.consumed = 0
+        self._find_place: Callable[[], None] | None = None
+        self._placed = 0
+        """How often the position was set, rather than moved."""
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch, start = self.epoch, self.consumed
-        while True:
-            order = self._order(epoch)
-            while start < self.size:
-                end = self._end(start)
-                yield order[start + self.rank : end : self.world_size].tolist()
-                start = end
-            if not self.endless:
-                return
-            epoch, start = epoch + 1, 0
+        return _Dealing(self)
+
+    def follow(self, find_place: Callable[[], None]) -> None:
+        """Call `find_place` before the first batch of an iteration, to be where a session is.
+
+        From now on only the session moves the position.
+        """
+        self._find_place = find_place
+        self._placed += 1
 
     def advance(self) -> None:
-        """Count one step's batches as consumed."""
+        """Count one step's batches as consumed. Raises UsageError if a session does it."""
+        if self._find_place is not None:
+            raise UsageError(
+                "ResumableSampler: advance() was called by hand, and session.step_done() does it",
+                hint="leave it out; the steps of session.steps() are counted too",
+            )
+        self.step_done()
+
+    def step_done(self) -> None:
+        """For sessions: `advance`."""
         for _ in range(self.batches_per_step):
             self.consumed = self._end(self.consumed)
             if self.consumed >= self.size:
@@ -112,6 +126,24 @@ class ResumableSampler:
                 hint=f"resume with at most {left} ranks until the next epoch",
             )
         self.epoch, self.consumed = state["epoch"], state["consumed"]
+        self._placed += 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is nobody's."""
+        return {**self.__dict__, "_find_place": None}
+
+    def _deal(self) -> Iterator[list[int]]:
+        epoch, start = self.epoch, self.consumed
+        while True:
+            order = self._order(epoch)
+            while start < self.size:
+                end = self._end(start)
+                mine = order[start + self.rank : end : self.world_size].tolist()
+                yield Dealt(mine, f"{self.seed} {epoch} {start} {self.rank}")
+                start = end
+            if not self.endless:
+                return
+            epoch, start = epoch + 1, 0
 
     def _order(self, epoch: int) -> torch.Tensor:
         if not self.shuffle:
@@ -122,3 +154,27 @@ class ResumableSampler:
     def _end(self, start: int) -> int:
         end = start + self.batch_size * self.world_size
         return self.size if self.size - end < self.world_size else end
+
+
+class _Dealing(Iterator[list[int]]):
+    """One iteration. Where it begins is known when its first batch is drawn, and not before."""
+
+    def __init__(self, sampler: ResumableSampler) -> None:
+        self._sampler = sampler
+        self._placed = 0
+        self._batches: Iterator[list[int]] | None = None
+
+    def __next__(self) -> list[int]:
+        sampler = self._sampler
+        if self._batches is None:
+            if sampler._find_place is not None:
+                sampler._find_place()
+            self._placed = sampler._placed
+            self._batches = sampler._deal()
+        elif self._placed != sampler._placed:
+            raise UsageError(
+                "ResumableSampler: batches were drawn before session.track(), or before a position"
+                " was loaded, and the loader would go on with them",
+                hint="begin the loader, as in `batches = iter(loader)`, after session.track()",
+            )
+        return next(self._batches)

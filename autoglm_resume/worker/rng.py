@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,9 +25,42 @@ def capture() -> dict[str, Any]:
 
 def derive(text: str) -> None:
     """Seed every generator of this process from `text`, the same for the same text."""
-    seed = int.from_bytes(blake3(text.encode()).digest(8), "big") >> 1
-    random.seed(seed)
+    _seed(seed := seed_from(text))
     torch.manual_seed(seed)
+
+
+def seed_from(text: str) -> int:
+    """The same for the same text."""
+    return int.from_bytes(blake3(text.encode()).digest(8), "big") >> 1
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Python's, NumPy's and torch's generator on the CPU go on afterwards where they were."""
+    numpy = sys.modules.get("numpy")
+    python, cpu = random.getstate(), torch.get_rng_state()
+    legacy = numpy.random.get_state() if numpy is not None else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        torch.set_rng_state(cpu)
+        if numpy is not None:
+            numpy.random.set_state(legacy)
+
+
+@contextmanager
+def derived(text: str) -> Iterator[None]:
+    """Meanwhile, what these three draw follows from `text`."""
+    with kept():
+        _seed(seed := seed_from(text))
+        # Not torch.manual_seed, which is for all devices, and slow.
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
     if "numpy" in sys.modules:
         import numpy
 

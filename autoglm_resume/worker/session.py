@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,26 +26,23 @@ from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write import part_writer
 from autoglm_resume.errors import (
-    CheckpointError,
     Interrupted,
     UsageError,
 )
-from autoglm_resume.protocol.assignment import Assignment, ResumePoint
+from autoglm_resume.protocol.assignment import Assignment
 from autoglm_resume.protocol.heartbeats import Board, Phase
 from autoglm_resume.worker import (
     alone,
-    fitting,
     hooks,
     imports,
     leaving,
     requests,
-    restoring,
+    resuming,
     spare,
 )
 from autoglm_resume.worker.base import settings
 from autoglm_resume.worker.base.event_log import EventLog
 from autoglm_resume.worker.figures import Figures
-from autoglm_resume.worker.pending_gradients import GRADIENTS, put_back
 from autoglm_resume.worker.saving.save_manager import SaveManager
 from autoglm_resume.worker.tracked import TrackedObjects
 
@@ -83,6 +81,9 @@ class Session:
         self._tracked = TrackedObjects()
         self._structure: structure.Structure | None = None
         self._completed = 0
+        self._lock = threading.RLock()
+        self._found: resuming.Found | None = None
+        self._looked = False
         self._resumed = False
         self._stepped = False
         self._saved_step = -1
@@ -120,12 +121,15 @@ class Session:
         """Make `objects` part of every checkpoint: anything with state_dict and load_state_dict.
 
         Random generators are always part of it. Raises UsageError for anything else, and after
-        `resume` or `steps` has begun.
+        `resume` or `steps` has begun, or a loader of tracked data.
         """
-        if self._resumed:
-            raise UsageError("session.track() must come before session.steps() or resume()")
+        if self._looked:
+            raise UsageError(
+                "session.track() must come before session.steps() or resume(), and before a loader"
+                " of what is tracked already is iterated"
+            )
         for name, obj in objects.items():
-            self._tracked.add(name, obj)
+            self._tracked.add(name, obj, self._place)
             gradients = self._tracked.gradients
             hooks.watch(obj, self._pulse, gradients.forward, gradients.stepped)
 
@@ -136,25 +140,14 @@ class Session:
         CheckpointError if the checkpoint is not usable; under autoglm the gate then takes an
         older one.
         """
-        if self._resumed:
-            return self._completed
-        self._resumed = True
-        self._pulse.phase(Phase.RESTORE)
-        self._structure = self._tracked.structure(self._settings.config_files)
-        if self._structure is not None:
-            self._events.emit(
-                events.ModelReported(hash=self._structure.hash, model=self._structure.to_json())
-            )
-        if self._assignment is None:
-            self._settings = alone.agreed(self._settings, self._structure)
-        self._saves = SaveManager(self._settings, self._assignment, self._events, self._pulse)
-        if self._assignment is None:
-            atexit.register(self._last_word)
-        self._requests = requests.find(self._pulse, self._settings, self._assignment)
-        point = self._settings.resume
-        if point is not None:
-            self._restore(point)
-        self._pulse.at(self._completed)
+        with self._lock:
+            if not self._resumed:
+                self._look()
+                self._pulse.phase(Phase.RESTORE)
+                if self._found is not None:
+                    self._restore(self._found)
+                self._resumed = True
+                self._pulse.at(self._completed)
         return self._completed
 
     def steps(self, total: int) -> Iterator[int]:
@@ -243,8 +236,7 @@ class Session:
 
     def _complete(self, step: int) -> None:
         """`step` is: everything that follows but for saves."""
-        for sampler in self._tracked.samplers:
-            sampler.advance()
+        self._tracked.step_done()
         self._figures.step_done()
         self._updates.step_done()
         self._tracked.gradients.step_done()
@@ -329,56 +321,49 @@ class Session:
             versions={"autoglm": autoglm_resume.__version__, **capture.torch_versions()},
         )
 
-    def _restore(self, point: ResumePoint) -> None:
-        began = time.monotonic()
-        try:
-            restored = restoring.read(
-                point,
-                self._store,
-                self.rank,
-                self.world_size,
-                self._tracked.objects,
-                self._tracked.led,
-                self._settings.checkpoint.rename,
-                self._saves.held(point.id),
-            )
-            loading = fitting.fitted(
-                point.id, restored, self._tracked.objects, self._structure, self._settings
-            )
-        except CheckpointError as error:
+    def _look(self) -> None:
+        """Pass the gate and read what to go on from; nothing tracked is changed yet."""
+        if self._looked:
+            return
+        self._pulse.phase(Phase.RESTORE)
+        self._structure = self._tracked.structure(self._settings.config_files)
+        if self._structure is not None:
             self._events.emit(
-                events.Refused(
-                    id=point.id,
-                    step=point.step,
-                    sealed=bool(point.seals),
-                    kind=type(error).__name__,
-                    reason=error.message,
-                )
+                events.ModelReported(hash=self._structure.hash, model=self._structure.to_json())
             )
-            raise
-        loading.into(self._tracked.objects)
-        if loading.partial and self.rank == 0:
-            self._events.emit(loading.said().but(id=point.id, step=point.step))
-            loading.tell(point.id)
-        put_back(restored.states.get(GRADIENTS, {}), self._tracked.objects)
-        restoring.generators(restored, self.rank)
-        if restored.part.world_size != self.world_size and self.rank == 0:
-            count = restored.part.world_size
-            said = restoring.resharded(count, self.world_size, self._tracked.objects)
-            self._events.emit(said.but(id=point.id, step=point.step))
-        self._completed = point.step
+        if self._assignment is None:
+            self._settings = alone.agreed(self._settings, self._structure)
+        self._saves = SaveManager(self._settings, self._assignment, self._events, self._pulse)
+        if self._assignment is None:
+            atexit.register(self._last_word)
+        self._requests = requests.find(self._pulse, self._settings, self._assignment)
+        if (point := self._settings.resume) is not None:
+            held = self._saves.held(point.id)
+            settings, model = self._settings, self._structure
+            self._found = resuming.read(
+                point, self._store, settings, self._tracked, model, held, self._events
+            )
+            self._completed = point.step
+        self._looked = True
+
+    def _place(self) -> None:
+        """Something that deals data is iterated: put all such where the checkpoint has it.
+
+        The rest waits for `resume`, since what comes before that may still change it.
+        """
+        with self._lock:
+            if not self._resumed:
+                self._look()
+                if self._found is not None:
+                    self._tracked.place(self._found.loading)
+                self._pulse.phase(Phase.START)
+
+    def _restore(self, found: resuming.Found) -> None:
+        found.into(self._tracked, self._events)
+        point = found.point
         # What is only in memory yet may never be written: if no step follows, it is saved again.
         self._saved_step = -1 if point.seals else point.step
-        self._lineage = (point.id, *restored.part.lineage)[:LINEAGE]
-        self._events.emit(
-            events.StateRestored(
-                id=point.id,
-                step=point.step,
-                seconds=time.monotonic() - began,
-                memory=restored.from_memory,
-                sealed=bool(point.seals),
-            )
-        )
+        self._lineage = (point.id, *found.restored.part.lineage)[:LINEAGE]
 
     def _last_word(self) -> None:
         """At the end of a process without a supervisor, which would say it."""

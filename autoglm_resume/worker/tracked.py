@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.errors import UsageError
 from autoglm_resume.worker import rng
 from autoglm_resume.worker.data import ResumableSampler
+from autoglm_resume.worker.fitting import Loading
 from autoglm_resume.worker.pending_gradients import GRADIENTS, PendingGradients
 from autoglm_resume.worker.restoring import RNG
 from autoglm_resume.worker.saving.description import (
@@ -38,9 +39,13 @@ class TrackedObjects:
         self._trained: tuple[tuple[frozenset[int], ...], frozenset[int]] = ((), frozenset())
         self.led: set[str] = set()
         """Names of modules whose buffers are rank 0's."""
+        self._placed = False
 
-    def add(self, name: str, obj: Any) -> None:
-        """Raises UsageError for what cannot be tracked."""
+    def add(self, name: str, obj: Any, find_place: Callable[[], None]) -> None:
+        """Raises UsageError for what cannot be tracked.
+
+        What deals data calls `find_place` when it is iterated.
+        """
         if name in (RNG, GRADIENTS) or name in self.objects:
             raise UsageError(f"session.track({name}=…): that name is taken")
         if not hasattr(obj, "state_dict") or not hasattr(obj, "load_state_dict"):
@@ -55,11 +60,27 @@ class TrackedObjects:
             self.led.add(name)
         self.objects[name] = obj = unwrapped(obj)
         self._descriptions[name] = description_of(name, obj)
+        if isinstance(obj, ResumableSampler):
+            obj.follow(find_place)
 
-    @property
-    def samplers(self) -> Iterator[ResumableSampler]:
-        """Those that deal the training's data."""
-        return (obj for obj in self.objects.values() if isinstance(obj, ResumableSampler))
+    def place(self, loading: Loading) -> None:
+        """Load what deals data, once."""
+        if not self._placed:
+            loading.into({name: obj for name, obj in self.objects.items() if deals_data(obj)})
+        self._placed = True
+
+    def load(self, loading: Loading) -> None:
+        """Load everything, but for what was placed."""
+        loading.into(
+            {n: obj for n, obj in self.objects.items() if not (self._placed and deals_data(obj))}
+        )
+        self._placed = True
+
+    def step_done(self) -> None:
+        """The position in the data moves on."""
+        for obj in self.objects.values():
+            if isinstance(obj, ResumableSampler):
+                obj.step_done()
 
     @property
     def deals_data(self) -> bool:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import random
 from collections import Counter
 from typing import Any
 
@@ -232,3 +234,66 @@ def test_a_loader_that_reads_ahead_in_processes_loses_and_repeats_nothing() -> N
     assert sorted(seen) == list(range(41))
     assert seen == [n for one in ResumableSampler(41, 3, rank=0, world_size=1) for n in one]
     assert (second.epoch, second.consumed) == (1, 0)
+
+
+def test_an_iteration_begins_where_its_first_batch_is_drawn_not_where_it_was_made() -> None:
+    sampler = ResumableSampler(41, 3, rank=0, world_size=1)
+    begun = iter(sampler)
+    state = {**sampler.state_dict(), "consumed": 9}
+    expected = list(ResumableSampler(41, 3, rank=0, world_size=1))[3]
+    sampler.load_state_dict(state)
+    assert next(begun) == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_that_drew_batches_before_the_position_was_loaded_is_refused(workers: int) -> None:
+    sampler = ResumableSampler(41, 3, rank=0, world_size=1)
+    batches = iter(DataLoader(Numbers(), batch_sampler=sampler, num_workers=workers))
+    if not workers:
+        next(batches)
+    sampler.load_state_dict({**sampler.state_dict(), "consumed": 9})
+    with pytest.raises(UsageError, match="batches were drawn before") as caught:
+        next(batches)
+    assert "iter(loader)" in caught.value.hint
+
+
+def test_what_follows_a_session_asks_for_its_place_before_each_first_batch_only() -> None:
+    sampler = ResumableSampler(41, 3, rank=0, world_size=1)
+    asked: list[int] = []
+
+    def find_place() -> None:
+        asked.append(1)
+        if len(asked) == 1:
+            sampler.load_state_dict({**sampler.state_dict(), "consumed": 9})
+
+    sampler.follow(find_place)
+    batches = iter(sampler)
+    assert not asked
+    expected = list(ResumableSampler(41, 3, rank=0, world_size=1))
+    assert [next(batches), next(batches)] == expected[3:5]
+    assert len(asked) == 1
+    list(sampler)
+    assert len(asked) == 2
+
+
+def test_a_sampler_that_a_session_moves_is_not_moved_by_hand() -> None:
+    sampler = ResumableSampler(41, 3, rank=0, world_size=1)
+    sampler.follow(lambda: None)
+    with pytest.raises(UsageError, match=r"session\.step_done\(\) does it"):
+        sampler.advance()
+    assert sampler.consumed == 0
+    copy.deepcopy(sampler).advance()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_takes_nothing_from_the_global_generators(workers: int) -> None:
+    class Random(Numbers):
+        def __getitem__(self, index: int) -> int:
+            return int(torch.randint(9, ())) + random.randrange(9)
+
+    sampler = ResumableSampler(41, 3, rank=0, world_size=1)
+    before = torch.get_rng_state(), random.getstate()
+    seen = list(DataLoader(Random(), batch_sampler=sampler, num_workers=workers))
+    assert len({str(batch) for batch in seen}) > 5
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
