@@ -38,7 +38,7 @@ class Place:
     python: str
     steps: int
     every: int
-    """Steps between checkpoints."""
+    """Steps between checkpoints; 0 leaves that to a system that can find out."""
     heartbeat: float = HEARTBEAT
 
     @property
@@ -126,7 +126,7 @@ def start_autoglm(place: Place, **fields: Any) -> subprocess.Popen[bytes]:
         script=str(common.SCRIPTS / "train_20m.py"),
         args=["--library=autoglm", f"--marks={place.marks}", f"--steps={place.steps}"],
         nproc_per_node=RANKS,
-        checkpoint={"every": {"steps": place.every}},
+        checkpoint={"every": {"steps": place.every} if place.every else "auto"},
         **fields,
     )
     return common.spawn([*common.autoglm(place.python), "run", str(job)], place.output)
