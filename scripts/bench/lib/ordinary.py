@@ -119,7 +119,7 @@ class _Run:
             args=[name, str(self.directory)],
             nproc_per_node=ranks,
             checkpoint={"every": {"steps": EVERY}},
-            restart={"max_restarts": 50, "without_progress": 20, "backoff": 0, "max_backoff": 0},
+            restart={"max_restarts": 50, "without_progress": 6, "backoff": 0, "max_backoff": 0},
         )
         self.process = common.spawn([*common.autoglm(), "run", str(job)], self.output)
 

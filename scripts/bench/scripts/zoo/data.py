@@ -28,7 +28,7 @@ class Augmented(Dataset[torch.Tensor]):
         return torch.full((8,), float(index)) / SIZE + 0.1 * noise
 
 
-def trained_on(loader: DataLoader[torch.Tensor], **more: object) -> Program:
+def trained_on(loader: DataLoader[torch.Tensor], /, **more: object) -> Program:
     """A loop that takes the loader's next batch at every step, epoch after epoch."""
     model = net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
