@@ -39,7 +39,8 @@ def prune(
     """Delete the checkpoints that no rule keeps.
 
     The newest good one, the newest that counts by checkpoint.commit, the one that was accepted
-    last, whatever a kept one refers to, and whatever the gate would reject now always stay.
+    last, whatever a kept one refers to, and whatever the gate would reject now always stay; so do
+    the best ones of the job, unless --keep names others. What a branch has left behind goes.
     Refuses (76) while a supervisor has the run.
     """
     import time
@@ -49,12 +50,15 @@ def prune(
     from autoglm_resume.observe import inspection, listing
 
     found = inspection.find_all(target.checkpoints(what, acts=True))
-    if keep is None:
-        rules = pruning.rules(found)
-    else:
+    asked = None
+    if keep is not None:
         from autoglm_resume.job.load import keep_option
 
-        rules = keep_option(keep)
-    listed = listing.of(found, rules, time.time()) if dry_run else pruning.prune(found, rules)
+        asked = keep_option(keep)
+    rules = pruning.rules(found, asked)
+    if dry_run:
+        listed = listing.of(found, rules, time.time(), pruning=True)
+    else:
+        listed = pruning.prune(found, rules)
     pruning.show(listed, dry=dry_run)
     return 0

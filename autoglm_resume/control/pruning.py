@@ -19,9 +19,15 @@ from autoglm_resume.observe.tables import Table
 from autoglm_resume.supervise.base.run_directory import undisturbed
 
 
-def rules(target: Inspected) -> KeepRules:
-    """What the run of these checkpoints keeps. Raises UsageError if there is no run beside them."""
+def rules(target: Inspected, asked: KeepRules | None = None) -> KeepRules:
+    """What to keep of these checkpoints: as `asked`, or what their run keeps.
+
+    What the run keeps as its best stays, unless other best ones are asked for by name. Raises
+    UsageError if there is no run beside them, and nothing is asked for.
+    """
     keep = listing.keep_of(target.run)
+    if asked is not None:
+        return replace(asked, best=keep.best) if keep and not asked.best else asked
     if keep is None:
         raise UsageError(
             f"{target.store.root}: no run beside these checkpoints says which to keep",
@@ -38,7 +44,7 @@ def prune(target: Inspected, keep: KeepRules) -> Listing:
     run, root = target.run, target.store.root
     with undisturbed(run, root):
         here = replace(target, paths=tuple(target.store.committed()))
-        found = listing.of(here, keep, time.time())
+        found = listing.of(here, keep, time.time(), pruning=True)
         for each in found.doomed:
             target.store.delete(each.facts.id)
             if run is not None:

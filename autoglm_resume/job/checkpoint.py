@@ -51,8 +51,10 @@ class Every(Section):
 class Best(Section):
     """The checkpoints with the best figures."""
 
-    metric: Annotated[Literal["loss", "grad_norm"], one_of("loss", "grad_norm")] = Field(
-        default="loss", description="A figure that the script reports."
+    metric: Word = Field(
+        default="loss",
+        description="A figure that the script reports with the steps that are saved: "
+        "`session.report(accuracy=…)`.",
     )
     n: Count = Field(default=1, description="How many of them to keep.")
     mode: Annotated[Literal["min", "max"], one_of("min", "max")] = Field(
@@ -67,7 +69,9 @@ class Keep(Section):
     every_steps: Count | None = Field(
         default=None, description="Those whose step is divisible by this, for ever."
     )
-    best: Best | None = Field(default=None, description="Those with the best figures.")
+    best: Best | None = Field(
+        default=None, description="Those with the best figures, whatever branch they are of."
+    )
     for_: PositiveDuration | None = Field(
         default=None, alias="for", description="Those that are younger than this."
     )

@@ -45,6 +45,8 @@ class Listed:
     kept: tuple[str, ...] | None
     """Why it stays, empty if it may go; None if no rule speaks of it: it is not good, or no rules
     are known."""
+    lacking: frozenset[str] = frozenset()
+    """Ids of those that it needs and that are not there."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,10 @@ def keep_of(run: RunDirectory | None) -> KeepRules | None:
     return KeepRules() if written is None else keep_of(written, f"{run.path}/job.json")
 
 
-def of(target: Inspected, keep: KeepRules | None, now: float) -> Listing:
+def of(target: Inspected, keep: KeepRules | None, now: float, *, pruning: bool = False) -> Listing:
     """Look at all checkpoints beside each other; `now` is Unix seconds.
+
+    With `pruning`, what a branch has left behind may go, too.
 
     Packs whose stat fingerprint is not the recorded one are read, as the gate would.
     """
@@ -87,18 +91,30 @@ def of(target: Inspected, keep: KeepRules | None, now: float) -> Listing:
             facts = examine(target.store, path, progress=progress)
             if facts.integrity.ok or path.exists():  # else the run has retired it by now
                 found.append((facts, inspection.judged(facts, expected)))
-    kept = _kept(target, found, keep, now) if keep else {}
+    kept = _kept(target, found, keep, now, pruning=pruning) if keep else {}
     here = {facts.id for facts, _ in found}
     branches = _branches(found)
     rows = tuple(
-        Listed(facts, verdict, _parent(facts) in here, facts.id in branches, kept.get(facts.id))
+        Listed(
+            facts,
+            verdict,
+            _parent(facts) in here,
+            facts.id in branches,
+            kept.get(facts.id),
+            frozenset(facts.manifest.needs if facts.manifest else ()) - here,
+        )
         for facts, verdict in found
     )
     return Listing(target.store.root, keep, rows, _quarantined(target), now)
 
 
 def _kept(
-    target: Inspected, found: Sequence[tuple[Candidate, Verdict]], keep: KeepRules, now: float
+    target: Inspected,
+    found: Sequence[tuple[Candidate, Verdict]],
+    keep: KeepRules,
+    now: float,
+    *,
+    pruning: bool,
 ) -> dict[str, tuple[str, ...]]:
     """Why each checkpoint stays, of those that are good in themselves."""
     good = [(facts, verdict) for facts, verdict in found if inspection.sound(verdict)]
@@ -114,7 +130,7 @@ def _kept(
         protected.update((id, f"needed by {facts.id}") for id in _needs(facts, candidates))
     protected |= _newest_that_counts(target.run, [c.id for c in candidates if not c.given_up])
     protected |= _accepted_last(target.run)
-    why = retention.explain(candidates, keep, frozenset(protected), now)
+    why = retention.explain(candidates, keep, frozenset(protected), now, pruning=pruning)
     return {
         id: tuple(protected[id] if r == retention.PROTECTED else r for r in reasons)
         for id, reasons in why.items()
@@ -190,7 +206,7 @@ def tables(listing: Listing, width: int | None = None) -> list[Table]:
     table = Table(
         (
             *("checkpoint", "step", "age", "ranks", "raw", "stored", "shared"),
-            *("parent", "metrics", "why kept", "verdict"),
+            *("needs", "parent", "metrics", "why kept", "verdict"),
         ),
         right=frozenset((1, 2, 3, 4, 5, 6)),
     )
@@ -200,6 +216,7 @@ def tables(listing: Listing, width: int | None = None) -> list[Table]:
             each.facts.id,
             each.facts.step,
             *(_figures(manifest, listing.now) if manifest else [None] * 5),
+            ", ".join(_short(id, here=id not in each.lacking) for id in _needs_of(each)),
             _parent_words(each),
             _metrics(manifest) if manifest else None,
             kept_words(each) if listing.keep else None,
@@ -210,7 +227,7 @@ def tables(listing: Listing, width: int | None = None) -> list[Table]:
     for name, reason in listing.quarantined:
         shelter.add(name, short(reason))
     narrow = width is not None and not table.fits(width)
-    shown = [table.only(0, 1, 3, 4, 5, 6, 10), table.only(0, 2, 7, 8, 9)] if narrow else [table]
+    shown = [table.only(0, 1, 3, 4, 5, 6, 11), table.only(0, 2, 7, 8, 9, 10)] if narrow else [table]
     return [*shown, shelter] if listing.quarantined else shown
 
 
@@ -239,9 +256,17 @@ def _parent_words(each: Listed) -> str:
     """“20.a0” for step-0000000020.a0, and what is special about the chain there."""
     words = []
     if parent := _parent(each.facts):
-        short = f"{step_of(parent)}.{parent.partition('.')[2]}"
-        words.append(short if each.parent_here else f"{short} (gone)")
+        words.append(_short(parent, here=each.parent_here))
     return ", ".join([*words, *(["branch"] if each.branch else [])])
+
+
+def _needs_of(each: Listed) -> tuple[str, ...]:
+    return tuple(each.facts.manifest.needs) if each.facts.manifest else ()
+
+
+def _short(id: str, *, here: bool) -> str:
+    short = f"{step_of(id)}.{id.partition('.')[2]}"
+    return short if here else f"{short} (gone)"
 
 
 def to_json(listing: Listing) -> dict[str, Any]:
@@ -266,6 +291,7 @@ def _to_json(each: Listed, now: float) -> dict[str, Any]:
         "stored": manifest.stored if manifest else None,
         "shared": manifest.shared if manifest else None,
         "needs": list(manifest.needs) if manifest else [],
+        "lacking": sorted(each.lacking),
         "parent": _parent(each.facts),
         "parent_here": each.parent_here,
         "branch": each.branch,

@@ -17,7 +17,7 @@ from autoglm_resume.checkpoint.store.gate import superseded
 from autoglm_resume.checkpoint.store.retention import RetentionEntry
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.part_writer import Saved, forsake
-from autoglm_resume.errors import CheckpointError
+from autoglm_resume.errors import CheckpointError, CorruptCheckpoint
 from autoglm_resume.protocol.assignment import Checkpointing
 
 
@@ -81,8 +81,13 @@ def _retire(store: Store, how: Checkpointing, snapshot: Snapshot, stay: Set[str]
     own = (id for id in line if (store.directory(id) / MANIFEST).exists())
     protected = {*stay, *itertools.islice(own, 1)}
     for path in store.committed():
-        with suppress(CheckpointError):
+        try:
             manifest = store.load_manifest(path)
+        except CorruptCheckpoint:
+            continue
+        except CheckpointError:  # of a newer version, or unreadable now: what may it need?
+            protected.update(each.name for each in store.committed() if newer(path.name, each.name))
+        else:
             if not newer(path.name, saved):
                 given_up = superseded(path.name, how.branches) is not None
                 found.append(RetentionEntry.of(manifest, given_up=given_up))

@@ -48,6 +48,8 @@ class RunGate(Gatekeeper):
             past.checkpointed,
         )
         self._announced: set[str] = set()
+        best = job.checkpoint.keep.best
+        self._ranked_by = best.metric if best else ""
         self._not_from_memory: set[str] = set()
 
     def pass_gate(self, sealed: Sealed | None = None) -> ResumePoint | None:
@@ -151,8 +153,21 @@ class RunGate(Gatekeeper):
         self._announced.add(id)
         self.reached(step)
         with contextlib.suppress(OSError):
-            self._proofs.facts(self.store.directory(id))
+            facts = self._proofs.facts(self.store.directory(id))
+            self._look_for_figure(facts)
         return new
+
+    def _look_for_figure(self, facts: Candidate) -> None:
+        """Say, once, if `keep.best` cannot rank what was saved: the name may be wrong."""
+        metric, manifest = self._ranked_by, facts.manifest
+        if metric and manifest is not None and metric not in manifest.metrics:
+            self._ranked_by = ""
+            has = ", ".join(manifest.metrics) or "none"
+            text = (
+                f"checkpoint.keep.best ranks by {metric!r}, which was not reported with step "
+                f"{facts.step} (its figures: {has}); only checkpoints that have it are kept for it"
+            )
+            self._tell(events.WarningGiven(text=text))
 
     def reached(self, step: int) -> None:
         """There is, or was, a checkpoint of `step`."""

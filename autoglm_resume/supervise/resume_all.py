@@ -118,8 +118,8 @@ def _reason_against(run: RunDirectory) -> str | None:
     if holder is not None:
         return f"running, process {holder.pid} on {holder.host}"
     try:
-        if (before := home.aside_of(run)) is not None:
-            return f"left alone: set aside from {before}"
+        if (before := home.left(run)) is not None:  # by a person, who may want it to rest
+            return f"set aside or moved from {before}"
     except AutoglmError as error:
         return f"left alone: {error.message}"
     found = resumable.of(run.events())

@@ -51,6 +51,17 @@ def test_what_no_rule_keeps_is_deleted_and_the_rest_is_whole(run: Path) -> None:
     assert prune(run, KeepRules(last=1)) == [40]
 
 
+def test_the_best_of_the_job_stays_unless_another_best_is_asked_for(run: Path) -> None:
+    job = json.loads((run / "job.json").read_text())
+    job["checkpoint"]["keep"] = {"last": 3, "best": {"metric": "loss", "mode": "max"}}
+    (run / "job.json").write_text(json.dumps(job))
+    target = inspection.find_all(run)
+    assert pruning.rules(target) == KeepRules(last=3, best=KeepBest("loss", 1, "max"))
+    named = KeepRules(last=1, best=KeepBest("loss", 1))
+    assert pruning.rules(target, named) == named
+    assert prune(run, pruning.rules(target, KeepRules(last=1))) == [40, 10]
+
+
 def test_what_was_deleted_is_in_the_journal_and_changes_no_figure(run: Path) -> None:
     before = summarize(RunDirectory(run).events())
     prune(run, KeepRules(last=1))

@@ -43,8 +43,8 @@ def test_everything_has_a_default() -> None:
         ("{for: 2d}", KeepRules(last=3, for_seconds=172_800.0)),
         ("{best: {}}", KeepRules(best=KeepBest("loss", 1, "min"))),
         (
-            "{last: 1, best: {metric: grad_norm, n: 2, mode: max}}",
-            KeepRules(last=1, best=KeepBest("grad_norm", 2, "max")),
+            "{last: 1, best: {metric: accuracy, n: 2, mode: max}}",
+            KeepRules(last=1, best=KeepBest("accuracy", 2, "max")),
         ),
     ],
 )
@@ -67,7 +67,7 @@ def test_what_to_keep_is_a_number_or_rules(written: str, meant: KeepRules) -> No
         ("keep: {for_: 1d}", "keep.for_: unknown key, did you mean 'for'?"),
         ("keep: {best: loss}", "keep.best: expected a mapping, found 'loss'"),
         ("keep: {best: {mode: low}}", "keep.best.mode: expected min or max, found 'low'"),
-        ("keep: {best: {metric: ''}}", "keep.best.metric: expected loss or grad_norm, found ''"),
+        ("keep: {best: {metric: ''}}", "keep.best.metric: expected a name, found ''"),
         ("memory: 3", "memory: expected a whole number from 0 to 2, found 3"),
         ("memory: true", "memory: expected a whole number from 0 to 2, found true"),
         ("on_busy: queue", "on_busy: expected skip or wait, found 'queue'"),

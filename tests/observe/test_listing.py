@@ -49,8 +49,8 @@ def run(pristine: Path, tmp_path: Path) -> Path:
     return copy
 
 
-def of(path: Path, keep: KeepRules | None = None) -> Listing:
-    return listing.of(inspection.find_all(path), keep, NOW)
+def of(path: Path, keep: KeepRules | None = None, *, pruning: bool = False) -> Listing:
+    return listing.of(inspection.find_all(path), keep, NOW, pruning=pruning)
 
 
 def by_step(found: Listing) -> dict[int, Listed]:
@@ -118,11 +118,24 @@ def test_an_unreadable_manifest_leaves_the_sizes_blank(run: Path) -> None:
     assert "FAILED" in text_of(found)[1]
 
 
+def test_who_needs_whom_is_shown_and_what_is_gone(run: Path) -> None:
+    root = run / "checkpoints"
+    checkpoint(root, 60, lineage=(id_of(50, "a1"),), refer=True)
+    (row,) = [line for line in text_of(of(run, KeepRules())) if line.startswith(id_of(60))]
+    assert "50.a1" in row
+    shutil.rmtree(root / id_of(50, "a1"))
+    found = of(run, KeepRules())
+    (row,) = [line for line in text_of(found) if line.startswith(id_of(60))]
+    assert "50.a1 (gone)" in row
+    assert f"it shares packs of {id_of(50, 'a1')}, not there any more: put back what" in row
+    assert listing.to_json(found)["checkpoints"][0]["lacking"] == [id_of(50, "a1")]
+
+
 def test_a_branch_that_was_given_up_may_go_and_pushes_out_nothing(run: Path) -> None:
     with (run / "events.jsonl").open("ab") as journal:
         journal.write(encode(Branched(step=10, attempt=2)))
     checkpoint(run / "checkpoints", 20, token="a2", lineage=(id_of(10),))
-    found = of(run, KeepRules(last=2))
+    found = of(run, KeepRules(last=2), pruning=True)
     assert [(each.facts.id, each.kept) for each in found.checkpoints] == [
         (id_of(50, "a1"), ()),
         (id_of(40, "a1"), ()),
@@ -133,6 +146,7 @@ def test_a_branch_that_was_given_up_may_go_and_pushes_out_nothing(run: Path) -> 
     ]
     assert text_of(found)[1].split()[-5:] == ["branch", "may", "go", "given", "up"]
     assert [each.facts.step for each in found.doomed] == [50, 40, 30, 20]
+    assert of(run, KeepRules(last=2)).doomed == [], "but not by itself"
 
 
 def test_what_a_newer_version_wrote_may_need_all_that_is_older(run: Path) -> None:
@@ -171,7 +185,7 @@ def test_the_table_shows_sizes_chain_and_metrics(run: Path) -> None:
     lines = text_of(of(run, KeepRules(last=1)))
     assert lines[0].split() == [
         *("checkpoint", "step", "age", "ranks", "raw", "stored", "shared"),
-        *("parent", "metrics", "why", "kept", "verdict"),
+        *("needs", "parent", "metrics", "why", "kept", "verdict"),
     ]
     newest, _, third, second, first = lines[1:]
     assert newest.split()[:4] == [id_of(50, "a1"), "50", "3.00", "s"]

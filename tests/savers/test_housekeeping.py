@@ -33,7 +33,7 @@ def saved(store: Store, step: int, token: str, loss: float) -> Snapshot:
 def left_after(tmp_path: Path, keep: KeepRules) -> list[str]:
     """Ids, newest first, when the run went back to step 100 and has come to step 300 again."""
     store = Store(tmp_path)
-    for step, loss in ((100, 3.0), (200, 0.5), (400, 0.4)):
+    for step, loss in ((100, 3.0), (200, 0.5), (400, 0.4)):  # the last two are left behind
         saved(store, step, "a0", loss)
     saved(store, 200, "a1", 2.0)
     last = saved(store, 300, "a1", 2.5)
@@ -42,11 +42,25 @@ def left_after(tmp_path: Path, keep: KeepRules) -> list[str]:
     return [path.name for path in store.committed()]
 
 
-def test_the_best_of_a_branch_that_was_given_up_are_not_among_the_best(tmp_path: Path) -> None:
+def test_what_a_branch_left_behind_stays_and_the_present_one_has_its_own_best(
+    tmp_path: Path,
+) -> None:
     kept = left_after(tmp_path, KeepRules(last=1, best=KeepBest("loss", 1)))
-    assert kept[-2:] == [checkpoint_id(300, "a1"), checkpoint_id(200, "a1")]
+    ids = [(400, "a0"), (300, "a1"), (200, "a1"), (200, "a0")]
+    assert kept == [checkpoint_id(step, token) for step, token in ids]
 
 
-def test_round_steps_of_a_branch_that_was_given_up_are_not_kept_for_ever(tmp_path: Path) -> None:
-    kept = left_after(tmp_path, KeepRules(last=1, every_steps=200))
-    assert kept[-2:] == [checkpoint_id(300, "a1"), checkpoint_id(200, "a1")]
+def test_what_a_newer_version_wrote_may_need_all_that_is_older(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for step in (100, 200, 300):
+        saved(store, step, "a0", 1.0)
+    manifest = store.directory(checkpoint_id(200, "a0")) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": ', '"format": 9'))
+    last = saved(store, 400, "a0", 1.0)
+    tidy(store, Checkpointing(str(tmp_path), keep=KeepRules(last=1)), last, frozenset(), _quiet)
+    left = [path.name for path in store.committed()]
+    assert left == [checkpoint_id(step, "a0") for step in (400, 200, 100)]
+
+
+def _quiet(event: object, /) -> None:
+    """Nobody listens."""

@@ -34,6 +34,11 @@ def examine(
         manifest = store.load_manifest(path)
         expect(path / MANIFEST, "id", path.name, manifest.id)
         _check_chain(path, manifest)
+        if gone := lacking(store, manifest):
+            raise CorruptCheckpoint(
+                f"{path}: it shares packs of {', '.join(gone)}, not there any more: put back what"
+                " was deleted, from a copy or a replica (checkpoint.replicas repairs it)"
+            )
         for ref in manifest.parts:
             parts.append(store.part(path, manifest, ref))
         for part in parts:
@@ -45,6 +50,11 @@ def examine(
     except CheckpointError as error:
         problem, unreadable = error.message, not isinstance(error, CorruptCheckpoint)
     return Candidate.of(path, manifest, parts, Integrity(not problem, how, problem, unreadable))
+
+
+def lacking(store: Store, manifest: Manifest) -> list[str]:
+    """Ids of the checkpoints that it needs and that are gone, each as a whole."""
+    return [id for id in manifest.needs if not store.directory(id).is_dir()]
 
 
 def candidates(

@@ -17,6 +17,7 @@ from autoglm_resume import events
 from autoglm_resume.checkpoint.format.ids import Branch, recency
 from autoglm_resume.checkpoint.format.manifest import MANIFEST, Manifest
 from autoglm_resume.checkpoint.store.commit import abandoned, complete, sweep, whole
+from autoglm_resume.checkpoint.store.examine import lacking
 from autoglm_resume.checkpoint.store.gate import (
     Candidate,
     Choice,
@@ -114,7 +115,7 @@ class Gatekeeper:
             self.require_a_fresh_start(choice)
             return None
         for verdict in choice.verdicts:
-            if verdict.corrupt and not self._needed(verdict.id):
+            if verdict.corrupt and not self._needed(verdict.id) and not self._lacks(verdict):
                 self._quarantine(verdict)
         return accepted
 
@@ -204,6 +205,12 @@ class Gatekeeper:
                 needs = self.store.load_manifest(path).needs
                 if id in needs and path.name not in self._expectation.refused:
                     return True
+        return False
+
+    def _lacks(self, verdict: Verdict) -> bool:
+        """Whether it is whole but for another checkpoint, which may be put back."""
+        with contextlib.suppress(CheckpointError):
+            return bool(lacking(self.store, self.store.load_manifest(Path(verdict.path))))
         return False
 
     def _quarantine(self, verdict: Verdict) -> None:

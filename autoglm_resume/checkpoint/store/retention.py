@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 PROTECTED: Final = "accepted last"
 """Why the protected ones stay."""
+LEFT: Final = "of a branch that was left; `autoglm prune` may delete it"
+"""Why what a branch left behind stays until a person wants it gone."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class KeepBest:
 class KeepRules:
     """What to keep: whatever any of these rules wants.
 
-    A branch that was given up is none of their business, except that what is young is kept.
+    Of a branch that was given up they want what is young, and the best of all.
     """
 
     last: int = 3
@@ -75,26 +77,40 @@ class RetentionEntry:
 
 
 def doomed(
-    candidates: Sequence[RetentionEntry], keep: KeepRules, protected: frozenset[str], now: float
+    candidates: Sequence[RetentionEntry],
+    keep: KeepRules,
+    protected: frozenset[str],
+    now: float,
+    *,
+    pruning: bool = False,
 ) -> list[str]:
     """Ids to delete, in this order: what needs another goes before it.
 
     So a crash in between leaves no checkpoint without what it needs. `candidates` come newest
     first; hand in only what is good, so that broken checkpoints never push out a good one. The
     newest and the `protected` ids (what the gate accepted last) always stay, and with each that
-    stays everything it needs. `now` is Unix seconds.
+    stays everything it needs. `now` is Unix seconds. Only with `pruning`, which a person has asked
+    for, does anything go of a branch that was given up.
     """
-    why = explain(candidates, keep, protected, now)
+    why = explain(candidates, keep, protected, now, pruning=pruning)
     return [each.id for each in candidates if not why[each.id]]
 
 
 def explain(
-    candidates: Sequence[RetentionEntry], keep: KeepRules, protected: frozenset[str], now: float
+    candidates: Sequence[RetentionEntry],
+    keep: KeepRules,
+    protected: frozenset[str],
+    now: float,
+    *,
+    pruning: bool = False,
 ) -> dict[str, tuple[str, ...]]:
     """For each id why it is kept, in a few words each; nothing for what may go. See `doomed`."""
     why: dict[str, list[str]] = {each.id: [] for each in candidates}
     for id, reason in _wanted(candidates, keep, now):
         why[id].append(reason)
+    for each in candidates:
+        if each.given_up and not pruning and not why[each.id]:
+            why[each.id].append(LEFT)
     for id in protected & why.keys():
         why[id].append(PROTECTED)
     kept = [each for each in candidates if why[each.id]]
@@ -122,11 +138,14 @@ def _wanted(
             yield each.id, f"younger than {_duration(keep.for_seconds)}"
     if keep.best:
         metric, sign = keep.best.metric, 1 if keep.best.mode == "min" else -1
-        known = [each for each in present if math.isfinite(each.metrics.get(metric, math.nan))]
+        known = [c for c in candidates if math.isfinite(c.metrics.get(metric, math.nan))]
         # Sorting is stable: of equal ones the newest counts as best.
         ranking = sorted(known, key=lambda each: sign * each.metrics[metric])
-        for nth, each in enumerate(ranking[: keep.best.n], start=1):
-            yield each.id, f"{_ordinal(nth)}best {metric} {each.metrics[metric]:.4g}"
+        # The best of all is a result, whatever the run did since; the present branch has its own.
+        ranks = (ranking, [each for each in ranking if not each.given_up])
+        best = {e.id: (nth, e) for r in ranks for nth, e in enumerate(r[: keep.best.n], start=1)}
+        for id, (nth, each) in best.items():
+            yield id, f"{_ordinal(nth)}best {metric} {each.metrics[metric]:.4g}"
 
 
 def _ordinal(nth: int) -> str:

@@ -47,18 +47,6 @@ def left(run: RunDirectory) -> Path | None:
     return home
 
 
-def aside_of(run: RunDirectory) -> Path | None:
-    """What this run was set aside from, so that it does not go on by itself; None if it was not.
-
-    Raises UsageError if it is a copy.
-    """
-    before = left(run)
-    if before is None:
-        return None
-    named = run.path.parent == before.parent and run.path.name.startswith(f"{before.name}~")
-    return before if named or RunDirectory(before).exists else None
-
-
 def _recorded(run: RunDirectory) -> Path:
     where = run.section("checkpoint").get("dir")
     return Path(where) if where and isinstance(where, str) else run.path / "checkpoints"

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from autoglm_resume.checkpoint.format.ids import Branch
+from autoglm_resume.checkpoint.format.ids import Branch, checkpoint_id
 from autoglm_resume.errors import NoAcceptableCheckpoint
 from tests.checkpoint.checkpoints import Checkpoints
+from tests.observe.runs import checkpoint
 
 
 @pytest.fixture
@@ -217,6 +218,33 @@ def test_what_replicas_can_mend_is_taken_instead_of_an_older_one(run: Checkpoint
     assert accepted.id == broken
     assert asked == [(broken, None)], "no gate had found it good before"
     assert run.events("quarantined") == []
+
+
+def test_what_lacks_one_that_was_deleted_by_hand_waits_for_it_where_it_is(
+    run: Checkpoints,
+) -> None:
+    oldest, needed, newest = (checkpoint_id(step, "a0") for step in (10, 20, 30))
+    checkpoint(run.root, 10)
+    checkpoint(run.root, 20)
+    checkpoint(run.root, 30, lineage=(needed,), refer=True)
+    trash = run.store.directory(needed).rename(run.directory / "trash")
+    accepted = run.gatekeeper().admit()
+    assert accepted is not None
+    assert accepted.id == oldest
+    (gate,) = run.events("gate")
+    assert f"it shares packs of {needed}, not there any more" in gate["verdicts"][0]["reason"]
+    assert run.events("quarantined") == []
+
+    def put_back(id: str, digest: str | None) -> list[str]:
+        assert id == newest
+        trash.rename(run.store.directory(needed))
+        return [needed]
+
+    mending = run.gatekeeper()
+    mending.repair_with(put_back)
+    accepted = mending.admit()
+    assert accepted is not None
+    assert accepted.id == newest
 
 
 def test_what_is_mended_is_refused_no_more(run: Checkpoints) -> None:

@@ -35,8 +35,10 @@ def left_behind(step: int, *needs: int, **figures: float) -> RetentionEntry:
 FIVE = [saved(step) for step in (5, 4, 3, 2, 1)]
 
 
-def gone(candidates: Sequence[RetentionEntry], keep: KeepRules, *protected: str) -> set[str]:
-    return set(doomed(candidates, keep, frozenset(protected), NOW))
+def gone(
+    candidates: Sequence[RetentionEntry], keep: KeepRules, *protected: str, pruning: bool = False
+) -> set[str]:
+    return set(doomed(candidates, keep, frozenset(protected), NOW, pruning=pruning))
 
 
 def test_the_last_ones_stay() -> None:
@@ -102,7 +104,7 @@ BRANCHED = [
     ("keep", "stays"),
     [
         (KeepRules(last=2), {"c25", "c20", "c10"}),
-        (KeepRules(last=1, best=KeepBest("loss", 1)), {"c25", "c20", "c10"}),
+        (KeepRules(last=1, best=KeepBest("loss", 1)), {"c40", "c25", "c20", "c10"}),
         (KeepRules(last=1, every_steps=20), {"c25", "c20", "c10"}),
         (KeepRules(last=5), {"c25", "c20", "c10"}),
         (KeepRules(last=1, for_seconds=101 * DAY), {"c40", "c30", "c25", "c20", "c10"}),
@@ -111,11 +113,34 @@ BRANCHED = [
 def test_a_branch_that_was_given_up_takes_no_place_of_the_present_one(
     keep: KeepRules, stays: set[str]
 ) -> None:
-    assert gone(BRANCHED, keep) == {each.id for each in BRANCHED} - stays
+    ids = {each.id for each in BRANCHED}
+    assert gone(BRANCHED, keep, pruning=True) == ids - stays
+    assert gone(BRANCHED, keep) == ids - stays - {"c40", "c30"}
 
 
 def test_where_only_a_given_up_branch_is_left_its_newest_stays() -> None:
-    assert gone([left_behind(2), left_behind(1)], KeepRules(last=1)) == {"c1"}
+    left = [left_behind(2), left_behind(1)]
+    assert gone(left, KeepRules(last=1), pruning=True) == {"c1"}
+
+
+def test_what_a_branch_left_behind_stays_until_a_person_prunes_and_says_so() -> None:
+    left = [saved(3), left_behind(2, 1), saved(1)]
+    assert gone(left, KeepRules(last=1)) == set()
+    why = explain(left, KeepRules(last=1), NOTHING, NOW)
+    assert why["c2"] == ("of a branch that was left; `autoglm prune` may delete it",)
+    assert why["c1"] == ("needed by c2",)
+    assert gone(left, KeepRules(last=1), pruning=True) == {"c1", "c2"}
+
+
+def test_the_best_of_all_stays_beside_the_best_of_the_present_branch() -> None:
+    best = KeepRules(last=1, best=KeepBest("accuracy", 1, "max"))
+    runs = [
+        saved(5, accuracy=0.5),
+        saved(4, accuracy=0.7),
+        left_behind(3, accuracy=0.9),
+        left_behind(2, accuracy=0.8),
+    ]
+    assert gone(runs, best, pruning=True) == {"c2"}
 
 
 def test_what_is_needed_but_not_there_is_no_trouble() -> None:
