@@ -12,6 +12,7 @@ EXAMPLES = """
 \b
 Examples:
   autoglm import model.safetensors runs/quickstart
+  autoglm import model.pt job.yaml --step 0    the run that this job will start goes on from it
   autoglm import exported /backup/checkpoints --step 0
 """
 
@@ -28,7 +29,8 @@ def import_(
         typer.Argument(
             metavar="DIR",
             show_default=False,
-            help="A run directory, or a directory of checkpoints (made if it is not there).",
+            help="A run directory or a job file, also of a run to come, or a directory of "
+            "checkpoints (made if it is not there).",
         ),
     ],
     step: Annotated[
@@ -46,20 +48,12 @@ def import_(
     """
     from pathlib import Path
 
-    from autoglm_resume.checkpoint.store.store import Store
-    from autoglm_resume.errors import UsageError
-    from autoglm_resume.observe import inspection
+    from autoglm_resume.cli import target
     from autoglm_resume.observe.progress import Progress
     from autoglm_resume.observe.pure.say import size
-    from autoglm_resume.supervise.base.run_directory import RunDirectory, undisturbed
+    from autoglm_resume.supervise.base.run_directory import undisturbed
 
-    try:
-        target = inspection.find(Path(directory))
-        store, run = target.store, target.run
-    except UsageError:  # no checkpoint there yet
-        if Path(directory).is_file() or RunDirectory(Path(directory)).exists:
-            raise
-        store, run = Store(Path(directory).absolute()), None
+    store, run = target.to_import_into(directory)
 
     from autoglm_resume.checkpoint.interop import formats
     from autoglm_resume.checkpoint.interop.adopt import adopt

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from autoglm_resume import output
 from autoglm_resume.errors import AutoglmError, UsageError
 from autoglm_resume.supervise.base import bounded, run_list
 from autoglm_resume.supervise.base.run_directory import RunDirectory
 from autoglm_resume.supervise.base.run_list import ListedRun
+
+if TYPE_CHECKING:
+    from autoglm_resume.checkpoint.store.store import Store
 
 RUNS = "runs"
 MOST_NAMED = 10
@@ -62,6 +66,38 @@ def checkpoints(given: str | None, *, acts: bool = False) -> Path:
     if given is None or given.endswith((".yaml", ".yml")):
         return run(given, acts=acts).path
     return Path(given)
+
+
+def to_import_into(given: str) -> tuple[Store, RunDirectory | None]:
+    """The checkpoints that `given` means, and the run that they are of, or will be.
+
+    A run to come has them where its job says: as the job file that is given, or that lies beside
+    the directory of runs; else in the directory that they have without a word. Raises UsageError.
+    """
+    from autoglm_resume.checkpoint.store.store import Store
+    from autoglm_resume.job.load import load
+    from autoglm_resume.observe import inspection
+
+    path = Path(given).absolute()
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        job = load(given)
+        return Store(Path(job.checkpoint.dir)), RunDirectory(Path(job.run_dir))
+    try:
+        found = inspection.find(Path(given))
+        return found.store, found.run
+    except UsageError:  # no checkpoint there yet
+        if RunDirectory(path).exists:
+            raise
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{given}: expected a directory or a job file")
+    for file in sorted([*path.parent.parent.glob("*.yaml"), *path.parent.parent.glob("*.yml")]):
+        with suppress(UsageError):  # it is no job, or has faults of its own
+            job = load(file)
+            if Path(job.run_dir) == path:
+                return Store(Path(job.checkpoint.dir)), RunDirectory(path)
+    if path.parent.name == RUNS or runs(path.parent):
+        return Store(path / "checkpoints"), RunDirectory(path)
+    return Store(path), None
 
 
 def _unnamed(*, acts: bool) -> RunDirectory:

@@ -31,7 +31,7 @@ from autoglm_resume.checkpoint.format.tables import (
 )
 from autoglm_resume.checkpoint.state import decoding, tree
 from autoglm_resume.checkpoint.state.sharding import Box
-from autoglm_resume.errors import CorruptCheckpoint, NewerFormat
+from autoglm_resume.errors import CorruptCheckpoint, NewerFormat, UsageError
 
 FORMAT = 1
 
@@ -112,6 +112,28 @@ def nested(bundle: Bundle) -> dict[str, Any]:
         for number, rank in holders:
             found.setdefault(f"rank{number}", {})[name] = _decoded(bundle, rank, name)
     return found
+
+
+def state_of(bundle: Bundle, name: str) -> Any:
+    """The state of one object, as the script knows it.
+
+    Raises UsageError if there is no such object, or if ranks have different ones.
+    """
+    states = nested(bundle)
+    if bundle.document["dcp"]:
+        begin = f"{name}."
+        found = {key[len(begin) :]: v for key, v in states.items() if key.startswith(begin)}
+        if found:
+            return found
+    elif name in states:
+        return states[name]
+    holders = [rank for rank, held in states.items() if name in held]
+    if holders and not bundle.document["dcp"]:
+        raise UsageError(
+            f"{name}: expected one for all ranks, found another in each of {', '.join(holders)}",
+            hint="export all of it, and take from it what you need",
+        )
+    raise UsageError(f"{name}: no such object in this checkpoint")
 
 
 def _snapshot(

@@ -49,6 +49,15 @@ def write(out: Path, bundle: Bundle) -> None:
         )
 
 
+def write_state(out: Path, state: Any) -> None:
+    """One state alone, as `dcp.save(model.state_dict(), …)` would. Raises OSError."""
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    with _alone():
+        save(state, storage_writer=FileSystemWriter(out), no_dist=True)
+
+
 def recognises(source: Path) -> bool:
     """A directory with DCP's metadata."""
     return (source / ".metadata").is_file()

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from autoglm_resume import files
 from autoglm_resume.checkpoint.interop import dcp_directory, safetensors_file, torch_file
 from autoglm_resume.checkpoint.interop.adopt import SnapshotSource
-from autoglm_resume.checkpoint.interop.bundle import Bundle
+from autoglm_resume.checkpoint.interop.bundle import Bundle, state_of
 from autoglm_resume.checkpoint.interop.exported import AGAIN, EXPECTED, begin_of
 from autoglm_resume.errors import UsageError
 
@@ -23,6 +24,12 @@ class LayoutReader:
     """Raises UsageError when it is something else after all, and CheckpointError."""
 
 
+STATE_WRITERS: Mapping[str, Callable[[Path, Any], None]] = {
+    "safetensors": safetensors_file.write_state,
+    "torch": torch_file.write_state,
+    "dcp": dcp_directory.write_state,
+}
+"""Of one object's state alone, as people hand on a model."""
 WRITERS: Mapping[str, Callable[[Path, Bundle], None]] = {
     "safetensors": safetensors_file.write,
     "torch": torch_file.write,
@@ -48,10 +55,15 @@ def check(kind: str, out: Path) -> None:
         safetensors_file.installed()
 
 
-def write(kind: str, out: Path, bundle: Bundle) -> None:
-    """Make `out`, which must not be there. Raises UsageError and OSError."""
+def write(kind: str, out: Path, bundle: Bundle, only: str | None = None) -> None:
+    """Make `out`, which must not be there: all, or the state of one object. Raises UsageError and
+    OSError.
+    """
     check(kind, out)
-    WRITERS[kind](out, bundle)
+    if only is None:
+        WRITERS[kind](out, bundle)
+    else:
+        STATE_WRITERS[kind](out, state_of(bundle, only))
 
 
 def layout_of(source: Path) -> str:

@@ -14,7 +14,7 @@ from autoglm_resume.checkpoint.chunks.reader import ChunkReader
 from autoglm_resume.checkpoint.format.document import Json
 from autoglm_resume.checkpoint.format.manifest import Manifest
 from autoglm_resume.checkpoint.format.part import Part
-from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES, Tensor
+from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES, Tensor, object_of
 from autoglm_resume.checkpoint.interop.bundle import FORMAT, Bundle
 from autoglm_resume.checkpoint.state import layout, restore, tree
 from autoglm_resume.checkpoint.state.sharding import Box, Shape
@@ -54,13 +54,21 @@ class _Entry:
         return self.leaves[0].leaf
 
 
-def gather(store: Store, path: Path, progress: verify.Progress | None = None) -> Bundle:
+def gather(
+    store: Store,
+    path: Path,
+    progress: verify.Progress | None = None,
+    *,
+    only: str | None = None,
+) -> Bundle:
     """The checkpoint in `path`, every byte verified; `progress` gets bytes of tensors.
 
-    Raises CheckpointError.
+    With `only`, that object alone is read, where objects are told apart. Raises CheckpointError.
     """
     manifest = store.load_manifest(path)
     parts = [store.load_part(path, ref.rank) for ref in manifest.parts]
+    if only is not None and not _by_dcp(parts):
+        parts = [_with_only(part, only) for part in parts]
     entries = list(_entries(parts))
     memory.require(manifest.id, [Tensor(e.key, e.dtype, e.shape, "", ()) for e in entries])
     tensors: dict[str, torch.Tensor] = {}
@@ -133,6 +141,15 @@ def _leaves(parts: Sequence[Part]) -> Iterator[_Leaf]:
             box = Box(offset, tensor.shape)
             joint, leaf = sharding is not None, found.get(tensor.name, {})
             yield _Leaf(part, tensor, tensor.name, shape, box, joint, leaf)
+
+
+def _with_only(part: Part, name: str) -> Part:
+    return replace(
+        part,
+        objects={key: value for key, value in part.objects.items() if key == name},
+        state={key: value for key, value in part.state.items() if key == name},
+        tensors=tuple(tensor for tensor in part.tensors if object_of(tensor.name) == name),
+    )
 
 
 def _by_dcp(parts: Sequence[Part]) -> bool:

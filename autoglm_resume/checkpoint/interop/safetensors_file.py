@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,45 @@ LONGEST_HEADER = 100_000_000
 
 def write(out: Path, bundle: Bundle) -> None:
     """Raises UsageError where safetensors is not installed, and OSError."""
-    library = installed()
-    names = {dtype: name for name, dtype in library._TYPES.items()}
+    known = _names()
     tensors = {
-        key: tensor.contiguous() if tensor.dtype in names else _flat(tensor)
+        key: tensor if tensor.dtype in known else _flat(tensor)
         for key, tensor in bundle.tensors.items()
     }
+    _write(out, tensors, {OURS: text_of(bundle.document)})
+
+
+def write_state(out: Path, state: Any) -> None:
+    """One state alone, its tensors by their names in it. Raises UsageError, and OSError."""
+    tensors = dict(_tensors(state, ""))
+    known = _names()
+    wrong = {
+        name or "it": type(value).__name__ if dtype is None else dtype
+        for name, value in tensors.items()
+        if (dtype := getattr(value, "dtype", None)) not in known
+    }
+    if wrong:
+        name, found = next(iter(wrong.items()))
+        raise UsageError(
+            f"{out}: expected only tensors that safetensors can hold, found {name}: {found}",
+            hint="use --to torch",
+        )
+    _write(out, tensors, {})
+
+
+def _tensors(state: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """What is in it, by dotted names."""
+    if not isinstance(state, dict):
+        yield name, state
+        return
+    for key, value in state.items():
+        yield from _tensors(value, f"{name}.{key}" if name else str(key))
+
+
+def _write(out: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    names = _names()
     # "format" is what transformers asks for.
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", OURS: text_of(bundle.document)}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     # The widest types first, as the library does it: so all are aligned in a file that is mapped.
     order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
     end = 0
@@ -48,6 +80,11 @@ def write(out: Path, bundle: Bundle) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for key in order:
             file.write(tree.as_bytes(tensors[key].contiguous()))
+
+
+def _names() -> dict[torch.dtype, str]:
+    """What the library calls the types it knows. Raises UsageError where it is not installed."""
+    return {dtype: name for name, dtype in installed()._TYPES.items()}
 
 
 def recognises(source: Path) -> bool:

@@ -35,6 +35,12 @@ def write(out: Path, bundle: Bundle) -> None:
         torch.save({**_plain(nested(bundle), {}), OURS: ours}, file)
 
 
+def write_state(out: Path, state: Any) -> None:
+    """One state alone, as `torch.save(model.state_dict(), out)` would. Raises OSError."""
+    with files.writing(out, replace=False) as file:
+        torch.save(_plain(state, {}), file)
+
+
 def recognises(source: Path) -> bool:
     """An archive of zip, as torch.save makes."""
     return begin_of(source).startswith(b"PK")
