@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from autoglm_resume.errors import AutoglmError, UsageError
-from autoglm_resume.supervise.base.run_directory import Holder, RunDirectory
+from autoglm_resume.locks import Holder
+from autoglm_resume.supervise.base.run_directory import RunDirectory
 
 
 @contextlib.contextmanager

@@ -14,10 +14,11 @@ from autoglm_resume.errors import AutoglmError
 from autoglm_resume.events import Event
 from autoglm_resume.journal import decode
 from autoglm_resume.linux import DirectoryWatch
+from autoglm_resume.locks import Holder
 from autoglm_resume.observe.progress import Waiting
 from autoglm_resume.observe.pure.say import short
 from autoglm_resume.observe.pure.segments import step_of
-from autoglm_resume.supervise.base.run_directory import Holder, RunDirectory
+from autoglm_resume.supervise.base.run_directory import RunDirectory
 from autoglm_resume.supervise.base.stops import SAVE
 
 _OVER: dict[type[Event], str] = {

@@ -5,9 +5,10 @@ from __future__ import annotations
 import signal
 
 from autoglm_resume.control.asking import send, supervisor
+from autoglm_resume.locks import Holder
 from autoglm_resume.observe.progress import Waiting
 from autoglm_resume.observe.pure.goodput import summarize
-from autoglm_resume.supervise.base.run_directory import Holder, RunDirectory
+from autoglm_resume.supervise.base.run_directory import RunDirectory
 
 
 def stop(run: RunDirectory, holder: Holder) -> None:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from autoglm_resume import journal
+from autoglm_resume.locks import Holder
 from autoglm_resume.observe.pure.goodput import summarize
 from autoglm_resume.observe.status import UNREADABLE
 from autoglm_resume.observe.tables import Table, width
 from autoglm_resume.protocol.heartbeats import Board
 from autoglm_resume.supervise.base import bounded, run_list
-from autoglm_resume.supervise.base.run_directory import Holder, RunDirectory
+from autoglm_resume.supervise.base.run_directory import RunDirectory
 from autoglm_resume.supervise.base.run_list import ListedRun
 
 END = 1 << 18

@@ -16,6 +16,7 @@ from autoglm_resume import events, output
 from autoglm_resume.errors import AutoglmError
 from autoglm_resume.events import Event
 from autoglm_resume.job.units import parse_duration
+from autoglm_resume.locks import Holder
 from autoglm_resume.observe import report
 from autoglm_resume.observe.pure import replicas
 from autoglm_resume.observe.pure.explain import reason
@@ -25,7 +26,7 @@ from autoglm_resume.observe.pure.say import plural, seconds, slurm_job
 from autoglm_resume.observe.tables import Table, width
 from autoglm_resume.protocol.heartbeats import Board
 from autoglm_resume.protocol.silences import merged
-from autoglm_resume.supervise.base.run_directory import Holder, RunDirectory
+from autoglm_resume.supervise.base.run_directory import RunDirectory
 from autoglm_resume.supervise.core.history import Silences, recall
 from autoglm_resume.supervise.core.liveness import Limits, Look, health, silence
 

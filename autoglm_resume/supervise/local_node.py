@@ -12,12 +12,12 @@ from pathlib import Path
 from autoglm_resume import events, files
 from autoglm_resume.checkpoint.write.in_memory import Sealed
 from autoglm_resume.events import Event
+from autoglm_resume.locks import Lock
 from autoglm_resume.protocol.assignment import Assignment
 from autoglm_resume.protocol.heartbeats import Beat, Board, Control
 from autoglm_resume.supervise.base import machine
 from autoglm_resume.supervise.base.assign import assignment
 from autoglm_resume.supervise.base.context import RunContext
-from autoglm_resume.supervise.base.run_directory import Lock
 from autoglm_resume.supervise.core.evidence import Evidence
 from autoglm_resume.supervise.core.history import History, Silences, added
 from autoglm_resume.supervise.core.liveness import Limits, Look

@@ -18,13 +18,14 @@ from autoglm_resume.events import Event, FirstStep
 from autoglm_resume.job import secret
 from autoglm_resume.job.load import from_snapshot
 from autoglm_resume.job.spec import Job, dump, shown
+from autoglm_resume.locks import locked_checkpoints
 from autoglm_resume.protocol.assignment import Endpoint, shared_environment
 from autoglm_resume.supervise.base import home, run_list, set_aside
 from autoglm_resume.supervise.base.assign import assignment, world_size
 from autoglm_resume.supervise.base.context import Presenter
 from autoglm_resume.supervise.base.gpu_exclusion import without
 from autoglm_resume.supervise.base.machine import check_directory
-from autoglm_resume.supervise.base.run_directory import RunDirectory, locked_checkpoints
+from autoglm_resume.supervise.base.run_directory import RunDirectory
 from autoglm_resume.supervise.core import drill, history
 from autoglm_resume.supervise.gate import RunGate
 from autoglm_resume.supervise.preflight.preflight import require_storage
@@ -89,7 +90,9 @@ def start(
         require_storage(job)
         check_directory(checkpoints, job.guards.free_disk)
         # By whatever path: two runs may name one directory, and a person one in a run.
-        held.enter_context(locked_checkpoints(checkpoints, run.path))
+        training = held.enter_context(locked_checkpoints(checkpoints, run.path))
+        for problem in filter(None, (lock.problem, training.problem)):
+            screen.note(f"{problem}: see to it yourself that nobody else trains with these files")
         held.enter_context(_kept_if_refused(run))
         run.save_job(dump(job))
         run_list.add(run.path, job.name)

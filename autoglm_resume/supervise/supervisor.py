@@ -24,6 +24,7 @@ from autoglm_resume.events import Event
 from autoglm_resume.job.secret import Secrets
 from autoglm_resume.job.spec import Job, dump, shown
 from autoglm_resume.journal import Journal, stamped
+from autoglm_resume.locks import Lock
 from autoglm_resume.protocol.assignment import ResumePoint
 from autoglm_resume.supervise.attempt import Attempt, Outcome
 from autoglm_resume.supervise.base import bounded
@@ -31,7 +32,7 @@ from autoglm_resume.supervise.base.assign import environment, world_size
 from autoglm_resume.supervise.base.context import Presenter, RunContext
 from autoglm_resume.supervise.base.event_loop import EventLoop, Signals
 from autoglm_resume.supervise.base.gpu_exclusion import excluding
-from autoglm_resume.supervise.base.run_directory import Lock, RunDirectory
+from autoglm_resume.supervise.base.run_directory import RunDirectory
 from autoglm_resume.supervise.base.stops import ASKS, SAVE, Stops
 from autoglm_resume.supervise.core import history, policy
 from autoglm_resume.supervise.core.drill import Drill

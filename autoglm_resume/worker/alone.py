@@ -1,8 +1,8 @@
-"""Without a supervisor: the ranks pass the gate by themselves, and all take what it lets through.
+"""Without a supervisor: rank 0 passes the gate, and all ranks take what it lets through.
 
-One rank passes it for all where they can talk, through the process group's store or that of
-torchrun's agent. Where they cannot, each passes it, one after the other: the first puts away what
-is corrupt, and the same files make the others choose alike.
+They agree through the process group's store, that of torchrun's agent or, where there is neither,
+files beside the checkpoints. For as long as they live they have the directory to themselves, and
+what is in it must have been made by the same command: a run is its arguments too.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ import os
 import time
 import uuid
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from autoglm_resume import events, output
+from autoglm_resume import errors, events, locks, output
 from autoglm_resume.checkpoint.format.ids import Branch
+from autoglm_resume.checkpoint.format.origin import differences, edited
 from autoglm_resume.checkpoint.format.structure import Structure, combined
 from autoglm_resume.checkpoint.store.gate import Expectation, Verdict
 from autoglm_resume.checkpoint.store.gatekeeper import Gatekeeper, WaysOut
 from autoglm_resume.checkpoint.store.store import Store
-from autoglm_resume.errors import NoAcceptableCheckpoint
+from autoglm_resume.errors import AutoglmError, RunLocked, UsageError
 from autoglm_resume.protocol.assignment import ResumePoint
 from autoglm_resume.savers import directory_lock
 from autoglm_resume.worker import run_beside
 from autoglm_resume.worker.base.settings import Settings
+from autoglm_resume.worker.meeting import InFiles, InStore, Meeting
 from autoglm_resume.worker.run_beside import RunBeside
 
-PATIENCE = timedelta(days=1)
-"""For rank 0, which may read every byte of a checkpoint, or have it repaired; if it dies, whoever
-launched the ranks ends the others."""
+MEETING = ".launch"
+"""Below the checkpoints: where ranks agree that have no other place."""
 
 _agreements = itertools.count()
 
@@ -45,21 +45,34 @@ class GateAnswer:
 
     token: str
     """Tells this launch's checkpoints from those of other launches at the same step."""
+    run: str = ""
+    """What its checkpoints have in common with those it goes on from, and with no others."""
     branches: tuple[Branch, ...] = ()
     resume: ResumePoint | None = None
+    others: tuple[str, ...] = ()
+    """What of the command that made it is another one now."""
     problem: str = ""
-    """Why nothing that is there will do; `hint` says what will."""
+    """Why the ranks may not train; `hint` says what to do."""
     hint: str = ""
+    kind: str = ""
+    """Class of that error."""
 
     @classmethod
-    def decode(cls, data: bytes) -> GateAnswer:
+    def refusing(cls, error: AutoglmError) -> GateAnswer:
+        """Every rank is to raise this."""
+        return cls("", problem=error.message, hint=error.hint, kind=type(error).__name__)
+
+    @classmethod
+    def decode(cls, data: str) -> GateAnswer:
         """What `encode` made of it."""
         found = json.loads(data)
         resume = found.pop("resume")
         branches = tuple(Branch(step, attempt) for step, attempt in found.pop("branches"))
+        others = tuple(found.pop("others"))
         return cls(
             resume=ResumePoint(**{**resume, "seals": ()}) if resume else None,
             branches=branches,
+            others=others,
             **found,
         )
 
@@ -71,31 +84,104 @@ class GateAnswer:
 def agreed(settings: Settings, model: Structure | None) -> Settings:
     """Pass the gate; returns `settings` with what to resume from, the same for all ranks.
 
-    `model` is this rank's. Raises NoAcceptableCheckpoint, in every rank.
+    `model` is this rank's. Raises, in every rank, NoAcceptableCheckpoint; RunLocked while others
+    train with these checkpoints; UsageError if they are of another command.
     """
     if dist.is_available() and dist.is_initialized():
         # A script that spawns its ranks itself need not set torchrun's variables.
         settings = replace(settings, rank=dist.get_rank(), world_size=dist.get_world_size())
+    root = Path(settings.checkpoint.dir)
     own = model.hash if model else ""
-    store = _common_store() if settings.world_size > 1 else None
-    if store is None:
-        answer = _pass_gate(settings, own, model, only=settings.world_size == 1)
-    elif settings.rank == 0:
-        others = [f"model {rank}" for rank in range(1, settings.world_size)]
-        if others:
-            store.wait(others, PATIENCE)
-        hashes = [own, *(store.get(key).decode() for key in others)]
-        known = [each for each in hashes if each]
-        answer = _pass_gate(settings, combined(known) if known else "", model, only=True)
-        store.set("answer", answer.encode())
+    meeting = _meeting(settings, root) if settings.world_size > 1 else None
+    if settings.rank == 0:
+        answer = _lead(settings, own, model, meeting)
     else:
-        store.set(f"model {settings.rank}", own)
-        store.wait(["answer"], PATIENCE)
-        answer = GateAnswer.decode(store.get("answer"))
+        assert meeting is not None
+        answer = GateAnswer.decode(meeting.ask(own))
+        if not answer.problem:
+            locks.train_too(root)
     if answer.problem:
-        raise NoAcceptableCheckpoint(answer.problem, hint=answer.hint)
+        locks.leave(root)
+        raise getattr(errors, answer.kind)(answer.problem, hint=answer.hint)
     how = replace(settings.checkpoint, branches=answer.branches)
-    return replace(settings, resume=answer.resume, token=answer.token, checkpoint=how)
+    origin = replace(settings.origin, run=answer.run)
+    return replace(
+        settings,
+        resume=answer.resume,
+        token=answer.token,
+        checkpoint=how,
+        origin=origin,
+        others=answer.others,
+    )
+
+
+def require_steps(settings: Settings, step: int, total: int) -> None:
+    """Say so where no step is left of `total`: nobody must think that this has trained.
+
+    Raises UsageError if what is there was made by another command.
+    """
+    if step < max(total, 1):
+        return
+    done = f"{settings.checkpoint.dir} holds step {step} of {total} already"
+    if settings.others:
+        raise UsageError(
+            f"nothing to train: {done}, made by another command: {'; '.join(settings.others)}",
+            hint="give this run a directory of its own: autoglm.init(checkpoint_dir=…); to look at"
+            " that one's state, session.resume() loads it",
+        )
+    if settings.rank == 0:
+        output.say(
+            f"nothing to train: {done}; another run needs another autoglm.init(checkpoint_dir=…)"
+        )
+
+
+def _lead(
+    settings: Settings, own: str, model: Structure | None, meeting: Meeting | None
+) -> GateAnswer:
+    """For rank 0: let nobody else in, hear the others, pass the gate, and tell them."""
+    root = Path(settings.checkpoint.dir)
+    try:
+        _hold(root, settings)
+    except RunLocked as error:
+        answer = GateAnswer.refusing(error)
+        if isinstance(meeting and meeting.board, InFiles):
+            meeting = None  # it is the others who may be meeting there
+        if meeting is not None:
+            meeting.gather(own)
+    else:
+        hashes = meeting.gather(own) if meeting is not None else [own]
+        known = [each for each in hashes if each]
+        answer = _pass_gate(settings, combined(known) if known else "", model)
+    if answer.problem:
+        output.say(f"what to do: {answer.hint}")
+    if meeting is not None:
+        meeting.answer(answer.encode())
+    return answer
+
+
+def _hold(root: Path, settings: Settings) -> None:
+    try:
+        problem = locks.train_first(root, str(settings.origin))
+    except OSError as error:  # saves will fail there, and say so each time
+        problem = f"{error.filename or root}: {error.strerror}"
+    if problem:
+        output.say(f"{problem}: see to it yourself that nobody else trains with these checkpoints")
+
+
+def _meeting(settings: Settings, root: Path) -> Meeting:
+    store = _common_store()
+    board = InFiles(root / MEETING) if store is None else InStore(store)
+
+    def left_out() -> str:
+        who = locks.holder(root / locks.CHECKPOINTS)
+        if who is None:
+            return ""
+        return (
+            f"{root}: rank {settings.rank} came when the other ranks of its launch had begun, and"
+            f" cannot join them; rank 0 is {who}"
+        )
+
+    return Meeting(board, settings.rank, settings.world_size, left_out)
 
 
 def _common_store() -> Any | None:
@@ -109,30 +195,57 @@ def _common_store() -> Any | None:
         store = dist.TCPStore(address, port, is_master=False)  # type: ignore[attr-defined]
     else:
         return None
-    # torchrun's store outlives its restarts, and so does an answer in it.
-    launch = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    name = f"autoglm gate {launch} {next(_agreements)}"
+    name = f"autoglm gate {next(_agreements)}"
     return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
 
 
-def _pass_gate(settings: Settings, hash: str, model: Structure | None, *, only: bool) -> GateAnswer:
-    """`hash` is that of all ranks' models; `only`: no other rank passes for itself."""
+def _pass_gate(settings: Settings, hash: str, model: Structure | None) -> GateAnswer:
+    """For all ranks, which wait for the answer; `hash` is that of all their models."""
     root = Path(settings.checkpoint.dir)
     run = run_beside.find(root)
     store = Store(root)
     expectation = Expectation(settings.world_size, hash or None, model, branches=run.branches)
     gate = Gatekeeper(store, expectation, _say, _ways_out(root), run.checkpointed)
-    if only and run.replicas:  # which might answer one rank, and not the next
+    if run.replicas:
         gate.repair_with(lambda id, digest: _repair(store, run, id, digest))
-    token = _token(run, only=only)
+    word = f"{time.time_ns() // 1_000_000:012x}{uuid.uuid4().hex[:6]}"
     try:
         with directory_lock.settled(root):
             accepted = gate.admit()
-            if only:
-                gate.clean()  # the other ranks wait for this answer, so nothing is being written
-    except NoAcceptableCheckpoint as error:
-        return GateAnswer(token, problem=error.message, hint=error.hint)
-    return GateAnswer(token, run.branches, _point(accepted))
+            others = _compare(store, accepted, settings) if accepted is not None else ()
+            gate.clean()
+    except AutoglmError as error:
+        return GateAnswer.refusing(error)
+    return GateAnswer(_token(run, word), run.id or word, run.branches, _point(accepted), others)
+
+
+def _compare(store: Store, accepted: Verdict, settings: Settings) -> tuple[str, ...]:
+    """Say what is gone on from; returns what of the command that made it is another one now.
+
+    Raises UsageError if that is anything, unless the script names the directory, which is then its
+    user's own: a longer training goes on there.
+    """
+    manifest = store.load_manifest(store.directory(accepted.id))
+    before = manifest.origin
+    others = differences(before, settings.origin) if before is not None else []
+    if others and not settings.named:
+        raise UsageError(
+            f"{store.root}: expected the command that made {accepted.id}, {before}; found"
+            f" {settings.origin}: {'; '.join(others)}",
+            hint="give this run a directory of its own, or name this one to go on there:"
+            " autoglm.init(checkpoint_dir=…); or start it with the same arguments; or move"
+            f" {store.root} away",
+        )
+    made = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.created))
+    said = f"going on from step {accepted.step}, checkpoint {accepted.id}, made {made}"
+    if before is not None and before.script:
+        said += f" by {before}"
+        if others:
+            said += f"; with other arguments now: {'; '.join(others)}"
+        if edited(before, settings.origin):
+            said += "; the script has been edited since"
+    output.say(said)
+    return tuple(others)
 
 
 def _point(accepted: Verdict | None) -> ResumePoint | None:
@@ -167,25 +280,17 @@ def _say(event: events.Event, /) -> None:
             output.say(text)
         case events.Quarantined(id=id, reason=reason):
             output.say(f"{id} was moved to quarantine, {reason}")
-        case events.GatePassed(accepted=str(accepted), step=step):
-            passed_over = [verdict for verdict in event.verdicts if not verdict.accepted]
-            for verdict in passed_over:
-                if not verdict.corrupt:
+        case events.GatePassed(accepted=str()):
+            for verdict in event.verdicts:
+                if not (verdict.accepted or verdict.corrupt):
                     output.say(f"{verdict.id} is left where it is, {verdict.reason}")
-            if passed_over:
-                output.say(f"going on from step {step}, checkpoint {accepted}")
 
 
-def _token(run: RunBeside, *, only: bool) -> str:
+def _token(run: RunBeside, word: str) -> str:
     """In a run's directory it counts as an attempt after all of the run's own: as of its present
     branch, and newer than what they left at the same step.
+
+    `word` begins with the time, so that of two launches the later is the newer.
     """
-    if only:
-        # By the time: what this launch saves at the step that it began with is newer than that.
-        word = f"{time.time_ns() // 1_000_000:012x}{uuid.uuid4().hex[:4]}"
-    else:
-        names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
-        launch = "/".join(os.environ.get(name, "") for name in names)
-        word = uuid.uuid5(uuid.NAMESPACE_OID, launch).hex[:8]
     attempt = max(run.attempts, *(branch.attempt for branch in run.branches), 0)
     return f"a{attempt}x{word}" if run.id else f"x{word}"

@@ -12,14 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autoglm_resume import events, files, journal
+from autoglm_resume import events, files, journal, locks
 from autoglm_resume.checkpoint.format.ids import Branch
 from autoglm_resume.events import Event
 from autoglm_resume.protocol.assignment import LARGEST_JOB
 from autoglm_resume.protocol.relocation import relocated
-
-LOCK = ".lock"
-"""In a directory of checkpoints outside of its run's: says which run had it last."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class RunBeside:
 
 def find(root: Path) -> RunBeside:
     """The run whose checkpoints are in `root`."""
-    for directory in (*root.parents, _named_in(root / LOCK)):
+    for directory in (*root.parents, _named_in(root / locks.CHECKPOINTS)):
         job = relocated(_read(directory / "job.json"), directory) if directory else {}
         how = job.get("checkpoint")
         # Anybody may have a job.json of their own.

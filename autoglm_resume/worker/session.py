@@ -162,6 +162,8 @@ class Session:
             self._events.emit(events.WarningGiven(text=odd))
             if self._assignment is None:
                 output.say(odd)
+        elif self._assignment is None:
+            alone.require_steps(self._settings, start, total)
         self._events.emit(events.StepsPlanned(total=total))
         try:
             for step in range(start, total):
@@ -318,6 +320,7 @@ class Session:
             rng=True,
             data=self._tracked.deals_data,
             metrics=self._figures.of_completed(),
+            origin=self._settings.origin,
             versions={"autoglm": autoglm_resume.__version__, **capture.torch_versions()},
         )
 
@@ -361,6 +364,7 @@ class Session:
     def _restore(self, found: resuming.Found) -> None:
         found.into(self._tracked, self._events)
         point = found.point
+        self._settings = self._settings.of_the_run_of(found.restored.part.origin)
         # What is only in memory yet may never be written: if no step follows, it is saved again.
         self._saved_step = -1 if point.seals else point.step
         self._lineage = (point.id, *found.restored.part.lineage)[:LINEAGE]

@@ -15,6 +15,7 @@ from autoglm_resume.checkpoint.store.gatekeeper import Gatekeeper, WaysOut
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.part_writer import PartWriter
 from autoglm_resume.events import Event
+from autoglm_resume.locks import CHECKPOINTS
 from autoglm_resume.supervise.ranks.fault_injector import flip_a_bit
 from autoglm_resume.worker import rng
 from tests.lines import line
@@ -64,8 +65,9 @@ class Checkpoints:
         return [fields for event, fields in self.told if event == name]
 
     def listing(self) -> dict[str, bytes | None]:
-        """Every file with its content, every directory."""
+        """Every file with its content, every directory; who had the lock last does not count."""
         return {
             str(path.relative_to(self.directory)): path.read_bytes() if path.is_file() else None
             for path in sorted(self.directory.rglob("*"))
+            if path.name != CHECKPOINTS
         }

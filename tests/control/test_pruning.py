@@ -15,9 +15,10 @@ from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.control import pruning
 from autoglm_resume.errors import RunLocked, UsageError
 from autoglm_resume.events import Pruned, Replicated, RunCompleted, SupervisorStarted
+from autoglm_resume.locks import locked_checkpoints
 from autoglm_resume.observe import inspection, listing
 from autoglm_resume.observe.pure.goodput import summarize
-from autoglm_resume.supervise.base.run_directory import RunDirectory, locked_checkpoints
+from autoglm_resume.supervise.base.run_directory import RunDirectory
 from tests.observe.runs import checkpoint, directory, killed_once
 
 _CONTEXT = multiprocessing.get_context("fork")

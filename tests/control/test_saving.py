@@ -15,7 +15,8 @@ from autoglm_resume.control import saving
 from autoglm_resume.control.saving import Request
 from autoglm_resume.errors import AutoglmError, UsageError
 from autoglm_resume.journal import Journal, stamped
-from autoglm_resume.supervise.base.run_directory import Holder, RunDirectory
+from autoglm_resume.locks import Holder
+from autoglm_resume.supervise.base.run_directory import RunDirectory
 from autoglm_resume.supervise.base.stops import SAVE
 from tests.observe.runs import Script, directory
 from tests.patience import PATIENCE

@@ -11,7 +11,8 @@ import pytest
 
 from autoglm_resume.control import stopping
 from autoglm_resume.errors import AutoglmError, UsageError
-from autoglm_resume.supervise.base.run_directory import Holder, RunDirectory
+from autoglm_resume.locks import Holder
+from autoglm_resume.supervise.base.run_directory import RunDirectory
 from tests.observe.runs import Script, directory, killed_once
 from tests.patience import PATIENCE
 

@@ -8,7 +8,7 @@ import pytest
 
 from autoglm_resume import events
 from autoglm_resume.journal import encode
-from autoglm_resume.supervise.base.run_directory import locked_checkpoints
+from autoglm_resume.locks import locked_checkpoints
 from autoglm_resume.supervise.core import history
 from autoglm_resume.worker import run_beside
 from autoglm_resume.worker.run_beside import RunBeside

@@ -19,6 +19,7 @@ from autoglm_resume.checkpoint.format.document import (
     parse,
 )
 from autoglm_resume.checkpoint.format.ids import is_id, newer, newest_first
+from autoglm_resume.checkpoint.format.origin import Origin
 from autoglm_resume.checkpoint.format.part import (
     FORMAT,
     Part,
@@ -69,6 +70,8 @@ class Manifest:
     metrics: Mapping[str, float] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
     """Ids of the older checkpoints whose packs its parts need, newest first."""
+    origin: Origin | None = None
+    """As rank 0 has it; None where an older version wrote it."""
     digest: str = ""
     format: int = FORMAT
 
@@ -118,6 +121,7 @@ class Manifest:
             data=all(part.data for part in parts),
             metrics=first.metrics,
             needs=needs_of(parts),
+            origin=first.origin,
         )
         return replace(manifest, digest=_digest(manifest.to_json()))
 
@@ -160,6 +164,7 @@ class Manifest:
             "data": self.data,
             "metrics": dict(self.metrics),
             "needs": list(self.needs),
+            **({"origin": self.origin.to_json()} if self.origin else {}),
             "parts": [asdict(part) for part in self.parts],
             "digest": self.digest,
         }
@@ -191,6 +196,7 @@ class Manifest:
             parts=tuple(map(_part_ref, node["parts"].items())),
             metrics=node["metrics"].numbers(),
             needs=tuple(entry.text() for entry in node["needs"].items()),
+            origin=Origin.from_node(o) if (o := node["origin"].optional()) else None,
             digest=found,
         )
         _check(manifest, node)

@@ -15,6 +15,7 @@ from autoglm_resume.checkpoint.format.document import (
     parse,
 )
 from autoglm_resume.checkpoint.format.ids import is_id, newest_first, step_of
+from autoglm_resume.checkpoint.format.origin import Origin
 from autoglm_resume.checkpoint.format.structure import Structure
 from autoglm_resume.checkpoint.format.tables import (
     CAST_FACTOR,
@@ -68,6 +69,8 @@ class Part:
     data: bool
     metrics: Mapping[str, float] = field(default_factory=dict)
     """What the script reported of this step, such as its loss."""
+    origin: Origin | None = None
+    """None where an older version wrote it."""
     format: int = FORMAT
 
     @cached_property
@@ -117,6 +120,7 @@ class Part:
                 "rng": self.rng,
                 "data": self.data,
                 "metrics": dict(self.metrics),
+                **({"origin": self.origin.to_json()} if self.origin else {}),
                 "packs": [asdict(pack) for pack in self.packs],
                 "state": dict(self.state),
                 "tensors": [asdict(tensor) for tensor in self.tensors],
@@ -140,6 +144,7 @@ class Part:
             chunks=tuple(map(read_chunk, node["chunks"].items())),
             packs=tuple(map(read_pack, node["packs"].items())),
             metrics=node["metrics"].numbers(),
+            origin=Origin.from_node(o) if (o := node["origin"].optional()) else None,
         )
         _check(part, node)
         return part

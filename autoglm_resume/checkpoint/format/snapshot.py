@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from autoglm_resume.checkpoint.format.document import Json, compact
+from autoglm_resume.checkpoint.format.origin import Origin
 from autoglm_resume.checkpoint.format.structure import Structure
 from autoglm_resume.checkpoint.format.tables import DTYPE_BYTES
 
@@ -53,6 +54,7 @@ class Snapshot:
     rng: bool
     data: bool
     metrics: Mapping[str, float] = field(default_factory=dict)
+    origin: Origin | None = None
 
     @property
     def nbytes(self) -> int:
@@ -87,8 +89,10 @@ def assembled(
 ) -> bytes:
     """A description whose largest members are text already: they are the same in most saves."""
     model: Structure | None = members["model"]
+    origin: Origin | None = members["origin"]
     texts = {
         "model": model.text if model else b"null",
+        "origin": compact(origin.to_json() if origin else None),
         "trees": b"{%b}" % b",".join(compact(name) + b":" + text for name, text in trees.items()),
         "tensors": b"[%b]" % b",".join(rows),
     }
@@ -109,6 +113,11 @@ def from_slot(description: bytes, slot: memoryview) -> Snapshot:
             members["tensors"], offsets, sizes, strict=True
         )
     ]
-    model = Structure.from_json(members["model"]) if members["model"] else None
-    lineage = tuple(members["lineage"])
-    return Snapshot(**{**members, "tensors": tensors, "model": model, "lineage": lineage})
+    found = members["origin"]
+    read = {
+        "tensors": tensors,
+        "model": Structure.from_json(members["model"]) if members["model"] else None,
+        "lineage": tuple(members["lineage"]),
+        "origin": Origin(**{**found, "args": tuple(found["args"])}) if found else None,
+    }
+    return Snapshot(**{**members, **read})

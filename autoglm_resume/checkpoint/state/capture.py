@@ -13,6 +13,7 @@ import torch
 
 from autoglm_resume.checkpoint.format.document import Json, compact
 from autoglm_resume.checkpoint.format.ids import step_of
+from autoglm_resume.checkpoint.format.origin import Origin
 from autoglm_resume.checkpoint.format.snapshot import (
     Snapshot,
     TensorBytes,
@@ -38,6 +39,7 @@ class Identity:
     metrics: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] | None = None
     created: float | None = None
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ def _members(identity: Identity) -> dict[str, Any]:
         "rng": identity.rng,
         "data": identity.data,
         "metrics": identity.metrics,
+        "origin": identity.origin,
     }
 
 

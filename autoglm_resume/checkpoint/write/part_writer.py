@@ -246,6 +246,7 @@ def part_of(
         rng=snapshot.rng,
         data=snapshot.data,
         metrics=snapshot.metrics,
+        origin=snapshot.origin,
     )
 
 

@@ -18,7 +18,8 @@ from autoglm_resume.checkpoint.chunks.reader import QUARANTINE
 from autoglm_resume.checkpoint.format.ids import is_id, newest_first
 from autoglm_resume.checkpoint.store.store import entries
 from autoglm_resume.errors import AutoglmError, UsageError
-from autoglm_resume.supervise.base.run_directory import RunDirectory, locked_checkpoints
+from autoglm_resume.locks import locked_checkpoints
+from autoglm_resume.supervise.base.run_directory import RunDirectory
 
 ASIDE = "set-aside"
 """Of checkpoints that lie outside of the run's directory, in theirs; a number follows."""

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from autoglm_resume.checkpoint.format.document import digest
+from autoglm_resume.checkpoint.format.origin import Origin
 from autoglm_resume.checkpoint.store.retention import KeepRules
+from autoglm_resume.job import secret
 from autoglm_resume.protocol.assignment import Assignment, Checkpointing, ResumePoint
 from autoglm_resume.protocol.loss_guard import Bounds
 
 DEFAULT_SECONDS = 300.0
 DEFAULT_KEEP = 3
+NOTEBOOKS = {"ipykernel_launcher.py", "colab_kernel_launcher.py", "-c", "-"}
+"""Whose arguments say nothing of what runs."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,18 @@ class Settings:
     """Tells this attempt's checkpoints from those of other attempts at the same step."""
     resume: ResumePoint | None
     bounds: Bounds = field(default_factory=Bounds)
+    origin: Origin = field(default_factory=lambda: Origin(""))
+    """Of the checkpoints to come."""
+    named: bool = False
+    """Whether the script names the directory; else every script of its name has it."""
+    others: tuple[str, ...] = ()
+    """What of the command that made the checkpoint is another one now, in words."""
+
+    def of_the_run_of(self, before: Origin | None) -> Settings:
+        """The same, for who goes on from a checkpoint of that origin."""
+        if before is None:  # of an older version
+            return self
+        return replace(self, origin=replace(self.origin, run=before.run))
 
 
 def supervised(assignment: Assignment) -> Settings:
@@ -42,6 +60,7 @@ def supervised(assignment: Assignment) -> Settings:
         config_files=assignment.config_files,
         token=f"a{assignment.attempt}",
         resume=assignment.resume,
+        origin=command(assignment.run_id),
         bounds=assignment.bounds,
     )
 
@@ -64,4 +83,18 @@ def unsupervised(
         config_files=(),
         token="",
         resume=None,
+        origin=command(),
+        named=checkpoint_dir is not None,
     )
+
+
+def command(run: str = "") -> Origin:
+    """What this process runs."""
+    script, *args = sys.argv or [""]
+    if not script or Path(script).name in NOTEBOOKS:
+        return Origin(run)
+    path = Path(script).absolute()
+    content = ""
+    with suppress(OSError):
+        content = digest(path.read_bytes())
+    return Origin(run, str(path), content, tuple(secret.arguments(args)))

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from autoglm_resume.errors import RunLocked, UsageError
-from autoglm_resume.supervise.base.run_directory import RunDirectory, locked_checkpoints
+from autoglm_resume.locks import locked_checkpoints
+from autoglm_resume.supervise.base.run_directory import RunDirectory
 
 HOLD = """
 import signal, sys

@@ -12,9 +12,10 @@ import pytest
 from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import RunLocked, UsageError
+from autoglm_resume.locks import locked_checkpoints
 from autoglm_resume.observe import inspection
 from autoglm_resume.supervise.base import home
-from autoglm_resume.supervise.base.run_directory import RunDirectory, locked_checkpoints
+from autoglm_resume.supervise.base.run_directory import RunDirectory
 from autoglm_resume.supervise.base.set_aside import start_over
 from tests.observe.runs import checkpoint, directory, killed_once
 
