@@ -10,6 +10,7 @@
     │   ├── NewerFormat              written by a newer autoglm
     │   ├── WorldSizeMismatch        made by another number of ranks
     │   ├── ModelMismatch            made by another model
+    │   ├── ObjectMismatch           the script's objects are others than those it has
     │   └── NoAcceptableCheckpoint   checkpoints exist, none passes the gate
     ├── LossDiverged             1   the loss is not finite any more, or leapt
     └── DoNotRequeue            93   finished badly, and a scheduler must not try again
@@ -76,6 +77,10 @@ class WorldSizeMismatch(CheckpointError):
 
 class ModelMismatch(CheckpointError):
     """A checkpoint was made by a model with other parameters."""
+
+
+class ObjectMismatch(CheckpointError):
+    """What the script tracks is another now: objects, an optimizer's groups, or a mesh."""
 
 
 class NoAcceptableCheckpoint(CheckpointError):

@@ -78,6 +78,7 @@ class Refused(OfRank):
     kind: str = ""
     """Class of the error."""
     reason: str = "no reason was recorded"
+    hint: str = unsaid("")
 
 
 class FirstStep(OfRank):

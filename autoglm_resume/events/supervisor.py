@@ -98,6 +98,8 @@ class RunFailed(Event):
     code: int | None = None
     """Exit code."""
     reason: str = ""
+    hint: str = unsaid("")
+    """What a person may do."""
 
 
 class WarningGiven(OfRank, name="warning"):

@@ -208,7 +208,7 @@ class Supervisor:
                 return None
             given_up = self._answers.wait(decision)
         persistence.settle()
-        self._tell(events.RunFailed(code=given_up.code, reason=given_up.reason))
+        self._tell(events.RunFailed(code=given_up.code, reason=given_up.reason, hint=given_up.hint))
         return given_up.code
 
     def _carried_out(self, decision: policy.Decision, persistence: Persistence) -> bool:

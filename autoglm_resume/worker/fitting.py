@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +11,23 @@ import torch
 
 from autoglm_resume import output
 from autoglm_resume.checkpoint.format import renaming
+from autoglm_resume.checkpoint.format.parameters import Group, Parameters
 from autoglm_resume.checkpoint.format.structure import Structure, differences
 from autoglm_resume.checkpoint.state.restore import RestoredPart
-from autoglm_resume.errors import CheckpointError, ModelMismatch
+from autoglm_resume.errors import ModelMismatch, ObjectMismatch
 from autoglm_resume.events import PartlyRestored
+from autoglm_resume.worker import data_parallel, optimizers
 from autoglm_resume.worker.base.settings import Settings
+from autoglm_resume.worker.grouping import listed
+from autoglm_resume.worker.optimizers import Regrouping
+from autoglm_resume.worker.parameters import NamedParameters
+from autoglm_resume.worker.pending_gradients import GRADIENTS
+from autoglm_resume.worker.restoring import RNG
+
+_ITS_PARAMETERS = (
+    "give it the parameters that it had, in the same groups, or set checkpoint.strict: false to go"
+    " on without the state of the optimizer"
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +40,15 @@ class Loading:
     """Optimizers that get their settings (the learning rate) and not the state of parameters."""
     absent: tuple[str, ...] = ()
     """Tracked objects that the checkpoint does not have."""
+    regroupings: Mapping[str, Regrouping] = field(default_factory=dict)
+    """Of optimizers."""
+    named: NamedParameters = field(default_factory=lambda: NamedParameters({}, {}), repr=False)
+    strides: Mapping[str, tuple[int, ...]] | None = None
+    """Of parameters, when they were saved."""
+    trained: Mapping[str, bool] = field(default_factory=dict)
+    """Parameters that training unfroze or froze."""
+    untracked: tuple[str, ...] = ()
+    """Objects in the checkpoint that the script does not track."""
 
     @property
     def partial(self) -> bool:
@@ -35,16 +56,33 @@ class Loading:
         return any((self.fit.skipped, self.fit.missing, self.without_state, self.absent))
 
     def into(self, objects: Mapping[str, Any]) -> None:
-        """Load."""
+        """Load. Raises ObjectMismatch naming an object that would not take its state."""
+        for name, trained in self.trained.items():
+            if name.partition(".")[0] not in objects:
+                continue
+            self.named.by_name[name].requires_grad_(trained)
         for name, obj in objects.items():
             if name in self.absent:
                 continue
-            if name in self.without_state:
-                _load_settings(obj, self.states[name])
-            elif isinstance(obj, torch.nn.Module) and self.partial:
-                obj.load_state_dict(self.states[name], strict=False)
-            else:
-                obj.load_state_dict(self.states[name])
+            try:
+                self._load(name, obj)
+            except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
+                raise ObjectMismatch(
+                    f"{name}: {type(obj).__name__}.load_state_dict() would not take what the"
+                    f" checkpoint has: {type(error).__name__}: {error}",
+                    hint=f"track the {name} that was tracked before, or start over with --fresh",
+                ) from error
+
+    def _load(self, name: str, obj: Any) -> None:
+        if name in self.without_state:
+            optimizers.load_settings(obj, self.states[name])
+        elif name in self.regroupings:
+            self.regroupings[name].load(obj, self.states[name], self.named)
+            optimizers.lay_out(obj, self.named, self.strides)
+        elif isinstance(obj, torch.nn.Module) and self.partial:
+            obj.load_state_dict(self.states[name], strict=False)
+        else:
+            obj.load_state_dict(self.states[name])
 
     def said(self) -> PartlyRestored:
         """For the journal, but for which checkpoint it is."""
@@ -65,6 +103,20 @@ class Loading:
         ]
         output.say("\n".join([f"{id}: partly restored", *lines]))
 
+    def remarks(self) -> Iterator[str]:
+        """What a person should know though what is tracked has all that it had."""
+        if self.untracked:
+            yield f"in the checkpoint, and not tracked by this script: {listed(self.untracked)}"
+        for name, regrouping in self.regroupings.items():
+            if regrouping.moved:
+                yield f"{name}: its parameters are in another order now; told by their names"
+            for group in regrouping.added:
+                yield f"{name}: given the group that training had given it: {_told(group)}"
+        for word, trained in (("unfrozen", True), ("frozen", False)):
+            names = [name for name, each in self.trained.items() if each is trained]
+            if names:
+                yield f"{word}, as training had left them: {listed(names)}"
+
 
 def fitted(
     id: str,
@@ -76,52 +128,86 @@ def fitted(
     """What of a checkpoint to load into `objects`, whose modules make up `model`.
 
     The job's `checkpoint.rename` is applied, unless it fits as it is. Raises ModelMismatch and
-    CheckpointError if it does not fit, unless the job's `checkpoint.strict` is false.
+    ObjectMismatch if it does not fit, unless the job's `checkpoint.strict` is false.
     """
     strict, rename = settings.checkpoint.strict, settings.checkpoint.rename
     absent = tuple(name for name in objects if name not in restored.states)
     if absent and strict:
-        raise CheckpointError(
+        raise ObjectMismatch(
             f"{id}: holds {', '.join(sorted(restored.states))}; this script also tracks "
             f"{', '.join(absent)}",
             hint="track the same objects as before, or start over with --fresh",
         )
-    theirs = restored.part.model
-    if theirs is None or model is None:
-        return Loading(restored.states, absent=absent)
-    states = dict(restored.states)
+    theirs, states = restored.part.model, dict(restored.states)
     modules = {n: o for n, o in objects.items() if isinstance(o, torch.nn.Module) and n in states}
-    if rename and theirs.tensors != model.tensors:
-        theirs = renaming.applied(theirs, rename)
-        states.update({name: _renamed(states[name], name, rename) for name in modules})
-        after = " after checkpoint.rename"
-    else:
-        after = ""
-    if strict:
-        found = differences(theirs, model) if settings.check_model else []
+    if theirs is None or model is None or theirs.tensors == model.tensors:
+        rename = {}
+    after = " after checkpoint.rename" if rename else ""
+    fit = renaming.Fit((), ())
+    if theirs is not None and model is not None:
+        if rename:
+            theirs = renaming.applied(theirs, rename)
+            states.update({name: _renamed(states[name], name, rename) for name in modules})
+        found = differences(theirs, model) if settings.check_model and strict else []
         if found:
             raise ModelMismatch(
                 f"{id}: model hash: expected {model.hash} (this model), found {theirs.hash} in the "
                 f"checkpoint{after}: " + "; ".join(found)
             )
-    optimizers = [n for n, obj in objects.items() if hasattr(obj, "param_groups") and n in states]
-    # The model hash is over sorted names: it is the same for a model in another order.
-    reordered = _reordered(states, modules) if optimizers else ""
-    if reordered and strict:
-        raise ModelMismatch(
-            f"{id}: expected the parameters in the order of the checkpoint, found another one from"
-            f" {reordered} on{after}; optimizers know their parameters by number only, and would"
-            " give each the moments of another one",
-            hint="keep the order in which the model makes its parameters, or set"
-            " checkpoint.strict: false to go on without the state of the optimizers",
+        if not strict:
+            fit = renaming.fit(theirs, model)
+    named = NamedParameters.of(objects)
+
+    def present(name: str) -> str:
+        return named.one_name(renaming.renamed(name, rename))
+
+    known = restored.part.parameters.renamed(present) if restored.part.parameters else None
+    regroupings = optimizers.regroupings(objects, states, known, named)
+    unfit = {name: why for name, why in regroupings.items() if isinstance(why, str)}
+    if unfit and strict:
+        name, why = next(iter(unfit.items()))
+        raise ObjectMismatch(f"{id}: {name}: {why}{after}", hint=_ITS_PARAMETERS)
+    if not strict:
+        for name, module in modules.items():
+            states[name] = _fitting(states[name], module.state_dict())
+    left_out = tuple(regroupings if fit.skipped or fit.missing else unfit)
+    return Loading(
+        states,
+        fit,
+        left_out,
+        absent,
+        {n: how for n, how in regroupings.items() if isinstance(how, Regrouping)},
+        named,
+        optimizers.strides_of(restored.part, named, present),
+        _trained(known, named) if strict else {},
+        tuple(n for n in states if n not in objects and n not in (RNG, GRADIENTS)),
+    )
+
+
+def _told(group: Group) -> str:
+    return listed(map(str, group))
+
+
+def _trained(known: Parameters | None, named: NamedParameters) -> dict[str, bool]:
+    """Which parameters training had unfrozen or frozen that are not so now.
+
+    Raises ObjectMismatch for what cannot be unfrozen any more.
+    """
+    wanted = dict.fromkeys(known.thawed, True) | dict.fromkeys(known.frozen, False) if known else {}
+    found = {
+        name: trained
+        for name, trained in wanted.items()
+        if name in named.by_name and named.by_name[name].requires_grad is not trained
+    }
+    late = [name for name, trained in found.items() if trained]
+    if late and data_parallel.any_has(named.by_name[name] for name in late):
+        raise ObjectMismatch(
+            f"{listed(late)}: expected to be trained, as at the time of the checkpoint, found"
+            " frozen in DistributedDataParallel, which leaves out what was frozen when it was made",
+            hint="unfreeze them before DistributedDataParallel is made, or set"
+            " checkpoint.strict: false to go on with them frozen",
         )
-    if strict:
-        return Loading(states)
-    fit = renaming.fit(theirs, model)
-    for name, module in modules.items():
-        states[name] = _fitting(states[name], module.state_dict())
-    changed = bool(fit.skipped or fit.missing or reordered)
-    return Loading(states, fit, tuple(optimizers) if changed else (), absent)
+    return found
 
 
 def _renamed(state: Any, name: str, rename: Mapping[str, str]) -> Any:
@@ -151,25 +237,3 @@ def _fitting(state: Any, present: Mapping[str, Any]) -> Any:
 
 def _shape(value: Any) -> tuple[int, ...] | None:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
-
-
-def _reordered(states: Mapping[str, Any], modules: Mapping[str, torch.nn.Module]) -> str:
-    """The first parameter of `modules` that is not where it was among its own; empty if none."""
-    for name, module in modules.items():
-        state = states[name]
-        now = [key for key, _ in module.named_parameters(remove_duplicate=False) if key in state]
-        there = set(now)
-        before = [key for key in state if key in there]
-        for ours, theirs in zip(now, before, strict=True):
-            if ours != theirs:
-                return f"{name}.{ours}"
-    return ""
-
-
-def _load_settings(optimizer: Any, state: Any) -> None:
-    """Learning rates and the like, which schedulers go on from."""
-    groups = state.get("param_groups", ())
-    if len(groups) == len(optimizer.param_groups):
-        for group, saved in zip(optimizer.param_groups, groups, strict=True):
-            kept = {"params", "param_names"}
-            group.update({key: value for key, value in saved.items() if key not in kept})

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from autoglm_resume import events
+from autoglm_resume import events, output
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.format.structure import Structure
 from autoglm_resume.checkpoint.state.restore import RestoredPart
@@ -34,10 +36,14 @@ class Found:
         began = time.monotonic()
         point, restored, loading = self.point, self.restored, self.loading
         rank, world_size = self.settings.rank, self.settings.world_size
-        tracked.load(loading)
+        with _refusing(point, log):
+            tracked.load(loading)
         if loading.partial and rank == 0:
             log.emit(loading.said().but(id=point.id, step=point.step))
             loading.tell(point.id)
+        for text in loading.remarks() if rank == 0 else ():
+            log.emit(events.WarningGiven(text=text))
+            output.say(text)
         put_back(restored.states.get(GRADIENTS, {}), tracked.objects)
         restoring.generators(restored, rank)
         if restored.part.world_size != world_size and rank == 0:
@@ -68,7 +74,7 @@ def read(
     Raises CheckpointError if it is damaged or does not fit, once that is in the log.
     """
     began = time.monotonic()
-    try:
+    with _refusing(point, log):
         restored = restoring.read(
             point,
             store,
@@ -80,6 +86,14 @@ def read(
             held,
         )
         loading = fitting.fitted(point.id, restored, tracked.objects, model, settings)
+    return Found(point, settings, restored, loading, time.monotonic() - began)
+
+
+@contextmanager
+def _refusing(point: ResumePoint, log: EventLog) -> Iterator[None]:
+    """Have it in the log why the checkpoint at `point` will not do."""
+    try:
+        yield
     except CheckpointError as error:
         log.emit(
             events.Refused(
@@ -88,7 +102,7 @@ def read(
                 sealed=bool(point.seals),
                 kind=type(error).__name__,
                 reason=error.message,
+                hint=error.hint,
             )
         )
         raise
-    return Found(point, settings, restored, loading, time.monotonic() - began)

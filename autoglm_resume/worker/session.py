@@ -144,6 +144,7 @@ class Session:
             if not self._resumed:
                 self._look()
                 self._pulse.phase(Phase.RESTORE)
+                self._tracked.begin()
                 if self._found is not None:
                     self._restore(self._found)
                 self._resumed = True
@@ -321,6 +322,7 @@ class Session:
             data=self._tracked.deals_data,
             metrics=self._figures.of_completed(),
             origin=self._settings.origin,
+            parameters=self._tracked.parameters(),
             versions={"autoglm": autoglm_resume.__version__, **capture.torch_versions()},
         )
 

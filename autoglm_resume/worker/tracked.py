@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ import torch
 
 from autoglm_resume import files
 from autoglm_resume.checkpoint.format.document import digest
+from autoglm_resume.checkpoint.format.parameters import Parameters
 from autoglm_resume.checkpoint.format.structure import Structure
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.errors import UsageError
 from autoglm_resume.worker import rng
 from autoglm_resume.worker.data import ResumableSampler
 from autoglm_resume.worker.fitting import Loading
+from autoglm_resume.worker.parameters import ParameterWatch, has_parameters
 from autoglm_resume.worker.pending_gradients import GRADIENTS, PendingGradients
 from autoglm_resume.worker.restoring import RNG
 from autoglm_resume.worker.saving.description import (
@@ -37,6 +39,9 @@ class TrackedObjects:
         self.gradients = PendingGradients(self.objects)
         self._descriptions: dict[str, Description] = {}
         self._trained: tuple[tuple[frozenset[int], ...], frozenset[int]] = ((), frozenset())
+        self._tables: list[capture.TensorTable] = []
+        self._parameters: Parameters | None = None
+        """Of a state of these tables."""
         self.led: set[str] = set()
         """Names of modules whose buffers are rank 0's."""
         self._placed = False
@@ -62,6 +67,23 @@ class TrackedObjects:
         self._descriptions[name] = description_of(name, obj)
         if isinstance(obj, ResumableSampler):
             obj.follow(find_place)
+
+    def begin(self) -> None:
+        """Before anything is restored: `parameters` tell what changed since."""
+        self._watch = ParameterWatch(self.objects)
+
+    def parameters(self) -> Parameters:
+        """What their states, as described last, do not say."""
+        return self._parameters or self._watch.parameters()
+
+    def _learn_parameters(self, found: Mapping[str, capture.ObjectState]) -> None:
+        """Again if any state is described anew: 40,000 parameters take 30 ms."""
+        tables = [found[name].table for name, obj in self.objects.items() if has_parameters(obj)]
+        if len(tables) != len(self._tables) or any(
+            now is not before for now, before in zip(tables, self._tables, strict=True)
+        ):
+            self._tables = tables
+            self._parameters = self._watch.parameters()
 
     def place(self, loading: Loading) -> None:
         """Load what deals data, once."""
@@ -98,6 +120,7 @@ class TrackedObjects:
         found[RNG] = capture.state_of(RNG, rng.capture())
         if gradients := self.gradients.state():
             found[GRADIENTS] = capture.state_of(GRADIENTS, gradients)
+        self._learn_parameters(found)
         return capture.CapturedState(found)
 
     def _all_trained(self, sets: tuple[frozenset[int], ...]) -> frozenset[int]:

@@ -16,6 +16,7 @@ from autoglm_resume.checkpoint.format.document import (
 )
 from autoglm_resume.checkpoint.format.ids import is_id, newest_first, step_of
 from autoglm_resume.checkpoint.format.origin import Origin
+from autoglm_resume.checkpoint.format.parameters import Parameters
 from autoglm_resume.checkpoint.format.structure import Structure
 from autoglm_resume.checkpoint.format.tables import (
     CAST_FACTOR,
@@ -71,6 +72,8 @@ class Part:
     """What the script reported of this step, such as its loss."""
     origin: Origin | None = None
     """None where an older version wrote it."""
+    parameters: Parameters | None = None
+    """None in checkpoints of older versions."""
     format: int = FORMAT
 
     @cached_property
@@ -121,6 +124,7 @@ class Part:
                 "data": self.data,
                 "metrics": dict(self.metrics),
                 **({"origin": self.origin.to_json()} if self.origin else {}),
+                "parameters": self.parameters.to_json() if self.parameters else None,
                 "packs": [asdict(pack) for pack in self.packs],
                 "state": dict(self.state),
                 "tensors": [asdict(tensor) for tensor in self.tensors],
@@ -145,6 +149,7 @@ class Part:
             packs=tuple(map(read_pack, node["packs"].items())),
             metrics=node["metrics"].numbers(),
             origin=Origin.from_node(o) if (o := node["origin"].optional()) else None,
+            parameters=Parameters.from_node(p) if (p := node["parameters"].optional()) else None,
         )
         _check(part, node)
         return part

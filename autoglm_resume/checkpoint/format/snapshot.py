@@ -14,6 +14,7 @@ from typing import Any
 
 from autoglm_resume.checkpoint.format.document import Json, compact
 from autoglm_resume.checkpoint.format.origin import Origin
+from autoglm_resume.checkpoint.format.parameters import Parameters
 from autoglm_resume.checkpoint.format.structure import Structure
 from autoglm_resume.checkpoint.format.tables import DTYPE_BYTES
 
@@ -55,6 +56,7 @@ class Snapshot:
     data: bool
     metrics: Mapping[str, float] = field(default_factory=dict)
     origin: Origin | None = None
+    parameters: Parameters | None = None
 
     @property
     def nbytes(self) -> int:
@@ -90,7 +92,9 @@ def assembled(
     """A description whose largest members are text already: they are the same in most saves."""
     model: Structure | None = members["model"]
     origin: Origin | None = members["origin"]
+    parameters: Parameters | None = members["parameters"]
     texts = {
+        "parameters": parameters.text if parameters else b"null",
         "model": model.text if model else b"null",
         "origin": compact(origin.to_json() if origin else None),
         "trees": b"{%b}" % b",".join(compact(name) + b":" + text for name, text in trees.items()),
@@ -113,11 +117,12 @@ def from_slot(description: bytes, slot: memoryview) -> Snapshot:
             members["tensors"], offsets, sizes, strict=True
         )
     ]
-    found = members["origin"]
+    found, known = members["origin"], members["parameters"]
     read = {
         "tensors": tensors,
         "model": Structure.from_json(members["model"]) if members["model"] else None,
         "lineage": tuple(members["lineage"]),
+        "parameters": Parameters.from_json(known) if known else None,
         "origin": Origin(**{**found, "args": tuple(found["args"])}) if found else None,
     }
     return Snapshot(**{**members, **read})

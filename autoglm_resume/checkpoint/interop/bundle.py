@@ -20,6 +20,7 @@ import torch
 from autoglm_resume.checkpoint.chunks import verify
 from autoglm_resume.checkpoint.format.document import Json, digest, digest_of_digests
 from autoglm_resume.checkpoint.format.ids import step_of
+from autoglm_resume.checkpoint.format.parameters import Parameters
 from autoglm_resume.checkpoint.format.snapshot import Snapshot, TensorBytes
 from autoglm_resume.checkpoint.format.structure import Structure
 from autoglm_resume.checkpoint.format.tables import (
@@ -144,6 +145,7 @@ def _snapshot(
     progress: verify.Progress | None,
 ) -> Snapshot:
     rank = document["ranks"][number]
+    parameters = rank.get("parameters")  # which exports of older versions lack
     contents = []
     for row in rank["tensors"]:
         contents.append(read.tensor(row))
@@ -171,6 +173,7 @@ def _snapshot(
         rng=rank["rng"],
         data=rank["data"],
         metrics=document["metrics"],
+        parameters=Parameters.from_json(parameters, "export") if parameters else None,
     )
 
 

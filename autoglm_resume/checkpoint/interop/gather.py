@@ -207,6 +207,7 @@ def _document(
                 "objects": dict(part.objects),
                 "state": dict(part.state),
                 "model": part.model.to_json() if part.model else None,
+                "parameters": part.parameters.to_json() if part.parameters else None,
                 "rng": part.rng,
                 "data": part.data,
                 "tensors": [row(part, tensor) for tensor in part.tensors],

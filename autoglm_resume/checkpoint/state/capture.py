@@ -14,6 +14,7 @@ import torch
 from autoglm_resume.checkpoint.format.document import Json, compact
 from autoglm_resume.checkpoint.format.ids import step_of
 from autoglm_resume.checkpoint.format.origin import Origin
+from autoglm_resume.checkpoint.format.parameters import Parameters
 from autoglm_resume.checkpoint.format.snapshot import (
     Snapshot,
     TensorBytes,
@@ -37,6 +38,7 @@ class Identity:
     rng: bool = False
     data: bool = False
     metrics: Mapping[str, float] = field(default_factory=dict)
+    parameters: Parameters | None = None
     versions: Mapping[str, str] | None = None
     created: float | None = None
     origin: Origin | None = None
@@ -139,6 +141,7 @@ def _members(identity: Identity) -> dict[str, Any]:
         "data": identity.data,
         "metrics": identity.metrics,
         "origin": identity.origin,
+        "parameters": identity.parameters,
     }
 
 

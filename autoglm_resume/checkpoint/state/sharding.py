@@ -16,7 +16,7 @@ import torch
 
 from autoglm_resume.checkpoint.format.document import Json
 from autoglm_resume.checkpoint.state.strides import in_order_of
-from autoglm_resume.errors import CheckpointError, CorruptCheckpoint, UsageError
+from autoglm_resume.errors import CorruptCheckpoint, ObjectMismatch, UsageError
 
 Shape: TypeAlias = "tuple[int, ...]"
 
@@ -189,7 +189,7 @@ class Present:
     def arranged(self, name: str, shape: Shape, sharding: Sharding | None) -> Arrangement | None:
         """How tensor `name` of a checkpoint is to be spread; None if every rank has all of it.
 
-        `sharding` is how it was. Raises CheckpointError if that cannot be known.
+        `sharding` is how it was. Raises ObjectMismatch if that cannot be known.
         """
         # The last one is for the state of an optimizer.
         names = (name, self._renamed(name), name.rpartition(".")[0])
@@ -211,7 +211,7 @@ class Present:
                 ]
                 return Arrangement(mesh, placements)
         there = ", ".join(str(mesh) for mesh in self._meshes) or "no tensor that is sharded at all"
-        raise CheckpointError(
+        raise ObjectMismatch(
             f"{name}: expected a mesh of {len(sharding.mesh)} dimensions ({sharding.names}), over"
             f" which it was sharded, found {there}",
             hint="shard the model as it was when the checkpoint was made, before session.resume()",

@@ -247,6 +247,7 @@ def part_of(
         data=snapshot.data,
         metrics=snapshot.metrics,
         origin=snapshot.origin,
+        parameters=snapshot.parameters,
     )
 
 

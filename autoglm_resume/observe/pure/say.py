@@ -141,8 +141,9 @@ def _of_the_run(event: Event) -> str:
             return f"run completed{at} in {seconds(event.seconds)}"
         case events.RunInterrupted(reason=reason):
             return f"interrupted: {reason or 'asked to stop'}; continue with: autoglm resume"
-        case events.RunFailed(reason=reason):
-            return f"run failed: {short(reason or '?')}"
+        case events.RunFailed(reason=reason, hint=hint):
+            text = f"run failed: {short(reason or '?')}"
+            return f"{text} (hint: {hint})" if hint else text
     return ""
 
 

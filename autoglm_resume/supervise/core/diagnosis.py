@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from autoglm_resume.errors import WorldSizeMismatch
+from autoglm_resume.errors import ObjectMismatch, WorldSizeMismatch
 from autoglm_resume.failures import TRAITS, Kind
 from autoglm_resume.supervise.core import code_location, patterns
 from autoglm_resume.supervise.core.evidence import (
@@ -51,6 +51,7 @@ def conclude(
             _cause_mono(refuser),
             refused=refusal.id,
             final=_is_final(refusal),
+            hint=refusal.hint,
         )
     if slow:
         rank, ratio = max(slow.items(), key=lambda each: each[1])
@@ -77,9 +78,10 @@ def _when(rank: RankEvidence) -> tuple[float, int]:
 
 def _is_final(refusal: Refusal) -> bool:
     # Damage the gate remembers, and a model it compares by itself from then on. But whether a whole
-    # checkpoint can be dealt to so many ranks only they can say, and they said it. An older one
-    # would cost steps, another number of ranks may not: that is for a person to decide.
-    return refusal.kind == WorldSizeMismatch.__name__
+    # checkpoint can be dealt to so many ranks, and fits what the script tracks, only they can say,
+    # and they said it. An older one would cost steps, another number of ranks or a script that is
+    # mended may not: that is for a person to decide.
+    return refusal.kind in (WorldSizeMismatch.__name__, ObjectMismatch.__name__)
 
 
 def _by_hardware(failure: Failure, roots: Sequence[RankEvidence], machine: Machine) -> Failure:

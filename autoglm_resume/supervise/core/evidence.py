@@ -30,6 +30,7 @@ class Refusal:
     step: int
     kind: str
     reason: str
+    hint: str = ""
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ class Failure:
     signal: int | None = None
     refused: str | None = None
     """Id of the checkpoint that the rank would not load."""
+    hint: str = ""
+    """What the rank said may be done about that."""
     final: bool = False
     """Whether these ranks would refuse it again, and the gate has nothing to learn from that."""
     place: str = ""

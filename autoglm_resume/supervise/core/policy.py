@@ -138,6 +138,8 @@ class GiveUp:
 
     reason: str
     code: int
+    hint: str = ""
+    """What a person may do."""
     action = "give_up"
     delay = 0.0
     breaker: Breaker = "closed"
@@ -339,7 +341,7 @@ def _answer_refusal(history: Sequence[Ended], failure: Failure) -> Decision:
     """Once each: the gate learns from a refusal, so the same one again means that it did not."""
     *before, last = history
     if failure.final or any(attempt.refused == last.refused for attempt in before):
-        return GiveUp(failure.summary, CheckpointError.exit_code)
+        return GiveUp(failure.summary, CheckpointError.exit_code, failure.hint)
     return RestartGroup(0.0, "the gate judges the checkpoints anew")
 
 

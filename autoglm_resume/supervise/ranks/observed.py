@@ -60,9 +60,9 @@ class Observed:
                 self.unsaved = reason
             case events.StateRestored(sealed=False, step=step):
                 self.checkpointed = max(self.checkpointed, step or 0)
-            case events.Refused(id=id, step=step, sealed=sealed, kind=kind, reason=reason):
-                of = f"{id} in memory" if sealed else id
-                self.refusals[rank] = Refusal(of, step, kind, reason)
+            case events.Refused(id=id, step=step):
+                of = f"{id} in memory" if event.sealed else id
+                self.refusals[rank] = Refusal(of, step, event.kind, event.reason, event.hint)
             case events.Committed(step=step):
                 self.checkpointed = max(self.checkpointed, step)
                 self.unsaved = ""

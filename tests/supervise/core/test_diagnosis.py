@@ -133,6 +133,7 @@ def test_a_refusal_wins_over_everything_else() -> None:
         (["WorldSizeMismatch", "WorldSizeMismatch"], 0, True),
         (["WorldSizeMismatch", "CorruptCheckpoint"], 1, False),
         (["ModelMismatch", "WorldSizeMismatch"], 0, False),
+        (["ObjectMismatch", "ObjectMismatch"], 0, True),
         (["CheckpointError"], 0, False),
     ],
 )
