@@ -51,7 +51,8 @@ def differences(saved: Sequence[Group], now: Sequence[Group]) -> list[str]:
         group = now[nth] if nth < len(now) else ()
         if _order(before, group) is not None:
             continue
-        line = f"group {nth}: expected {len(before)} parameters, found {len(group)}"
+        plural = "" if len(before) == 1 else "s"
+        line = f"group {nth}: expected {len(before)} parameter{plural}, found {len(group)}"
         gone, new = Counter(before) - Counter(group), Counter(group) - Counter(before)
         if gone:
             line += f"; only in the checkpoint: {listed(map(_called, gone.elements()))}"

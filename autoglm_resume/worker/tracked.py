@@ -39,6 +39,7 @@ class TrackedObjects:
         self.gradients = PendingGradients(self.objects)
         self._descriptions: dict[str, Description] = {}
         self._trained: tuple[tuple[frozenset[int], ...], frozenset[int]] = ((), frozenset())
+        self._watch = ParameterWatch(self.objects)
         self._tables: list[capture.TensorTable] = []
         self._parameters: Parameters | None = None
         """Of a state of these tables."""

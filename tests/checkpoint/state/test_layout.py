@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 
 from autoglm_resume.checkpoint.format.ids import checkpoint_id
-from autoglm_resume.checkpoint.format.snapshot import describe, from_slot, layout
+from autoglm_resume.checkpoint.format.snapshot import from_slot
 from autoglm_resume.checkpoint.interop import formats
 from autoglm_resume.checkpoint.interop.adopt import adopt
 from autoglm_resume.checkpoint.interop.gather import gather
@@ -196,11 +196,12 @@ def test_snapshots_in_memory_keep_how_tensors_lie(tmp_path: Path) -> None:
     store = persisted(tmp_path)
     gathered = capture.gather(kept())
     identity = capture.Identity(ID, 0, 1)
-    _, at = layout(gathered.sizes())
-    slot = memoryview(bytearray(at))
-    into = device_copy.targets(gathered.tensors, slot)
-    device_copy.DeviceCopier().copy(gathered.tensors, into, frozenset(), lambda error: None).wait()
-    held = from_slot(describe(gathered.snapshot(identity)), slot)
+    slot = memoryview(bytearray(gathered.size))
+    copier = device_copy.DeviceCopier()
+    copy = copier.copy(gathered, 0, slot, lambda error: None, at_once=False)
+    copy.start()
+    copy.wait()
+    held = from_slot(gathered.describe(identity), slot)
     check(restore.read(store, store.directory(ID), 0, memory=held).states["m"])
 
 
