@@ -265,6 +265,28 @@ def reachable_only(start: str) -> set[str]:
     return seen
 
 
+OWN_FILES = {
+    *("files.py", "protocol/assignment.py", "protocol/shared_memory.py", "worker/rank.py"),
+    *("supervise/evidence/oom.py", "supervise/evidence/stacks.py", "supervise/ranks/torchrun.py"),
+    *("supervise/preflight/system.py", "supervise/ranks/fault_injector.py"),
+    *("supervise/ranks/group.py", "checkpoint/storage/object_store.py"),
+    "checkpoint/storage/directory.py",
+}
+"""Where files are read plainly: the kernel's, and those that this process, or its ranks, made."""
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_only_one_room_reads_the_files_of_strangers(path: Path) -> None:
+    if str(path.relative_to(ROOT)) in OWN_FILES:
+        return
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            text = ast.unparse(node)
+            opened = node.func.attr == "open" and "'rb'" in text
+            plainly = opened or node.func.attr in ("read_bytes", "read_text")
+            assert not plainly or "/proc/" in text or "/sys/" in text, f"{path}:{node.lineno}"
+
+
 @pytest.mark.parametrize("path", [p for p in FILES if p.name != "output.py"], ids=name_of)
 def test_only_one_room_prints(path: Path) -> None:
     for node in ast.walk(tree_of(path)):

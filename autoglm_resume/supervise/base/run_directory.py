@@ -105,7 +105,7 @@ class RunDirectory:
 
 def last_run(checkpoints: Path) -> Path | None:
     """The directory of the run that had this directory of checkpoints last, if that is known."""
-    with contextlib.suppress(OSError, ValueError), (checkpoints / CHECKPOINTS).open("rb") as file:
+    with contextlib.suppress(OSError, ValueError), files.reading(checkpoints / CHECKPOINTS) as file:
         run = locks.read_holder(file.fileno()).run
         return Path(run) if run else None
     return None

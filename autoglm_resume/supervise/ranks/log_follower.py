@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from autoglm_resume import files
 from autoglm_resume.events import Event
 from autoglm_resume.journal import decode
 from autoglm_resume.linux import DirectoryWatch
@@ -80,7 +81,7 @@ class LogFollower:
     def _lines(self, name: str, most: int | None) -> bytes:
         """New whole lines of a file; with `most`, the middle of a flood is left out."""
         try:
-            with (self._directory / name).open("rb") as file:
+            with files.reading(self._directory / name) as file:
                 start = self._offsets.get(name, 0)
                 size = os.fstat(file.fileno()).st_size
                 note = b""

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from autoglm_resume import files
 from autoglm_resume.checkpoint.format.document import digest
 from autoglm_resume.checkpoint.format.origin import Origin
 from autoglm_resume.checkpoint.store.retention import KeepRules
@@ -17,6 +18,8 @@ from autoglm_resume.protocol.loss_guard import Bounds
 
 DEFAULT_SECONDS = 300.0
 DEFAULT_KEEP = 3
+LARGEST_SCRIPT = 1 << 28
+"""Bytes."""
 NOTEBOOKS = {"ipykernel_launcher.py", "colab_kernel_launcher.py", "-c", "-"}
 """Whose arguments say nothing of what runs."""
 
@@ -96,5 +99,5 @@ def command(run: str = "") -> Origin:
     path = Path(script).absolute()
     content = ""
     with suppress(OSError):
-        content = digest(path.read_bytes())
+        content = digest(files.read(path, LARGEST_SCRIPT))
     return Origin(run, str(path), content, tuple(secret.arguments(args)))
