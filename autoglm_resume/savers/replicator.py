@@ -15,17 +15,18 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from autoglm_resume import linux, output
-from autoglm_resume.checkpoint.format.ids import newest_first
-from autoglm_resume.checkpoint.replicas.mirror import committed, replicate
+from autoglm_resume.checkpoint.format.ids import Branch, newest_first
+from autoglm_resume.checkpoint.replicas.mirror import committed, replicate, tell_branches
 from autoglm_resume.checkpoint.replicas.plan import (
     CommittedFiles,
+    branches_in,
     by_checkpoint,
     deletions,
     is_complete,
@@ -34,6 +35,7 @@ from autoglm_resume.checkpoint.replicas.plan import (
 )
 from autoglm_resume.checkpoint.replicas.repair import repair, restore_missing
 from autoglm_resume.checkpoint.storage.storage import Storage, open_storage
+from autoglm_resume.checkpoint.store.gate import superseded
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import AutoglmError, CheckpointError
 
@@ -58,12 +60,17 @@ class Copier(threading.Thread):
         self._done = -1
         self._hurry = False
         self._failures = 0
+        self._branches: frozenset[Branch] = frozenset()
         self._here: dict[str, CommittedFiles] = {}
         self._damaged: frozenset[str] = frozenset()
 
-    def notice(self, number: int, hurry: bool) -> None:
-        """List and copy again; `number` counts the requests, `hurry` ends a wait for a retry."""
+    def notice(self, number: int, hurry: bool, branches: Collection[Branch] = ()) -> None:
+        """List and copy again; `number` counts the requests, `hurry` ends a wait for a retry.
+
+        `branches` are all where the run left newer checkpoints behind.
+        """
         with self._news:
+            self._branches |= frozenset(branches)
             self._asked = max(self._asked, number)
             self._hurry |= hurry
             self._news.notify()
@@ -100,18 +107,23 @@ class Copier(threading.Thread):
     def _round(self) -> None:
         self._list()
         storage = open_storage(self._target, self._run)
-        there = by_checkpoint(storage.names())
+        names = storage.names()
+        there, branches = by_checkpoint(names), self._branches
+        # Before anything else: when only the replica is left, nobody could tell.
+        tell_branches(branches, names, storage)
+        branches |= branches_in(names)
         while True:
             self._list()
             complete = [id for id in newest_first(self._here) if is_complete(id, self._here, there)]
-            waiting = missing(self._here, there)
+            lacking = missing(self._here, there)
+            waiting = [id for id in lacking if superseded(id, branches) is None]
             ids = complete[:REPORTED]
             self._tell("listed", replica=self._target, ids=ids, waiting=len(waiting))
             if not waiting:
                 break
             self._copy(waiting[0], there, storage)
         present = [path.name for path in (*self._store.committed(), *self._store.uncommitted())]
-        for id in deletions(present, self._here, there):
+        for id in deletions(present, self._here, there, branches):
             storage.remove(id)
 
     def _list(self) -> None:
@@ -158,10 +170,12 @@ def answer(
     return {"id": request["id"], "files": names, "reason": reason}
 
 
-def give_back(root: Path, run: str, targets: Sequence[str]) -> dict[str, Any]:
+def give_back(
+    root: Path, run: str, targets: Sequence[str], branches: Collection[Branch] = ()
+) -> dict[str, Any]:
     """Restore the newest checkpoint of `run`, or of any; what to say about it."""
     try:
-        restored = restore_missing(Store(root), targets, run or None)
+        restored = restore_missing(Store(root), targets, run or None, branches)
     except (OSError, AutoglmError) as error:
         return {"restored": None, "reason": _reason(error)}
     return {"restored": asdict(restored) if restored else None, "reason": ""}
@@ -191,18 +205,20 @@ def serve(control: socket.socket, root: Path, run: str, targets: Sequence[str]) 
             for copier in copiers:
                 copier.forgive()
         else:
+            branches = [Branch(*each) for each in request.get("branches", ())]
             for copier in copiers:
-                copier.notice(request["number"], request["op"] == "flush")
+                copier.notice(request["number"], request["op"] == "flush", branches)
 
 
 def main() -> None:
     """`python -m autoglm_resume.savers.replicator FD SUPERVISOR ROOT RUN TARGET…`
 
-    Or `… restore ROOT RUN TARGET…`, which prints what came of it.
+    Or `… restore ROOT RUN BRANCHES TARGET…`, with JSON of them, which prints what came of it.
     """
     if sys.argv[1] == "restore":
-        root, run, *targets = sys.argv[2:]
-        output.document(give_back(Path(root), run, targets))
+        root, run, known, *targets = sys.argv[2:]
+        branches = [Branch(*each) for each in json.loads(known)]
+        output.document(give_back(Path(root), run, targets, branches))
         return
     descriptor, supervisor, root, run, *targets = sys.argv[1:]
     control = socket.socket(fileno=int(descriptor))

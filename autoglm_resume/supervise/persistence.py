@@ -50,6 +50,7 @@ class Persistence:
             directory / "replicator.log",
             self._replica_said,
             past.replicated,
+            lambda: gate.branches,
         )
         if job.checkpoint.replicas:
             gate.repair_with(self._repair)

@@ -221,6 +221,7 @@ class Supervisor:
             self._gate.go_back(decision.before, self._number)
             self._inbox.back_to(self._gate.checkpointed)
             persistence.protect()
+            persistence.notice()  # replicas are to know of the branch, too
         return True
 
     def _try(self, node: Node, resume: ResumePoint | None) -> Outcome:
@@ -294,7 +295,13 @@ class Supervisor:
         if not replicas or self._fresh or store.committed():
             return
         try:
-            restored = restore(self._context.environment, store.root, replicas, self._past.run_id)
+            restored = restore(
+                self._context.environment,
+                store.root,
+                replicas,
+                self._past.run_id,
+                self._gate.branches,
+            )
         except NoAcceptableCheckpoint as error:
             if self._past.checkpointed:
                 raise
@@ -302,6 +309,7 @@ class Supervisor:
             return
         if restored is not None:
             self._run_id = restored.run
+            self._number = max(self._number, restored.attempts)
             self._tell_next(events.BroughtBack(id=restored.id, files=restored.files))
 
     def _helpers(self) -> frozenset[int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 from typing import Any
 
 from tests.faults.conftest import Rehearsal, finish
@@ -53,4 +55,27 @@ def test_other_ranks_once_do_not_cost_the_run(
     interrupted(rehearsal)
     assert rehearsal.run(nproc_per_node=1).code == REFUSED
     assert rehearsal.resume().code == 0
+    assert rehearsal.final() == undisturbed
+
+
+def test_a_branch_that_was_given_up_does_not_come_back_when_only_a_replica_is_left(
+    rehearsal: Rehearsal, undisturbed: dict[str, str]
+) -> None:
+    copies = rehearsal.directory / "copies"
+    copies.mkdir()
+    how = {**rehearsal.job["checkpoint"], "replicas": [str(copies)]}
+    process = rehearsal.start(hold=("0:0:17",), checkpoint=how)
+    rehearsal.wait_for("committed", lambda event: event["step"] == 15)
+    rehearsal.stop(17, process)
+    assert finish(process).code == 75
+    process = rehearsal.command("resume", str(rehearsal.run_dir), "--from", "5", hold=("1:0:7",))
+    rehearsal.wait_for("first_step", lambda event: event["attempt"] == 1)
+    process.send_signal(signal.SIGTERM)
+    rehearsal.wait_for("stop_requested", lambda event: event["attempt"] == 1)
+    rehearsal.release(7)
+    assert finish(process).code == 75
+    shutil.rmtree(rehearsal.run_dir)
+    assert rehearsal.run(checkpoint=how).code == 0
+    (back,) = rehearsal.events("brought_back")
+    assert back["id"].endswith(".a1"), "not step 15 and later of attempt 0"
     assert rehearsal.final() == undisturbed

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping, MutableMapping
+import json
+import tempfile
+from collections.abc import Collection, Mapping, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 
+from autoglm_resume.checkpoint.format.ids import Branch
 from autoglm_resume.checkpoint.format.manifest import MANIFEST
 from autoglm_resume.checkpoint.format.part import pack_file
-from autoglm_resume.checkpoint.replicas.plan import CommittedFiles, in_order, uploads
+from autoglm_resume.checkpoint.replicas.plan import CommittedFiles, branch_file, in_order, uploads
 from autoglm_resume.checkpoint.storage.storage import Storage
 from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.store import Store
@@ -34,6 +37,19 @@ def _copy(store: Store, path: Path) -> CommittedFiles:
     for part in manifest.parts:
         names += [part.file, pack_file(part.rank)]
     return CommittedFiles({name: (path / name).stat().st_size for name in names}, manifest.needs)
+
+
+def tell_branches(branches: Collection[Branch], names: Collection[str], storage: Storage) -> None:
+    """Have `storage`, which has files of these `names`, say where the run left what behind.
+
+    Raises OSError.
+    """
+    for branch in branches:
+        if (name := branch_file(branch)) not in names:
+            with tempfile.NamedTemporaryFile() as file:
+                file.write(json.dumps(branch._asdict()).encode() + b"\n")
+                file.flush()
+                storage.put(name, Path(file.name))
 
 
 def replicate(

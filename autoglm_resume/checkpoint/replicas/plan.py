@@ -7,17 +7,30 @@ checks its digests.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from autoglm_resume.checkpoint.format.ids import is_id, newer, newest_first, recency
+from autoglm_resume.checkpoint.format.ids import (
+    Branch,
+    attempt_of,
+    checkpoint_id,
+    is_id,
+    newer,
+    newest_first,
+    recency,
+    step_of,
+)
 from autoglm_resume.checkpoint.format.manifest import MANIFEST
+from autoglm_resume.checkpoint.store.gate import superseded
 
 Files: TypeAlias = Mapping[str, int]
 Listing: TypeAlias = Mapping[str, Files]
 Policy: TypeAlias = Literal["local", "quorum", "all"]
 
+BRANCHES = "branches"
+"""A directory beside the checkpoints of a run: the name of each file says where the run left newer
+checkpoints behind, so that nobody takes these for the newest when only the replica is left."""
 SLOW = 3
 """Checkpoints that may wait for a replica before it counts as behind."""
 FIRST_RETRY, LAST_RETRY = 1.0, 60.0
@@ -49,6 +62,27 @@ def by_run(names: Files) -> dict[str, dict[str, dict[str, int]]]:
         run, _, rest = name.partition("/")
         runs.setdefault(run, {})[rest] = size
     return {run: found for run, rest in runs.items() if (found := by_checkpoint(rest))}
+
+
+def branch_file(branch: Branch) -> str:
+    """Name of the file that tells of `branch`."""
+    return f"{BRANCHES}/{checkpoint_id(branch.step, f'a{branch.attempt}')}"
+
+
+def branches_in(names: Iterable[str]) -> frozenset[Branch]:
+    """What the files of one run tell."""
+    files = (name.partition("/") for name in names)
+    told = [file for directory, _, file in files if directory == BRANCHES and is_id(file)]
+    return frozenset(Branch(step_of(id), attempt_of(id)) for id in told)
+
+
+def in_line(ids: Iterable[str], branches: Collection[Branch]) -> list[str]:
+    """What a run may go on from, the newest first: of its last attempt, whatever step others had.
+
+    An older version told nobody of branches; but the later attempt knew why it began where it did.
+    """
+    left = (id for id in ids if superseded(id, branches) is None)
+    return sorted(left, key=lambda id: (attempt_of(id), recency(id)), reverse=True)
 
 
 def closure(id: str, here: Mapping[str, CommittedFiles]) -> list[str]:
@@ -91,23 +125,29 @@ def uploads(id: str, here: Mapping[str, CommittedFiles], there: Listing) -> list
 
 
 def deletions(
-    present: Collection[str], here: Mapping[str, CommittedFiles], there: Listing
+    present: Collection[str],
+    here: Mapping[str, CommittedFiles],
+    there: Listing,
+    branches: Collection[Branch] = (),
 ) -> list[str]:
     """Ids that were deleted here and may go there; what needs another goes before it.
 
     `present` are all ids here, damaged ones too. Only what is older than a checkpoint that is
     complete on both sides may go. Nothing goes while the replica has a newer one than that which
-    is no longer here: this side may have lost it, and nobody here knows what it needs.
+    is no longer here: this side may have lost it, and nobody here knows what it needs. Of one of
+    the `branches` that were given up this side knows.
     """
-    complete = [id for id in here if is_complete(id, here, there)]
+    given_up = {id for id in (*here, *there) if superseded(id, branches) is not None}
+    complete = [id for id in here if id not in given_up and is_complete(id, here, there)]
     if not complete:
         return []
     newest = max(complete, key=recency)
     gone = [id for id in there if id not in present]
-    if any(newer(id, newest) and MANIFEST in there[id] for id in gone):
+    if any(newer(id, newest) and MANIFEST in there[id] for id in gone if id not in given_up):
         return []
     needed = {id for copy in here.values() for id in copy.needs}
-    return [id for id in newest_first(gone) if newer(newest, id) and id not in needed]
+    old = [id for id in newest_first(gone) if newer(newest, id) or id in given_up]
+    return [id for id in old if id not in needed]
 
 
 def counts(id: str, policy: Policy, complete: Mapping[str, Collection[str]]) -> bool:

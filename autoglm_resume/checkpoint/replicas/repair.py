@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,11 @@ from autoglm_resume import files
 from autoglm_resume.checkpoint.chunks import codec, verify
 from autoglm_resume.checkpoint.chunks.reader import ChunkReader
 from autoglm_resume.checkpoint.format.document import LARGEST_MANIFEST, LARGEST_PART, digest
-from autoglm_resume.checkpoint.format.ids import newest_first
+from autoglm_resume.checkpoint.format.ids import Branch, attempt_of, newest_first
 from autoglm_resume.checkpoint.format.manifest import MANIFEST, Manifest, PartRef
 from autoglm_resume.checkpoint.format.part import Part
 from autoglm_resume.checkpoint.format.tables import Chunk
-from autoglm_resume.checkpoint.replicas.plan import by_run
+from autoglm_resume.checkpoint.replicas.plan import branches_in, by_run, in_line
 from autoglm_resume.checkpoint.storage.storage import Storage, open_storage
 from autoglm_resume.checkpoint.store.store import Store, expect
 from autoglm_resume.errors import CheckpointError, CorruptCheckpoint
@@ -37,6 +37,8 @@ class Restored:
     run: str
     id: str
     files: int
+    attempts: int = 0
+    """As many as the run has had at least: the next must not count as one before a branch."""
 
 
 def repair(
@@ -52,16 +54,22 @@ def repair(
 
 
 def restore_missing(
-    store: Store, targets: Sequence[str], run: str | None = None
+    store: Store,
+    targets: Sequence[str],
+    run: str | None = None,
+    branches: Collection[Branch] = (),
 ) -> Restored | None:
     """Bring the newest checkpoint that the targets can give, and what it needs, into `store`.
 
-    Of `run`; without one, of the run that committed last. None if no target has a checkpoint.
-    Raises CheckpointError if there are some but none is good, OSError if none was found and a
+    Of `run`; without one, of the run that committed last. What is of a branch that was given up, as
+    `branches` or any target says, is none. None if no target has a checkpoint. Raises
+    CheckpointError if there are some but none is good, OSError if none was found and a
     target could not be asked.
     """
     holders: dict[str, dict[str, list[str]]] = {}
     """Targets that have a manifest, by run and id."""
+    branched: dict[str, set[Branch]] = {}
+    known = set(branches)
     troubles = []
     for target in targets:
         try:
@@ -70,6 +78,10 @@ def restore_missing(
             troubles.append(f"{target}: {error.strerror or error}")
             continue
         for owner, listing in by_run(names).items():
+            left = {
+                name.removeprefix(f"{owner}/") for name in names if name.startswith(f"{owner}/")
+            }
+            branched.setdefault(owner, set(known)).update(branches_in(left))
             for id in (id for id in listing if MANIFEST in listing[id]):
                 holders.setdefault(owner, {}).setdefault(id, []).append(target)
     if not holders:
@@ -79,14 +91,19 @@ def restore_missing(
     store.root.mkdir(parents=True, exist_ok=True)
     owner = max(holders, key=lambda owner: _last_commit(store, owner, holders[owner]))
     problem: CheckpointError | None = None
-    for id in newest_first(holders[owner]):
+    left_behind = branched[owner]
+    numbers = [*map(attempt_of, holders[owner]), *(branch.attempt - 1 for branch in left_behind)]
+    for id in in_line(holders[owner], left_behind):
         replicas = [open_storage(target, owner) for target in targets]
         try:
-            return Restored(owner, id, len(_Mender(store, replicas).mend(id, None)))
+            count = len(_Mender(store, replicas).mend(id, None))
+            return Restored(owner, id, count, max(numbers) + 1)
         except CheckpointError as error:
             problem = problem or error
-    assert problem is not None
-    raise problem
+    raise problem or CheckpointError(
+        f"{', '.join(targets)}: expected a checkpoint of the run's present branch, found only those"
+        f" of branches that were given up: {', '.join(newest_first(holders[owner]))}"
+    )
 
 
 def _last_commit(store: Store, run: str, holders: dict[str, list[str]]) -> float:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from autoglm_resume import events
+from autoglm_resume.checkpoint.format.ids import Branch
 from autoglm_resume.checkpoint.replicas.plan import SLOW, Policy, counts, newest_counting
 from autoglm_resume.checkpoint.replicas.repair import Restored
 from autoglm_resume.checkpoint.storage.storage import check
@@ -56,8 +57,12 @@ class Replicator:
         log: Path,
         tell: events.Tell,
         complete: Mapping[str, Iterable[str]] | None = None,
+        branches: Callable[[], Sequence[Branch]] = lambda: (),
     ) -> None:
-        """Raises UsageError for a target that can never work, or a missing package."""
+        """`branches` says where the run left newer checkpoints behind, so far.
+
+        Raises UsageError for a target that can never work, or a missing package.
+        """
         for target in targets:
             check(target)
         self._loop = loop
@@ -68,6 +73,7 @@ class Replicator:
         self._policy: Policy = policy
         self._log = log
         self._tell = tell
+        self._branches = branches
         known = complete or {}
         self._complete = {target: frozenset(known.get(target, ())) for target in targets}
         self._number = 0
@@ -100,7 +106,7 @@ class Replicator:
         self._socket = ours
         self._loop.watch(ours, self._readable)
         self._rounds.clear()
-        self._send({"op": "replicate", "number": self._number})
+        self._send({"op": "replicate", "number": self._number, "branches": self._branches()})
 
     @property
     def pids(self) -> frozenset[int]:
@@ -211,7 +217,7 @@ class Replicator:
 
     def _ask(self, op: str) -> None:
         self._number += 1
-        self._send({"op": op, "number": self._number})
+        self._send({"op": op, "number": self._number, "branches": self._branches()})
 
     def _send(self, request: dict[str, Any]) -> None:
         if self._socket is not None:
@@ -278,19 +284,24 @@ class Replicator:
 
 
 def restore(
-    environment: Mapping[str, str], root: Path, targets: Sequence[str], run: str | None = None
+    environment: Mapping[str, str],
+    root: Path,
+    targets: Sequence[str],
+    run: str | None = None,
+    branches: Sequence[Branch] = (),
 ) -> Restored | None:
     """Bring the newest checkpoint that the targets can give into the empty `root`.
 
     For a start that finds no checkpoint where there may have been some: of `run`, or, when even
-    the run's directory is lost, of the run that committed last. None if no target has one. Takes
+    the run's directory is lost, of the run that committed last; nothing of `branches` that were
+    given up, as far as that is known here or there. None if no target has one. Takes
     as long as it takes. Raises NoAcceptableCheckpoint when that cannot be known, or nothing
     that is there can be used.
     """
     done = subprocess.run(
         [
             *(sys.executable, "-m", "autoglm_resume.savers.replicator", "restore"),
-            *(str(root), run or "", *targets),
+            *(str(root), run or "", json.dumps(branches), *targets),
         ],
         cwd=HOME,
         env=dict(environment),
