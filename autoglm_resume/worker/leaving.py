@@ -13,7 +13,7 @@ import weakref
 from types import CodeType, FrameType
 from typing import Any
 
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from autoglm_resume.errors import UsageError
 
@@ -101,18 +101,28 @@ def _instructions(code: CodeType) -> dict[int, tuple[str, int]]:
 
 
 class Updates:
-    """Whether an optimizer, of whatever kind, has stepped since the last step was complete."""
+    """Whether a tracked optimizer has stepped since the last step was complete.
+
+    Any optimizer counts where none is tracked: it may be in an object of the script's own.
+    """
 
     def __init__(self) -> None:
         self.seen = False
         self._usual: bool | None = None
+        self._tracked: list[Optimizer] = []
         this = weakref.ref(self)
 
-        def stepped(*_: Any) -> None:
+        def stepped(optimizer: Optimizer, *_: Any) -> None:
             if (updates := this()) is not None:
-                updates.seen = True
+                tracked = updates._tracked
+                updates.seen |= not tracked or any(optimizer is each for each in tracked)
 
         self._hook = register_optimizer_step_post_hook(stepped)
+
+    def track(self, obj: object) -> None:
+        """The script tracks `obj`."""
+        if isinstance(obj, Optimizer):
+            self._tracked.append(obj)
 
     def step_done(self) -> None:
         """A step is complete."""

@@ -130,6 +130,7 @@ class Session:
             )
         for name, obj in objects.items():
             self._tracked.add(name, obj, self._place)
+            self._updates.track(obj)
             gradients = self._tracked.gradients
             hooks.watch(obj, self._pulse, gradients.forward, gradients.stepped)
 
@@ -148,6 +149,7 @@ class Session:
                 if self._found is not None:
                     self._restore(self._found)
                 self._resumed = True
+                self._updates.seen = False  # some make an optimizer's state before
                 self._pulse.at(self._completed)
         return self._completed
 

@@ -93,3 +93,42 @@ def test_save_between_an_update_and_the_end_of_its_step_is_refused_in_a_loop_of_
         training.session.save()
     training.session.step_done(1)
     assert training.session.save()
+
+
+def test_optimizers_that_are_not_tracked_and_steps_before_the_resume_count_for_nothing() -> None:
+    training = Training(every_steps=100)
+    training.step([1])
+    training.session.resume()
+    assert training.session.save()
+    training.step([1])
+    training.session.step_done(0)
+    probe = torch.nn.Linear(1, 1)
+    evaluation = torch.optim.SGD(probe.parameters(), lr=0.1)
+    probe(torch.ones(1)).backward()
+    evaluation.step()
+    assert training.session.save()
+    assert steps_saved() == [0, 1]
+
+
+def test_a_save_that_cannot_be_made_is_not_said_to_be(capfd: pytest.CaptureFixture[str]) -> None:
+    training = trained(every_steps=100)
+    Path("ckpt").write_text("a file is in the way")
+    assert not training.session.save()
+    end_process()
+    said = capfd.readouterr().err
+    assert "not saved" in said
+    assert "steps 1 to 1 are in no checkpoint" in said
+
+
+def test_figures_of_an_evaluation_after_a_step_are_saved_with_it_and_not_with_the_next() -> None:
+    training = trained(every_steps=100)
+    training.session.report(accuracy=torch.tensor(0.9))
+    assert training.session.save()
+    training.step([1])
+    training.session.step_done(1, loss=2.0)
+    assert training.session.save()
+    steps_saved()
+    store = Store(Path("ckpt"))
+    second, first = (store.load_manifest(path).metrics for path in store.committed())
+    assert first == {"accuracy": pytest.approx(0.9)}
+    assert second == {"loss": 2.0}
