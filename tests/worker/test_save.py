@@ -112,6 +112,7 @@ def test_optimizers_that_are_not_tracked_and_steps_before_the_resume_count_for_n
 
 def test_a_save_that_cannot_be_made_is_not_said_to_be(capfd: pytest.CaptureFixture[str]) -> None:
     training = trained(every_steps=100)
+    Path("ckpt").rename("away")
     Path("ckpt").write_text("a file is in the way")
     assert not training.session.save()
     end_process()
