@@ -85,6 +85,8 @@ def start(
                 "`autoglm run --fresh` begins a new one and keeps this one's files"
             )
             return 0
+        if past.run_id is not None and job.checkpoint.replicas:
+            home.left(run)  # a copy and its original would write to one place there
         if past.run_id is not None:
             screen.note(f"{run.path}: continuing the run (attempt {past.attempts})")
         require_storage(job)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,10 @@ import pytest
 from autoglm_resume.errors import UsageError
 from autoglm_resume.events import Branched
 from autoglm_resume.job.load import load
+from autoglm_resume.job.spec import dump
 from autoglm_resume.observe.live import Screen
 from autoglm_resume.supervise import start
-from tests.observe.runs import checkpoint, directory
+from tests.observe.runs import checkpoint, directory, killed_once
 
 
 @pytest.fixture
@@ -50,3 +52,24 @@ def test_what_a_branch_left_behind_cannot_be_gone_on_from(home: Path) -> None:
         UsageError, match="no checkpoint of step 20; there are those of steps 10, 15"
     ):
         start.start(load(home / "job.yaml"), Screen(), branch_from=20)
+
+
+def test_a_copied_project_does_not_go_on_in_the_replicas_of_the_first(home: Path) -> None:
+    (home / "copies").mkdir()
+    (home / "job.yaml").write_text("script: train.py\ncheckpoint: {replicas: [copies]}\n")
+    run = directory(home / "runs/job", killed_once().events[:1], run_dir=str(home / "runs/job"))
+    copy = home / "copy"
+    shutil.copytree(home / "runs", copy / "runs")
+    (copy / "train.py").touch()
+    (copy / "job.yaml").write_text((home / "job.yaml").read_text().replace("copies", "../copies"))
+    with pytest.raises(UsageError, match=f"a copy of the run in {run}, which is still there"):
+        start.start(load(copy / "job.yaml"), Screen())
+
+
+def test_a_run_that_was_moved_away_from_its_code_says_how_to_start_it(home: Path) -> None:
+    job = dump(load(home / "job.yaml"))
+    moved = directory(home / "moved", killed_once().events[:1], **job)
+    (home / "train.py").unlink()
+    with pytest.raises(UsageError, match=r"train\.py: not there") as refused:
+        start.resume(moved, Screen())
+    assert f"--set run_dir={moved}" in refused.value.hint
