@@ -12,6 +12,7 @@ import json
 import os
 import re
 import select
+import signal
 import sys
 from contextlib import suppress
 from typing import Any, TextIO, cast
@@ -77,6 +78,8 @@ class Lossy(io.RawIOBase):
 def begin(*, noting: bool = False) -> None:
     """The first thing that a process of ours does, before it opens anything."""
     fill_descriptors()
+    # Of a terminal with `stty tostop`: a run in the background would stop at its next line.
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     sys.stdout = sys.__stdout__ = _stream(1, sys.stdout, noting)  # type: ignore[misc]
     sys.stderr = sys.__stderr__ = _stream(2, sys.stderr, noting)  # type: ignore[misc]
 

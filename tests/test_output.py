@@ -169,3 +169,35 @@ def test_a_terminal_that_is_gone_is_no_error() -> None:
     assert stream.write(b"hello") == 5
     assert not stream.isatty() or stream.failure is not None
     os.close(ours)
+
+
+IN_THE_BACKGROUND = """
+import os, pty, signal, sys, termios
+leader, terminal = pty.fork()
+if leader:
+    while True:
+        try:
+            if not os.read(terminal, 1000):
+                break
+        except OSError:
+            break
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(leader, 0)[1]))
+how = termios.tcgetattr(1)
+how[3] |= termios.TOSTOP
+termios.tcsetattr(1, termios.TCSANOW, how)
+child = os.fork()
+if child == 0:
+    os.setpgid(0, 0)
+    os.execv(sys.executable, [sys.executable, "-c", sys.argv[1]])
+status = os.waitpid(child, os.WUNTRACED)[1]
+if os.WIFSTOPPED(status):
+    os.kill(child, signal.SIGKILL)
+    sys.exit(1)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_what_prints_in_the_background_of_a_terminal_is_not_stopped() -> None:
+    code = "from autoglm_resume import output; output.begin(); output.show('x'); output.flush()"
+    words = [sys.executable, "-c", IN_THE_BACKGROUND, code]
+    assert subprocess.run(words, timeout=PATIENCE).returncode == 0

@@ -10,6 +10,7 @@ from typing import ParamSpec
 
 from autoglm_resume import output
 from autoglm_resume.errors import AutoglmError, died_by_signal
+from autoglm_resume.job.secret import without_logins
 
 P = ParamSpec("P")
 
@@ -49,6 +50,7 @@ def _code(command: Callable[P, int], *args: P.args, **kwargs: P.kwargs) -> int:
 
 def complain(error: AutoglmError) -> None:
     """Say on standard error what is wrong, and what to do."""
-    output.say(f"error: {error.message}")
+    # An address that is wrong is repeated, and who logs in there is not to be.
+    output.say(f"error: {without_logins(error.message)}")
     if error.hint:
         output.say(f"hint: {error.hint}")

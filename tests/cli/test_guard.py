@@ -41,6 +41,13 @@ def test_every_error_has_its_exit_code_and_its_hint(
     assert err == "autoglm: error: what is wrong\nautoglm: hint: what to do\n"
 
 
+def test_an_error_repeats_neither_logins_nor_what_a_terminal_obeys(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert code_of(raising(errors.UsageError("s3://me:secret@b: no \x1b[2J\u202ebucket"))) == 2
+    assert capsys.readouterr().err == "autoglm: error: s3://…@b: no bucket\n"
+
+
 def test_what_a_command_returns_is_its_exit_code() -> None:
     assert code_of(lambda: 75) == 75
 

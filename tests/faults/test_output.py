@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -62,3 +63,27 @@ def test_a_terminal_that_closes_is_a_stop_unless_nohup_says_otherwise(
         rehearsal.around = ()
         assert rehearsal.resume().code == 0
     assert rehearsal.final() == undisturbed
+
+
+def test_a_full_disk_costs_lines_of_the_logs_and_no_training(
+    rehearsal: Rehearsal, small_disk: Path
+) -> None:
+    script = rehearsal.directory / "talks.py"
+    script.write_text(
+        "import torch, autoglm_resume as autoglm\n"
+        "session = autoglm.init()\n"
+        "session.track(model=torch.nn.Linear(2, 1))\n"
+        "for step in session.steps(4):\n"
+        "    print('x' * 500_000)\n"
+    )
+    checkpoints = str(rehearsal.directory / "checkpoints")
+    ended = rehearsal.run(
+        script=str(script),
+        nproc_per_node=1,
+        run_dir=str(small_disk / "run"),
+        checkpoint={"dir": checkpoints, "every": {"steps": 1}},
+    )
+    assert ended.code == 0, ended
+    assert "step-0000000004" in {path.name.split(".")[0] for path in Path(checkpoints).iterdir()}
+    log = (small_disk / "run" / "attempts" / "000" / "rank-0.log").read_bytes()
+    assert b"x" * 1000 in log
