@@ -80,9 +80,14 @@ class ResumableSampler:
         self._find_place = find_place
         self._placed += 1
 
+    @property
+    def followed(self) -> bool:
+        """Whether a session tracks it."""
+        return self._find_place is not None
+
     def advance(self) -> None:
         """Count one step's batches as consumed. Raises UsageError if a session does it."""
-        if self._find_place is not None:
+        if self.followed:
             raise UsageError(
                 "ResumableSampler: advance() was called by hand, and session.step_done() does it",
                 hint="leave it out; the steps of session.steps() are counted too",

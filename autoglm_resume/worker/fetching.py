@@ -1,25 +1,35 @@
 """What a batch draws at random while it is fetched follows from which batch it is.
 
 A DataLoader's workers are seeded when they start, so after a restart they would repeat the noise of
-the first batches. torch offers no hook between the indices of a batch and its fetching, so the two
-places where its loaders begin and fetch are wrapped here, in this process and, as this module is
-imported with the indices it is sent, in workers however they were started.
+the first batches. torch offers no hook between the indices of a batch and its fetching, so the
+places where its loaders begin, draw indices and fetch are wrapped here, in this process and, as
+this module is imported with the indices that they are sent, in workers however they were started.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data._utils.fetch import _MapDatasetFetcher
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+from autoglm_resume.errors import UsageError
 from autoglm_resume.worker import rng
 
 _begun: WeakSet[DataLoader[Any]] = WeakSet()
 _listener: Callable[[DataLoader[Any]], None] | None = None
+
+
+class Noise:
+    """What the batches of a pass draw at random comes from `seed` and their number."""
+
+    seed: int | None = None
+
+
+_numbered: WeakKeyDictionary[DataLoader[Any], Noise] = WeakKeyDictionary()
 
 
 class Dealt(list[int]):
@@ -30,36 +40,67 @@ class Dealt(list[int]):
         self.source = source
 
 
+def number(loader: DataLoader[Any], noise: Noise) -> None:
+    """Let the batches of `loader`, which counts and restores their number, draw from `noise`.
+
+    Only of a data set that is asked by index: a stream may be skipped in other steps than before.
+    """
+    if not isinstance(loader.dataset, IterableDataset):
+        _numbered[loader] = noise
+
+
 def hear_of(listener: Callable[[DataLoader[Any]], None] | None) -> None:
     """Call `listener` with every loader that was iterated in this process, or will be."""
     global _listener
     _listener = listener
-    if listener is not None:
-        for loader in list(_begun):
-            listener(loader)
+    for loader in list(_begun):
+        if _listener is not None:
+            _listener(loader)
 
 
 def samplers_of(loader: Any) -> list[Any]:
     """The sampler of batches of a loader, and what it stands on."""
     found: list[Any] = []
-    at = loader
-    while (at := getattr(at, "batch_sampler", None) or getattr(at, "sampler", None)) is not None:
-        if any(at is other for other in found):
-            break
+    at = _sampler_of(loader)
+    while at is not None and all(at is not other for other in found):
         found.append(at)
+        at = _sampler_of(at)
     return found
+
+
+def _sampler_of(obj: Any) -> Any:
+    below = getattr(obj, "batch_sampler", None)
+    return getattr(obj, "sampler", None) if below is None else below
 
 
 def _begin(self: Any, loader: DataLoader[Any]) -> None:
     _begun.add(loader)
+    self._autoglm_noise = _numbered.get(loader)
     if _listener is not None:
         _listener(loader)
-    if any(getattr(sampler, "deals_by_position", False) for sampler in samplers_of(loader)):
+    samplers = samplers_of(loader)
+    if not getattr(loader, "in_order", True) and any(
+        getattr(sampler, "followed", False) for sampler in samplers
+    ):
+        self._shutdown = True  # which __del__ would miss
+        raise UsageError(
+            "DataLoader(in_order=False) hands batches out in an order of its own, so which were"
+            " trained on cannot be known from how many were",
+            hint="leave in_order out where the sampler is tracked",
+        )
+    if any(getattr(sampler, "deals_by_position", False) for sampler in samplers):
         # It draws a seed, which nothing needs, and after a resume it would do so once more.
         with rng.kept():
             _torch_begin(self, loader)
     else:
         _torch_begin(self, loader)
+
+
+def _next_index(self: Any) -> Any:
+    index, noise = _torch_next_index(self), self._autoglm_noise
+    if noise is None or not isinstance(index, list):
+        return index
+    return Dealt(index, f"{noise.seed} {getattr(self, '_sampler_iter_yielded', 0)} {index}")
 
 
 def _fetch(self: Any, batch: Any) -> Any:
@@ -70,6 +111,8 @@ def _fetch(self: Any, batch: Any) -> Any:
 
 
 _torch_begin: Callable[..., None] = _BaseDataLoaderIter.__init__
+_torch_next_index: Callable[..., Any] = _BaseDataLoaderIter._next_index
 _torch_fetch: Callable[..., Any] = _MapDatasetFetcher.fetch
 _BaseDataLoaderIter.__init__ = _begin  # type: ignore[method-assign]
+_BaseDataLoaderIter._next_index = _next_index  # type: ignore[method-assign]
 _MapDatasetFetcher.fetch = _fetch  # type: ignore[method-assign]

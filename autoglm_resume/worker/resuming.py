@@ -31,7 +31,7 @@ class Found:
     loading: fitting.Loading
     seconds: float
 
-    def into(self, tracked: TrackedObjects, log: EventLog) -> None:
+    def into(self, tracked: TrackedObjects, log: EventLog) -> ResumePoint:
         """Load, but for what was placed before, and continue the random generators."""
         began = time.monotonic()
         point, restored, loading = self.point, self.restored, self.loading
@@ -58,6 +58,7 @@ class Found:
                 sealed=bool(point.seals),
             )
         )
+        return point
 
 
 def read(

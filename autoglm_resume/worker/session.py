@@ -129,7 +129,7 @@ class Session:
                 " of what is tracked already is iterated"
             )
         for name, obj in objects.items():
-            self._tracked.add(name, obj, self._place)
+            self._tracked.add(name, obj, self._place, self._where, self._warn)
             self._updates.track(obj)
             gradients = self._tracked.gradients
             hooks.watch(obj, self._pulse, gradients.forward, gradients.stepped)
@@ -150,6 +150,7 @@ class Session:
                     self._restore(self._found)
                 self._resumed = True
                 self._updates.seen = False  # some make an optimizer's state before
+                self._tracked.resumed(self._completed, self._warn)
                 self._pulse.at(self._completed)
         return self._completed
 
@@ -162,12 +163,11 @@ class Session:
         """
         start = self.resume()
         if odd := self._loop.plan(total, start):
-            self._events.emit(events.WarningGiven(text=odd))
-            if self._assignment is None:
-                output.say(odd)
+            self._warn(odd)
         elif self._assignment is None:
             alone.require_steps(self._settings, start, total)
         self._events.emit(events.StepsPlanned(total=total))
+        self._tracked.training()
         try:
             for step in range(start, total):
                 self._loop.enter(step, sys._getframe(1))
@@ -365,6 +365,9 @@ class Session:
                     self._tracked.place(self._found.loading)
                 self._pulse.phase(Phase.START)
 
+    def _where(self) -> str:
+        return f"{self.rank} {self._completed}"
+
     def _restore(self, found: resuming.Found) -> None:
         found.into(self._tracked, self._events)
         point = found.point
@@ -372,6 +375,12 @@ class Session:
         # What is only in memory yet may never be written: if no step follows, it is saved again.
         self._saved_step = -1 if point.seals else point.step
         self._lineage = (point.id, *found.restored.part.lineage)[:LINEAGE]
+
+    def _warn(self, text: str) -> None:
+        if self.rank == 0:
+            self._events.emit(events.WarningGiven(text=text))
+            if self._assignment is None:
+                output.say(text)
 
     def _last_word(self) -> None:
         """At the end of a process without a supervisor, which would say it."""

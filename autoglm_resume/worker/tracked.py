@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from autoglm_resume import files
 from autoglm_resume.checkpoint.format.document import digest
@@ -15,9 +16,10 @@ from autoglm_resume.checkpoint.format.parameters import Parameters
 from autoglm_resume.checkpoint.format.structure import Structure
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.errors import UsageError
-from autoglm_resume.worker import rng
+from autoglm_resume.worker import fetching, rng
 from autoglm_resume.worker.data import ResumableSampler
 from autoglm_resume.worker.fitting import Loading
+from autoglm_resume.worker.loaders import Follower, deals_data, hear_of_untracked, is_iterated
 from autoglm_resume.worker.parameters import ParameterWatch, has_parameters
 from autoglm_resume.worker.pending_gradients import GRADIENTS, PendingGradients
 from autoglm_resume.worker.restoring import RNG
@@ -29,6 +31,10 @@ from autoglm_resume.worker.saving.description import (
 
 LARGEST_CONFIG = 1 << 30
 """Bytes of a config file that is part of the model hash."""
+
+
+PASSES = "passes"
+"""Among the generators: seeds of the present passes over loaders, by name."""
 
 
 class TrackedObjects:
@@ -45,12 +51,20 @@ class TrackedObjects:
         """Of a state of these tables."""
         self.led: set[str] = set()
         """Names of modules whose buffers are rank 0's."""
+        self._followers: dict[str, Follower] = {}
         self._placed = False
 
-    def add(self, name: str, obj: Any, find_place: Callable[[], None]) -> None:
+    def add(
+        self,
+        name: str,
+        obj: Any,
+        find_place: Callable[[], None],
+        where: Callable[[], str],
+        say: Callable[[str], None],
+    ) -> None:
         """Raises UsageError for what cannot be tracked.
 
-        What deals data calls `find_place` when it is iterated.
+        What deals data calls `find_place` when it is iterated; for the rest see `Follower`.
         """
         if name in (RNG, GRADIENTS) or name in self.objects:
             raise UsageError(f"session.track({name}=…): that name is taken")
@@ -58,7 +72,9 @@ class TrackedObjects:
             raise UsageError(
                 f"session.track({name}=…): {type(obj).__name__} has no state_dict() and "
                 "load_state_dict()",
-                hint="give it both; they may return and take any plain values and tensors",
+                hint="give it an autoglm.ResumableSampler as batch_sampler=, and track that"
+                if isinstance(obj, DataLoader)
+                else "give it both; they may return and take any plain values and tensors",
             )
         if isinstance(obj, torch.nn.parallel.DistributedDataParallel):
             never_free(obj)
@@ -68,6 +84,8 @@ class TrackedObjects:
         self._descriptions[name] = description_of(name, obj)
         if isinstance(obj, ResumableSampler):
             obj.follow(find_place)
+        elif is_iterated(obj):
+            self._followers[name] = Follower(name, obj, find_place, where, say)
 
     def begin(self) -> None:
         """Before anything is restored: `parameters` tell what changed since."""
@@ -88,22 +106,38 @@ class TrackedObjects:
 
     def place(self, loading: Loading) -> None:
         """Load what deals data, once."""
-        if not self._placed:
-            loading.into({name: obj for name, obj in self.objects.items() if deals_data(obj)})
+        if self._placed:
+            return
         self._placed = True
+        loading.into({name: obj for name, obj in self.objects.items() if deals_data(obj)})
+        seeds = loading.states.get(RNG, {}).get(PASSES, {})
+        for name, follower in self._followers.items():
+            if name in loading.states:
+                follower.restored(loading.states[name], seeds.get(name))
 
     def load(self, loading: Loading) -> None:
-        """Load everything, but for what was placed."""
-        loading.into(
-            {n: obj for n, obj in self.objects.items() if not (self._placed and deals_data(obj))}
-        )
-        self._placed = True
+        """Load everything."""
+        self.place(loading)
+        loading.into({name: obj for name, obj in self.objects.items() if not deals_data(obj)})
+
+    def resumed(self, step: int, say: Callable[[str], None]) -> None:
+        """The run goes on at `step`."""
+        if not self.deals_data:
+            hear_of_untracked(step, say)
+
+    def training(self) -> None:
+        """It begins. Raises UsageError where that is too late for a loader that has begun."""
+        for follower in self._followers.values():
+            follower.training()
 
     def step_done(self) -> None:
-        """The position in the data moves on."""
+        """The position in the data moves on. Raises UsageError where that cannot be right."""
         for obj in self.objects.values():
             if isinstance(obj, ResumableSampler):
                 obj.step_done()
+        for follower in self._followers.values():
+            follower.step_done()
+        fetching.hear_of(None)  # what is iterated from here on is for evaluation, as a rule
 
     @property
     def deals_data(self) -> bool:
@@ -118,7 +152,9 @@ class TrackedObjects:
         trained = self._all_trained(tuple(each.trained for each in optimizers.values()))
         others = {n: d.state(trained) for n, d in described if n not in optimizers}
         found = {name: (states | others)[name] for name in self.objects}
-        found[RNG] = capture.state_of(RNG, rng.capture())
+        seeds = {n: f.noise.seed for n, f in self._followers.items() if f.noise.seed is not None}
+        generators = rng.capture() | ({PASSES: seeds} if seeds else {})
+        found[RNG] = capture.state_of(RNG, generators)
         if gradients := self.gradients.state():
             found[GRADIENTS] = capture.state_of(GRADIENTS, gradients)
         self._learn_parameters(found)
@@ -144,11 +180,6 @@ class TrackedObjects:
         }
         config = {path: digest(files.read(Path(path), LARGEST_CONFIG)) for path in config_files}
         return capture.structure_of(tensors, config)
-
-
-def deals_data(obj: Any) -> bool:
-    """A sampler, or a stateful loader such as torchdata's."""
-    return isinstance(obj, ResumableSampler) or "DataLoader" in type(obj).__name__
 
 
 def never_free(obj: object) -> None:

@@ -96,6 +96,23 @@ class Sampled:
         return range(self.sampler.epoch, 3)
 
 
+class Stateful:
+    """A loader that keeps its position by itself, as torchdata's does."""
+
+    def __init__(self, **options: Any) -> None:
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        self.loader = StatefulDataLoader(Noisy(), BATCH, shuffle=True, collate_fn=masked, **options)
+        self.tracked = {"loader": self.loader}
+
+    def epochs(self, step: int) -> range:
+        return range(step // len(self.loader), 3)
+
+
+def stateful(**options: Any) -> Any:
+    return lambda training: Stateful(**options)
+
+
 def sampled(**options: Any) -> Any:
     return lambda training: Sampled(training.endless, **options)
 
@@ -105,6 +122,9 @@ FEEDS: dict[str, Any] = {
     "workers": sampled(num_workers=2),
     "persistent": sampled(num_workers=2, persistent_workers=True, prefetch_factor=3),
     "spawned": sampled(num_workers=1, multiprocessing_context="spawn"),
+    "stateful": stateful(),
+    "stateful-workers": stateful(num_workers=2),
+    "stateful-persistent": stateful(num_workers=2, persistent_workers=True),
     "at-once": sampled(num_workers=2, data=NoisyAtOnce),
     "at-once-main": sampled(data=NoisyAtOnce),
 }
