@@ -22,8 +22,9 @@ AGENT = -1
 """Key of the torchrun process itself in a group."""
 STUCK = 5.0
 """Seconds to wait for the end of a killed orphan."""
-REPORT = 5.0
-"""Seconds for torchrun to say how its ranks ended; it looks ten times a second."""
+REPORT = 30.0
+"""Seconds for torchrun to say how its ranks ended: it does so within one, but on busy processors 5
+were not enough, and the rank that failed first was not told from those that torchrun ended."""
 UNKILLABLE = 60.0
 """Seconds after SIGKILL when a rank must be stuck in the kernel."""
 
