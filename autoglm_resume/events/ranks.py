@@ -66,6 +66,8 @@ class Resharded(OfRank):
     """Samples that a step takes from now on, None if not known."""
     seeded_anew: tuple[int, ...] = ()
     """Ranks whose generators the checkpoint does not have."""
+    rank_zeros: tuple[str, ...] = unsaid(())
+    """Buffers that other ranks had otherwise."""
 
 
 class Refused(OfRank):

@@ -69,6 +69,7 @@ class ParameterWatch:
             {n: began for n, began in self._counts.items() if len(groups[n]) > began},
             thawed=tuple(sorted(name for name in changed if trained[name])),
             frozen=tuple(sorted(name for name in changed if not trained[name])),
+            buffers=tuple(name.replace("/", ".", 1) for name in buffers_of(self._objects)),
         )
 
 
@@ -80,6 +81,20 @@ def optimizers_of(objects: Mapping[str, Any]) -> list[tuple[str, Any]]:
 def has_parameters(obj: Any) -> bool:
     """Whether it is a module or has groups of parameters."""
     return isinstance(obj, torch.nn.Module) or hasattr(obj, "param_groups")
+
+
+def buffers_of(objects: Mapping[str, Any]) -> list[str]:
+    """As a state names them, `<object>/<name in the module>`, of modules that have parameters.
+
+    Where ranks have the same parameters, a module is one model's: what DistributedDataParallel
+    makes alike before every forward pass, and others only when they save it, is rank 0's.
+    """
+    return [
+        f"{name}/{key}"
+        for name, obj in objects.items()
+        if isinstance(obj, torch.nn.Module) and any(True for _ in obj.parameters())
+        for key, _ in obj.named_buffers()
+    ]
 
 
 def _trained(named: NamedParameters) -> dict[str, bool]:

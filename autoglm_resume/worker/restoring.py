@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from autoglm_resume.checkpoint.format import renaming
@@ -17,6 +17,8 @@ from autoglm_resume.events import Resharded
 from autoglm_resume.protocol.assignment import ResumePoint
 from autoglm_resume.worker import rng
 from autoglm_resume.worker.data import ResumableSampler
+from autoglm_resume.worker.grouping import listed
+from autoglm_resume.worker.parameters import buffers_of
 
 RNG = "rng"
 """The object that every rank has one of its own of."""
@@ -28,15 +30,14 @@ def read(
     rank: int,
     world_size: int,
     objects: Mapping[str, Any],
-    led: Collection[str],
     rename: Mapping[str, str],
     held: Snapshot | None,
 ) -> RestoredPart:
     """What `objects` are to be now; from memory where the snapshot is still `held`, else from
     storage, and from all ranks' parts if it was made by another number of them.
 
-    Of the modules in `led`, all ranks get the buffers of rank 0. `rename` is used only to find out
-    how tensors are sharded now. Raises CheckpointError.
+    Buffers of modules that other ranks had otherwise are rank 0's. `rename` is used only to find
+    out how tensors are sharded now. Raises CheckpointError.
     """
 
     def renamed(name: str) -> str:
@@ -58,8 +59,7 @@ def read(
                 with contextlib.suppress(CorruptCheckpoint):
                     return restore.read(store, path, rank, present=present, memory=held)
             return restore.read(store, path, rank, present=present)
-    buffers = {f"{name}/{key}" for name in led for key, _ in objects[name].named_buffers()}
-    restored = reshard.read(store, path, rank, present, own=[RNG], led=buffers)
+    restored = reshard.read(store, path, rank, present, own=[RNG], led=buffers_of(objects))
     for name, obj in objects.items():
         if isinstance(obj, ResumableSampler) and name in restored.states:
             _require_samples(f"{restored.part.id}: {name}", restored.states[name], world_size)
@@ -97,16 +97,26 @@ def generators(restored: RestoredPart, rank: int) -> None:
         rng.derive(f"{restored.part.objects[RNG]} rank {rank}")
 
 
-def resharded(before: int, now: int, objects: Mapping[str, Any]) -> Resharded:
-    """What changes when a checkpoint of `before` ranks goes on with `now` of them; not which.
+def resharded(restored: RestoredPart, now: int, objects: Mapping[str, Any]) -> Resharded:
+    """What changes when a checkpoint of other ranks goes on with `now` of them; not which.
 
     A step consumes `global_batch` samples from now on: the batches of the ranks keep their size.
     """
     samplers = [obj for obj in objects.values() if isinstance(obj, ResumableSampler)]
+    before = restored.part.world_size
     batches = [s.batch_size * s.batches_per_step * now for s in samplers]
     return Resharded(
         from_=before,
         to=now,
         global_batch=batches[0] if len(batches) == 1 else None,
         seeded_anew=tuple(range(before, now)),
+        rank_zeros=tuple(sorted(restored.led)),
+    )
+
+
+def told_of_buffers(names: Sequence[str]) -> str:
+    """That ranks go on with other buffers than they had."""
+    return (
+        f"ranks had different buffers, and all go on with rank 0's, as DistributedDataParallel has"
+        f" it: {listed(names)}"
     )

@@ -47,8 +47,10 @@ class Found:
         put_back(restored.states.get(GRADIENTS, {}), tracked.objects)
         restoring.generators(restored, rank)
         if restored.part.world_size != world_size and rank == 0:
-            said = restoring.resharded(restored.part.world_size, world_size, tracked.objects)
+            said = restoring.resharded(restored, world_size, tracked.objects)
             log.emit(said.but(id=point.id, step=point.step))
+            if restored.led:
+                output.say(restoring.told_of_buffers(said.rank_zeros))
         log.emit(
             events.StateRestored(
                 id=point.id,
@@ -82,7 +84,6 @@ def read(
             settings.rank,
             settings.world_size,
             tracked.objects,
-            tracked.led,
             settings.checkpoint.rename,
             held,
         )

@@ -49,8 +49,6 @@ class TrackedObjects:
         self._tables: list[capture.TensorTable] = []
         self._parameters: Parameters | None = None
         """Of a state of these tables."""
-        self.led: set[str] = set()
-        """Names of modules whose buffers are rank 0's."""
         self._followers: dict[str, Follower] = {}
         self._placed = False
 
@@ -78,8 +76,6 @@ class TrackedObjects:
             )
         if isinstance(obj, torch.nn.parallel.DistributedDataParallel):
             never_free(obj)
-        if led_by_rank_zero(obj):
-            self.led.add(name)
         self.objects[name] = obj = unwrapped(obj)
         self._descriptions[name] = description_of(name, obj)
         if isinstance(obj, ResumableSampler):
@@ -190,12 +186,6 @@ def never_free(obj: object) -> None:
     were done hung three times in a row.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(obj))
-
-
-def led_by_rank_zero(obj: Any) -> bool:
-    """Whether every forward pass begins with the buffers (as of a BatchNorm) of rank 0."""
-    obj = getattr(obj, "_orig_mod", obj)
-    return isinstance(obj, torch.nn.parallel.DistributedDataParallel) and obj.broadcast_buffers
 
 
 def unwrapped(obj: Any) -> Any:

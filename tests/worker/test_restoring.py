@@ -47,9 +47,9 @@ def store(tmp_path: Path) -> Store:
     return store
 
 
-def read(store: Store, rank: int, ranks: int, led: tuple[str, ...] = ("model",)) -> RestoredPart:
+def read(store: Store, rank: int, ranks: int) -> RestoredPart:
     point = ResumePoint(ID, 3, store.load_manifest(store.directory(ID)).digest)
-    return restoring.read(point, store, rank, ranks, objects(ranks, rank), led, {}, None)
+    return restoring.read(point, store, rank, ranks, objects(ranks, rank), {}, None)
 
 
 def draws(store: Store, rank: int, ranks: int) -> tuple[float, float]:
@@ -71,11 +71,27 @@ def test_ranks_that_were_there_keep_their_generators_and_new_ones_get_their_own(
     assert after == [draws(store, rank, 5) for rank in range(5)], "again the same"
 
 
-def test_buffers_follow_rank_zero_where_ddp_would_do_that_too(store: Store) -> None:
-    assert read(store, 1, 2).states["model"]["running_mean"].tolist() == [0, 0]
-    assert read(store, 1, 3).states["model"]["running_mean"].tolist() == [1, 1]
-    with pytest.raises(WorldSizeMismatch, match="model/running_mean: rank 1 had another one"):
-        read(store, 1, 2, led=())
+def test_buffers_follow_rank_zero_where_all_have_the_same_parameters(store: Store) -> None:
+    restored = read(store, 1, 2)
+    assert restored.states["model"]["running_mean"].tolist() == [0, 0]
+    assert restored.led == {"model/running_mean"}
+    said = restoring.resharded(restored, 2, objects(2))
+    assert said.rank_zeros == ("model/running_mean",)
+    assert "rank 0's" in restoring.told_of_buffers(said.rank_zeros)
+    restored = read(store, 1, 3)
+    assert restored.states["model"]["running_mean"].tolist() == [1, 1]
+    assert not restored.led
+
+
+def test_modules_of_other_parameters_are_not_one_model(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for rank in range(3):
+        norm = torch.nn.BatchNorm1d(2)
+        norm.weight.data.fill_(rank)
+        snapshot = capture.take({"model": norm.state_dict()}, id=ID, rank=rank, world_size=3)
+        PartWriter(store, share=False).persist(snapshot)
+    with pytest.raises(WorldSizeMismatch, match="model/weight: rank 1 had another one"):
+        read(store, 1, 2)
 
 
 def test_the_position_in_the_data_is_everybodys(store: Store) -> None:
@@ -84,15 +100,15 @@ def test_the_position_in_the_data_is_everybodys(store: Store) -> None:
         read(store, 0, 29)
 
 
-def test_what_changes_is_said() -> None:
-    changed = Resharded(from_=2, to=4, global_batch=16, seeded_anew=(2, 3))
-    assert restoring.resharded(2, 4, objects(4)) == changed
+def test_what_changes_is_said(store: Store) -> None:
+    changed = Resharded(from_=3, to=5, global_batch=20, seeded_anew=(3, 4))
+    assert restoring.resharded(read(store, 0, 3), 5, objects(5)) == changed
 
 
 def test_another_checkpoint_than_the_gate_saw_is_not_loaded(store: Store) -> None:
     point = ResumePoint(ID, 3, "blake3:another")
     with pytest.raises(CorruptCheckpoint, match="as the gate saw it"):
-        restoring.read(point, store, 0, 3, objects(3), (), {}, None)
+        restoring.read(point, store, 0, 3, objects(3), {}, None)
 
 
 def test_a_snapshot_in_memory_is_what_was_sealed_or_nothing(store: Store) -> None:
@@ -101,7 +117,7 @@ def test_a_snapshot_in_memory_is_what_was_sealed_or_nothing(store: Store) -> Non
                          world_size=3)  # fmt: skip
     names = [item.named().name for item in items_of(taken)]
     point = ResumePoint(ID, 3, "", (in_memory.seal(taken, names),) * 3)
-    found = restoring.read(point, store, 0, 3, tracked, (), {}, taken)
+    found = restoring.read(point, store, 0, 3, tracked, {}, taken)
     assert found.from_memory
     assert found.states["sampler"] == tracked["sampler"].state_dict()
     PartWriter(Store(store.root / "other"), share=False).persist(replace(taken, world_size=1))
@@ -109,6 +125,6 @@ def test_a_snapshot_in_memory_is_what_was_sealed_or_nothing(store: Store) -> Non
     assert found.part.objects == stored.objects, "as if it had been on storage"
     taken.tensors[0].data[3] ^= 1
     with pytest.raises(CorruptCheckpoint, match="expected seal"):
-        restoring.read(point, store, 0, 3, tracked, (), {}, taken)
+        restoring.read(point, store, 0, 3, tracked, {}, taken)
     with pytest.raises(CorruptCheckpoint, match="not in memory any more"):
-        restoring.read(point, store, 0, 3, tracked, (), {}, None)
+        restoring.read(point, store, 0, 3, tracked, {}, None)

@@ -28,6 +28,8 @@ class Parameters:
     """Names of what is trained and was not at the start of the script, sorted."""
     frozen: tuple[str, ...] = ()
     """And of what is not trained any more."""
+    buffers: tuple[str, ...] = ()
+    """Names of what else modules with parameters hold, such as the running mean of a BatchNorm."""
 
     @cached_property
     def text(self) -> bytes:
@@ -59,6 +61,7 @@ class Parameters:
             "began_with": dict(self.began_with),
             "thawed": list(self.thawed),
             "frozen": list(self.frozen),
+            "buffers": list(self.buffers),
         }
 
     @classmethod
@@ -77,6 +80,7 @@ class Parameters:
             {name: count.whole() for name, count in node["began_with"].members().items()},
             tuple(name.text() for name in node["thawed"].items()),
             tuple(name.text() for name in node["frozen"].items()),
+            tuple(name.text() for name in node["buffers"].items()),
         )
 
 

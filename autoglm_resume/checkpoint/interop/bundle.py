@@ -107,7 +107,8 @@ def nested(bundle: Bundle) -> dict[str, Any]:
     for name in {name: None for rank in ranks for name in rank["objects"]}:
         holders = [(n, rank) for n, rank in enumerate(ranks) if name in rank["objects"]]
         spellings = [[_unplaced(rank["state"][name]), _keys(rank, name)] for _, rank in holders]
-        if len(holders) == len(ranks) and all(s == spellings[0] for s in spellings):
+        alike = len(holders) == len(ranks) and all(s == spellings[0] for s in spellings)
+        if alike or name in document.get("led", ()):  # which exports of older versions lack
             found[name] = _decoded(bundle, ranks[0], name)
             continue
         for number, rank in holders:

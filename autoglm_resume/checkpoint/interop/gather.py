@@ -16,7 +16,7 @@ from autoglm_resume.checkpoint.format.manifest import Manifest
 from autoglm_resume.checkpoint.format.part import Part
 from autoglm_resume.checkpoint.format.tables import CHUNK_BYTES, Tensor, object_of
 from autoglm_resume.checkpoint.interop.bundle import FORMAT, Bundle
-from autoglm_resume.checkpoint.state import layout, restore, tree
+from autoglm_resume.checkpoint.state import layout, reshard, restore, tree
 from autoglm_resume.checkpoint.state.sharding import Box, Shape
 from autoglm_resume.checkpoint.store.store import Store
 
@@ -89,6 +89,7 @@ def _entries(parts: Sequence[Part]) -> Iterator[_Entry]:
         group = (leaf.name, leaf.tensor.dtype, leaf.shape, leaf.joint)
         groups.setdefault(group, []).append(leaf)
     used: set[str] = set()
+    led = led_objects(parts)
     for (name, dtype, shape, joint), leaves in groups.items():
         if joint:
             together = _cover(leaves, shape)
@@ -100,8 +101,27 @@ def _entries(parts: Sequence[Part]) -> Iterator[_Entry]:
             continue
         for leaf in leaves:
             alone = replace(leaf, box=Box.whole(leaf.tensor.shape))
-            key = _key(name, f"rank{leaf.part.rank}/", used)
+            # A buffer of a model that all ranks have is the model's as rank 0 has it.
+            plain = leaf.part.rank == 0 and object_of(name) in led
+            key = _key(name, "" if plain else f"rank{leaf.part.rank}/", used)
             yield _Entry(key, dtype, leaf.tensor.shape, [alone], [alone])
+
+
+def led_objects(parts: Sequence[Part]) -> set[str]:
+    """Those that all ranks have alike but for buffers of a module: one model, as rank 0 has it."""
+    first = parts[0]
+    known = first.parameters.buffers if first.parameters else ()
+    buffers = {name.replace(".", "/", 1) for name in known}
+    found = set()
+    for name in {object_of(buffer) for buffer in buffers} & first.objects.keys():
+        others = [part for part in parts[1:] if name in part.objects]
+        if len(others) == len(parts) - 1 and all(
+            not reshard.difference(first.state[name], other.state[name], name)
+            and buffers.issuperset(reshard.differing_tensors(first, other, name))
+            for other in others
+        ):
+            found.add(name)
+    return found
 
 
 def _cover(leaves: Sequence[_Leaf], shape: Shape) -> list[_Leaf] | None:
@@ -201,6 +221,7 @@ def _document(
         "versions": dict(manifest.versions),
         "metrics": dict(manifest.metrics),
         "dcp": _by_dcp(parts),
+        "led": sorted(led_objects(parts)),
         "tensors": {entry.key: [entry.dtype, list(entry.shape)] for entry in entries},
         "ranks": [
             {

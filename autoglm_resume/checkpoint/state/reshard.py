@@ -58,7 +58,7 @@ def read(
     states = {
         name: state for name, state in first.state.items() if name not in own or first.rank == rank
     }
-    _require_alike(parts, [name for name in states if name not in own], led)
+    others = _led(parts, [name for name in states if name not in own], frozenset(led))
     needed = [tensor for tensor in first.tensors if object_of(tensor.name) in states]
     shardings = [shardings_of(part) for part in parts]
     tables = [{tensor.name: tensor for tensor in part.tensors} for part in parts]
@@ -92,7 +92,7 @@ def read(
         local = layout.ordered(name, tensors[name], found[name])
         tensors[name] = arrangement.wrap(local, shape)
     mine = replace(first, state=states)
-    return RestoredPart(mine, decoded(mine, tensors))
+    return RestoredPart(mine, decoded(mine, tensors), led=others)
 
 
 @dataclass(frozen=True)
@@ -159,15 +159,22 @@ def _empty(path: Path, name: str, shape: Shape, dtype: str) -> torch.Tensor:
         raise CheckpointError(f"{path}: {name}: no memory for it: {error}") from error
 
 
-def _require_alike(parts: Sequence[Part], names: Sequence[str], led: Collection[str]) -> None:
-    """Raise WorldSizeMismatch, naming where, unless all ranks had these objects alike."""
+def _led(parts: Sequence[Part], names: Sequence[str], led: Collection[str]) -> Collection[str]:
+    """Tensors in `led` that ranks had differently, though they had these objects alike otherwise.
+
+    Raises WorldSizeMismatch, naming where, if they had not.
+    """
     first = parts[0]
+    others: set[str] = set()
     for other in parts[1:]:
         for name in names:
             if first.objects.get(name) == other.objects.get(name):
                 continue
-            where = _difference(first.state.get(name), other.state.get(name), name)
-            where = where or _other_tensor(first, other, name, led)
+            where = difference(first.state.get(name), other.state.get(name), name)
+            if not where:
+                differing = differing_tensors(first, other, name)
+                others.update(each for each in differing if each in led)
+                where = next((each for each in differing if each not in led), "")
             if where:
                 raise WorldSizeMismatch(
                     f"{first.id}: {where}: rank {other.rank} had another one than rank 0, so"
@@ -176,21 +183,23 @@ def _require_alike(parts: Sequence[Part], names: Sequence[str], led: Collection[
                     " same state on every rank (a position in the data is that, as autoglm's"
                     " ResumableSampler has it)",
                 )
+    return others
 
 
-def _other_tensor(first: Part, other: Part, name: str, led: Collection[str]) -> str:
-    """The first tensor of an object that two ranks had differently; empty without one."""
-    passed = {*led, *leaves.sharded_leaves(first.state[name])}
-    theirs = {tensor.name: tensor for tensor in other.tensors}
-    for tensor in first.tensors:
-        if object_of(tensor.name) == name and tensor.name not in passed:
-            found = theirs.get(tensor.name)
-            if found is None or replace(found, chunks=()) != replace(tensor, chunks=()):
-                return tensor.name
-    return ""
+def differing_tensors(first: Part, other: Part, name: str) -> list[str]:
+    """The tensors of an object that two ranks had differently, but for shards of one."""
+    passed = leaves.sharded_leaves(first.state[name])
+    theirs = {tensor.name: replace(tensor, chunks=()) for tensor in other.tensors}
+    return [
+        tensor.name
+        for tensor in first.tensors
+        if object_of(tensor.name) == name
+        and tensor.name not in passed
+        and theirs.get(tensor.name) != replace(tensor, chunks=())
+    ]
 
 
-def _difference(ours: Json, theirs: Json, where: str) -> str:
+def difference(ours: Json, theirs: Json, where: str) -> str:
     """Where two trees differ, other than in how DTensors are spread; empty if nowhere."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         if "$dtensor" in ours and "$dtensor" in theirs:
@@ -205,4 +214,4 @@ def _difference(ours: Json, theirs: Json, where: str) -> str:
         pairs = [(where, a, b) for a, b in zip(ours, theirs, strict=True)]
     else:
         return "" if type(ours) is type(theirs) and ours == theirs else where
-    return next(filter(None, (_difference(a, b, where) for where, a, b in pairs)), "")
+    return next(filter(None, (difference(a, b, where) for where, a, b in pairs)), "")

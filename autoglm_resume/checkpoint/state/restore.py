@@ -6,7 +6,7 @@ nothing but the time to read it. A snapshot in shared memory is copied out, neve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ class RestoredPart:
     part: Part
     states: Mapping[str, Any]
     from_memory: bool = False
+    led: Collection[str] = ()
+    """Names of tensors that are rank 0's though others had other ones."""
 
 
 def read(

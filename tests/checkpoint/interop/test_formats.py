@@ -31,6 +31,7 @@ from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.part_writer import PartWriter
 from autoglm_resume.errors import AutoglmError, CorruptCheckpoint, UsageError
+from autoglm_resume.worker.parameters import ParameterWatch
 from tests.checkpoint.ranks import ranks
 
 OUT = {"safetensors": "out.safetensors", "torch": "out.pt", "dcp": "out"}
@@ -126,6 +127,31 @@ def test_safetensors_have_every_tensor_once_under_the_name_of_its_object(source:
     if two:
         for rank in (0, 1):
             assert torch.equal(found[f"rank{rank}/rng.torch"], state(rank)["rng"]["torch"])
+
+
+@every_kind
+def test_buffers_of_one_model_are_exported_as_rank_zero_has_them(kind: str, tmp_path: Path) -> None:
+    store = Store(tmp_path / "from")
+
+    def saved(rank: int) -> Snapshot:
+        norm = torch.nn.BatchNorm1d(3)
+        norm.running_mean.fill_(rank + 1)  # type: ignore[union-attr]
+        known = ParameterWatch({"model": norm}).parameters()
+        identity = {"id": ID, "rank": rank, "world_size": 2, "parameters": known}
+        return capture.take({"model": norm.state_dict()}, **identity)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda rank: PartWriter(store).persist(saved(rank)), (0, 1)))
+    source = store.directory(ID)
+    out = export(kind, source)
+    back(source, out)
+    if kind == "torch":
+        assert torch.load(out)["model"]["running_mean"].tolist() == [1, 1, 1]
+    if kind == "safetensors":
+        found = safetensors.torch.load_file(out)
+        assert found["model.running_mean"].tolist() == [1, 1, 1]
+        assert found["rank1/model.running_mean"].tolist() == [2, 2, 2]
+        assert "model.weight" in found
 
 
 def test_torch_load_takes_the_states_by_default(source: Path) -> None:
