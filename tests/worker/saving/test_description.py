@@ -90,8 +90,8 @@ def test_what_stays_the_same_is_described_once(kind: str) -> None:
     optimizer = OPTIMIZERS[kind](model.parameters())
     step(model, optimizer)
     tracked = TrackedObjects()
-    tracked.add("model", model, lambda: None)
-    tracked.add("optimizer", optimizer, lambda: None)
+    tracked.add("model", model, lambda: None, str, print)
+    tracked.add("optimizer", optimizer, lambda: None, str, print)
     before = tracked.state().objects
     for _ in range(3):
         step(model, optimizer)
@@ -197,8 +197,8 @@ def test_only_what_an_optimizers_step_changes_is_marked_so() -> None:
     optimizer.step()
     model[0].bias.requires_grad_(False)
     tracked = TrackedObjects()
-    tracked.add("model", model, lambda: None)
-    tracked.add("optimizer", optimizer, lambda: None)
+    tracked.add("model", model, lambda: None, str, print)
+    tracked.add("optimizer", optimizer, lambda: None, str, print)
     objects = tracked.state().objects
     marked = {
         name
