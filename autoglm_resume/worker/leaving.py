@@ -2,11 +2,12 @@
 
 Python closes an iterator alike when a loop is left by `break` and when an exception passes, and
 does not close one that a variable holds. So the frames of the script are looked at: which
-instruction each is at.
+instruction each is at, and whether that leads back to the head of the loop.
 """
 
 from __future__ import annotations
 
+import bisect
 import dis
 import functools
 import weakref
@@ -21,12 +22,15 @@ _NEXT = "FOR_ITER"
 _REGULAR = frozenset({"POP_TOP", "POP_ITER", "END_FOR", _NEXT})
 """What a frame is doing that drops the iterator of a loop by `break` or `return`, or because
 another iterator of a `zip`, or an `islice`, was at its end."""
+_ENDS = frozenset({"RETURN_VALUE", "RETURN_CONST", "RAISE_VARARGS", "RERAISE"})
+_JUMPS = frozenset((*dis.hasjrel, *dis.hasjabs))
+_FILLERS = frozenset({"EXTENDED_ARG", "NOP", "CACHE", "NOT_TAKEN"})
 
 
 class Loop:
     """The loop that a script runs over steps; `step` is the one that runs, None before and after.
 
-    Where the iterator is wrapped in others, loops of theirs are among `_bodies`, and do no harm.
+    Where the iterator is wrapped in others, loops of theirs are among the `_heads`, and do no harm.
     """
 
     def __init__(self) -> None:
@@ -34,7 +38,8 @@ class Loop:
         self._planned = -1
         """Steps that the script has asked for so far."""
         self._at: tuple[CodeType | None, int] = (None, -1)
-        self._bodies: list[tuple[CodeType, range]] = []
+        self._heads: list[tuple[CodeType, int]] = []
+        """Where each of the loops asks for its next item."""
 
     def plan(self, total: int, completed: int) -> str:
         """The script asks for the steps up to `total`; returns what is odd about that, if anything.
@@ -60,22 +65,23 @@ class Loop:
         at = (asked.f_code, asked.f_lasti) if asked else (None, -1)
         if at == self._at:
             return
-        self._at, self._bodies = at, []
+        self._at, self._heads = at, []
         while asked is not None:
-            name, end = _instruction(asked)
+            offset, name = _instruction(asked)
             if name != _NEXT:
                 break
-            self._bodies.append((asked.f_code, range(asked.f_lasti, end)))
+            self._heads.append((asked.f_code, offset))
             asked = asked.f_back
 
     def left(self) -> None:
         """No step runs any more."""
         self.step = None
 
-    def has(self, frame: FrameType | None) -> bool:
-        """Whether a step runs, and `frame` was called from the body of the loop."""
+    def goes_on(self, frame: FrameType | None) -> bool:
+        """Whether a step runs, and from where `frame` is the loop may go on to the next."""
         while self.step is not None and frame is not None:
-            if any(frame.f_code is code and frame.f_lasti in body for code, body in self._bodies):
+            at, _ = _instruction(frame)
+            if any(c is frame.f_code and _leads_to(c, at, head) for c, head in self._heads):
                 return True
             frame = frame.f_back
         return False
@@ -83,21 +89,56 @@ class Loop:
 
 def regularly(frame: FrameType | None) -> bool:
     """Whether `frame`, in which an iterator was dropped, has left its loop by its own will."""
-    return frame is not None and _instruction(frame)[0] in _REGULAR
+    return frame is not None and _instruction(frame)[1] in _REGULAR
 
 
-def _instruction(frame: FrameType) -> tuple[str, int]:
-    """That it is at: the name, and of a jump where it leads."""
-    return _instructions(frame.f_code).get(frame.f_lasti, ("", 0))
+def _instruction(frame: FrameType) -> tuple[int, str]:
+    """Offset and name of that which `frame` is at."""
+    # Python may be at what it keeps behind an instruction, or at the prefix of a long one.
+    offsets, instructions = _instructions(frame.f_code)
+    at = max(0, bisect.bisect(offsets, frame.f_lasti) - 1)
+    while instructions[at].opname == "EXTENDED_ARG":
+        at += 1
+    return offsets[at], instructions[at].opname
 
 
 @functools.lru_cache(maxsize=8)
-def _instructions(code: CodeType) -> dict[int, tuple[str, int]]:
-    jumps = {*dis.hasjrel, *dis.hasjabs}
-    return {
-        each.offset: (each.opname, each.argval if each.opcode in jumps else 0)
-        for each in dis.get_instructions(code)
-    }
+def _instructions(code: CodeType) -> tuple[list[int], list[dis.Instruction]]:
+    found = list(dis.get_instructions(code))
+    return [each.offset for each in found], found
+
+
+@functools.lru_cache(maxsize=64)
+def _leads_to(code: CodeType, start: int, head: int) -> bool:
+    """Whether what follows the instruction at `start` may come to the one at `head`, and not by
+    beginning that loop anew.
+
+    Where an instruction lies says nothing: the compiler copies what follows a `break` into a loop.
+    """
+    offsets, instructions = _instructions(code)
+    before = offsets.index(head) - 1
+    while before >= 0 and instructions[before].opname in _FILLERS:
+        before -= 1
+    seen, queue = {before}, _after(instructions, offsets.index(start), offsets)
+    while queue:
+        at = queue.pop()
+        if offsets[at] == head:
+            return True
+        if at not in seen:
+            seen.add(at)
+            queue += _after(instructions, at, offsets)
+    return False
+
+
+def _after(instructions: list[dis.Instruction], at: int, offsets: list[int]) -> list[int]:
+    """Indices of the instructions that may follow the one at `at`."""
+    this, following = instructions[at], []
+    if this.opcode in _JUMPS:
+        following.append(bisect.bisect_left(offsets, this.argval))
+    always = this.opcode in _JUMPS and this.opname.startswith(("JUMP_FORWARD", "JUMP_BACKWARD"))
+    if not (always or this.opname in (*_ENDS, "JUMP_ABSOLUTE")):
+        following.append(at + 1)
+    return [each for each in following if each < len(instructions)]
 
 
 class Updates:

@@ -223,7 +223,7 @@ class Session:
         """
         if not self._resumed:
             raise UsageError("call session.resume() before session.save()")
-        if self._loop.has(sys._getframe(1)):
+        if self._loop.goes_on(sys._getframe(1)):
             self._wanted = True
             return True
         self._end_of_loop()

@@ -13,6 +13,7 @@ import torch
 
 import autoglm_resume as autoglm
 from autoglm_resume.checkpoint.format.ids import step_of
+from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import UsageError
 from tests.worker.alone import checkpoints, end_process, lonely
 
@@ -132,6 +133,23 @@ def saves_after_a_loop_left_at_the_top_whose_iterator_it_holds(training: Trainin
     assert training.session.save()
 
 
+def saves_as_it_returns(training: Training) -> bool:
+    steps = training.steps()
+    for step in steps:
+        if step == 4:
+            break
+        training.step()
+    return training.session.save()  # which the compiler copies to where the break is
+
+
+def saves_and_breaks(training: Training) -> None:
+    for step in training.steps():
+        training.step()
+        if step == 3:
+            assert training.session.save()
+            break
+
+
 def goes_on_by_itself_and_saves(training: Training) -> None:
     for step in training.steps():
         if step == 2:
@@ -154,6 +172,8 @@ ENDS = [
     comes_to_the_end,
     saves_after_a_loop_whose_iterator_it_holds,
     saves_after_a_loop_left_at_the_top_whose_iterator_it_holds,
+    saves_as_it_returns,
+    saves_and_breaks,
     goes_on_by_itself_and_saves,
 ]
 
@@ -165,6 +185,24 @@ def test_however_a_script_ends_its_loop_it_has_saved_what_it_did(
     end(Training())
     assert saved() == (4, 4.0)
     assert "in no checkpoint" not in capfd.readouterr().err
+
+
+def test_wherever_in_its_loop_a_script_saves_the_whole_step_is_saved() -> None:
+    training = Training()
+    for step in wrapped(training.steps(6)):
+        try:
+            assert training.session.save()
+            if step == 1:
+                raise KeyError
+        except KeyError:
+            assert training.session.save()
+        for _ in range(2):
+            assert training.session.save()
+        training.step()
+    end_process()
+    found = reversed(Store(Path("ckpt")).committed())
+    assert {step_of(path.name) for path in found} <= {1, 2, 3, 4, 5, 6}
+    assert saved() == (6, 6.0)
 
 
 def test_updates_without_an_optimizer_are_told_by_those_before() -> None:
