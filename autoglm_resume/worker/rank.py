@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import TextIO
 
 from autoglm_resume import events, files, linux, output
-from autoglm_resume.errors import Interrupted
+from autoglm_resume.errors import CheckpointError, Interrupted
 from autoglm_resume.protocol.assignment import ASSIGNMENT, STACKS, Assignment, Source
 from autoglm_resume.protocol.heartbeats import Board, Phase
 from autoglm_resume.protocol.own_path import drop_own_path
@@ -126,7 +126,7 @@ def record(assignment: Assignment, rank: int, error: BaseException) -> None:
     trace = _script_part(error)
     lines = traceback.format_exception(type(error), error, trace)
     with contextlib.suppress(OSError):  # of a full disk, whose story the record must not miss
-        sys.stderr.write("".join(lines))
+        sys.stderr.write(_told(error) or "".join(lines))
         sys.stderr.flush()
     record = {
         "rank": rank,
@@ -137,6 +137,14 @@ def record(assignment: Assignment, rank: int, error: BaseException) -> None:
     }
     with contextlib.suppress(OSError):
         files.write(assignment.error(rank), json.dumps(record).encode())
+
+
+def _told(error: BaseException) -> str:
+    """What a person should read of a checkpoint that will not do: not where in our code it was."""
+    if not isinstance(error, CheckpointError):
+        return ""
+    hint = f"hint: {error.hint}\n" if error.hint else ""
+    return f"autoglm: {error.message}\n{hint}"
 
 
 def _shortened(text: str, most: int = 100_000) -> str:

@@ -183,6 +183,36 @@ def test_plain_and_sharded_tensors_become_each_other(tmp_path: Path) -> None:
     assert torch.equal(states["optimizer"]["state"][0]["m"], full * 2)
 
 
+def test_shards_keep_the_order_in_which_they_lay_in_memory(tmp_path: Path) -> None:
+    full = torch.arange(24.0).reshape(6, 4)
+
+    def turned(mesh: Any) -> torch.nn.Module:
+        module = model_of(full, mesh, [Shard(0)])
+        arrangement = Arrangement(mesh, [Shard(0)])
+        local = tree.local(module.w).detach().t().contiguous().t()
+        module.w = torch.nn.Parameter(arrangement.wrap(local, (6, 4)))
+        return module
+
+    for rank in range(2):
+        with being(rank, (2,)) as there:
+            objects = {"model": turned(there).state_dict()}
+            taken = capture.take(objects, id=checkpoint_id(1, "a0"), rank=rank, world_size=2)
+            PartWriter(Store(tmp_path), share=False).persist(taken)
+    path = Store(tmp_path).directory(checkpoint_id(1, "a0"))
+    for count in (2, 3):
+        with being(1, (count,)) as there:
+            present = Present({"model": turned(there)})
+            reader = restore.read if count == 2 else reshard.read
+            weight = reader(Store(tmp_path), path, 1, present=present).states["model"]["w"]
+            rows = 6 // count
+            assert tree.local(weight).stride() == (1, rows)
+            assert weight.stride() == (1, 6)
+            assert torch.equal(tree.local(weight), full[rows : 2 * rows])
+    whole = reshard.read(Store(tmp_path), path, 0).states["model"]["w"]
+    assert whole.stride() == (1, 6)
+    assert torch.equal(whole, full)
+
+
 def test_one_flipped_bit_in_any_ranks_shard_is_found(tmp_path: Path) -> None:
     full = torch.randn(64, 64)
     path = save(Store(tmp_path), full, (2,), [Shard(0)])
