@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from torch.utils.data._utils.fetch import _MapDatasetFetcher
-from torch.utils.data.dataloader import _BaseDataLoaderIter
+from torch.utils.data.dataloader import _BaseDataLoaderIter, _DatasetKind
 
 from autoglm_resume.errors import UsageError
 from autoglm_resume.worker import rng
 
-_begun: WeakSet[DataLoader[Any]] = WeakSet()
-_listener: Callable[[DataLoader[Any]], None] | None = None
+_begun: WeakSet[Any] = WeakSet()
+_listener: Callable[[Any], None] | None = None
 
 
 class Noise:
@@ -45,21 +45,20 @@ def number(loader: DataLoader[Any], noise: Noise) -> None:
 
     Only of a data set that is asked by index: a stream may be skipped in other steps than before.
     """
-    if not isinstance(loader.dataset, IterableDataset):
-        _numbered[loader] = noise
+    _numbered[loader] = noise
 
 
-def hear_of(listener: Callable[[DataLoader[Any]], None] | None) -> None:
-    """Call `listener` with every loader that was iterated in this process, or will be."""
+def hear_of(listener: Callable[[Any], None] | None) -> None:
+    """Call `listener` with every iterator of a DataLoader that there is, or will be."""
     global _listener
     _listener = listener
-    for loader in list(_begun):
+    for iterator in list(_begun):
         if _listener is not None:
-            _listener(loader)
+            _listener(iterator)
 
 
 def samplers_of(loader: Any) -> list[Any]:
-    """The sampler of batches of a loader, and what it stands on."""
+    """The sampler of batches of a loader or its iterator, and what it stands on."""
     found: list[Any] = []
     at = _sampler_of(loader)
     while at is not None and all(at is not other for other in found):
@@ -69,36 +68,47 @@ def samplers_of(loader: Any) -> list[Any]:
 
 
 def _sampler_of(obj: Any) -> Any:
-    below = getattr(obj, "batch_sampler", None)
-    return getattr(obj, "sampler", None) if below is None else below
+    names = ("_index_sampler", "batch_sampler", "sampler")
+    return next((s for name in names if (s := getattr(obj, name, None)) is not None), None)
 
 
 def _begin(self: Any, loader: DataLoader[Any]) -> None:
-    _begun.add(loader)
     self._autoglm_noise = _numbered.get(loader)
-    if _listener is not None:
-        _listener(loader)
-    samplers = samplers_of(loader)
-    if not getattr(loader, "in_order", True) and any(
-        getattr(sampler, "followed", False) for sampler in samplers
-    ):
+    if loader.num_workers and (problem := _refused(loader)):
         self._shutdown = True  # which __del__ would miss
-        raise UsageError(
-            "DataLoader(in_order=False) hands batches out in an order of its own, so which were"
-            " trained on cannot be known from how many were",
-            hint="leave in_order out where the sampler is tracked",
-        )
+        raise UsageError(problem)
+    samplers = samplers_of(loader)
     if any(getattr(sampler, "deals_by_position", False) for sampler in samplers):
         # It draws a seed, which nothing needs, and after a resume it would do so once more.
         with rng.kept():
             _torch_begin(self, loader)
     else:
         _torch_begin(self, loader)
+    _begun.add(self)
+    if _listener is not None:
+        _listener(self)
+
+
+def _refused(loader: DataLoader[Any]) -> str:
+    """What of tracked data the workers of `loader` would make wrong; empty if nothing."""
+    followed = [s for s in samplers_of(loader) if getattr(s, "followed", False)]
+    if followed and not getattr(loader, "in_order", True):
+        return (
+            "DataLoader(in_order=False) hands batches out in an order of its own, so which were"
+            " trained on cannot be known from how many were; leave it out"
+        )
+    if getattr(loader.dataset, "followed", False) and loader not in _numbered:
+        loads, data = type(loader).__name__, type(loader.dataset).__name__
+        return (
+            f"the workers of a {loads} have copies of its {data}, and the one that is"
+            " tracked stays where it is; use num_workers=0, or track a torchdata StatefulDataLoader"
+        )
+    return ""
 
 
 def _next_index(self: Any) -> Any:
     index, noise = _torch_next_index(self), self._autoglm_noise
-    if noise is None or not isinstance(index, list):
+    if noise is None or not isinstance(index, list) or self._dataset_kind != _DatasetKind.Map:
         return index
     return Dealt(index, f"{noise.seed} {getattr(self, '_sampler_iter_yielded', 0)} {index}")
 

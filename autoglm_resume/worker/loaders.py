@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_info
 
 from autoglm_resume.errors import UsageError
 from autoglm_resume.worker import fetching, rng
@@ -38,35 +38,47 @@ def is_loader(obj: Any) -> bool:
     return any("DataLoader" in c.__name__ or c.__name__ == "Loader" for c in type(obj).__mro__)
 
 
-def hear_of_untracked(step: int, say: Callable[[str], None]) -> None:
-    """Say once, of whatever loader is iterated, that nobody will know its position.
+def hear_of_inexact(step: int, tracked: bool, say: Callable[[str], None]) -> None:
+    """Say once, of whatever DataLoader is iterated, what a resume cannot know of it.
 
-    `step` is where the run goes on. It is for where nothing that deals data is tracked.
+    `step` is where the run goes on; `tracked` is whether anything is tracked that deals data.
     """
+    said: set[Callable[..., str]] = set()
 
-    def hear(loader: DataLoader[Any]) -> None:
-        if text := _untracked(loader, step):
-            fetching.hear_of(None)
-            say(text)
+    def hear(iterator: Any) -> None:
+        for look in (_own_generator,) if tracked else (_own_generator, _untracked):
+            if look not in said and (text := look(iterator, step)):
+                said.add(look)
+                say(text)
 
     fetching.hear_of(hear)
 
 
-def _untracked(loader: DataLoader[Any], step: int) -> str:
-    if any(isinstance(sampler, ResumableSampler) for sampler in fetching.samplers_of(loader)):
+def _own_generator(iterator: Any, _: int) -> str:
+    data = iterator._dataset
+    if hasattr(data, "state_dict") or not (found := rng.held_by(data)):
+        return ""
+    return (
+        f"{found} is a generator of its own, which no checkpoint has: after a resume it would"
+        " repeat or skip draws; let the data set draw from the global generators"
+    )
+
+
+def _untracked(iterator: Any, step: int) -> str:
+    if any(isinstance(sampler, ResumableSampler) for sampler in fetching.samplers_of(iterator)):
         return (
             "a loader's ResumableSampler is not tracked, so every resume would begin at its first"
             " batch: session.track(sampler=sampler)"
         )
     try:
-        epoch = len(loader)
+        epoch = len(iterator)
     except TypeError:
         epoch = 0
     if not step or (epoch and step % epoch == 0):
         return ""  # at the beginning of an epoch, as it should be
     return (
-        f"the run goes on at step {step}, and its data with the first batch of a"
-        f" {type(loader).__name__}, of which nothing is tracked; give it an"
+        f"the run goes on at step {step}, and its data with the first batch of a DataLoader"
+        " of which nothing is tracked; give it an"
         " autoglm.ResumableSampler as batch_sampler=, and track that"
     )
 
@@ -244,11 +256,11 @@ def _let_tell(obj: Any, follower: Follower) -> None:
     known = type(obj)
 
     def begin(self: Any) -> Iterator[Any]:
-        if self is not obj:  # a copy
+        if self is not obj or get_worker_info() is not None:  # a copy
             return known.__iter__(self)  # type: ignore[no-any-return]
         return follower.begin(lambda: known.__iter__(self))
 
-    names = {"__module__": known.__module__, "__qualname__": known.__qualname__}
+    names = {"__module__": known.__module__, "__qualname__": known.__qualname__, "followed": True}
     try:
         obj.__class__ = type(known.__name__, (known,), {"__iter__": begin, **names})
     except TypeError:

@@ -6,10 +6,17 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
 from blake3 import blake3
+
+NEAR = 100
+"""Entries of a list in which a generator is looked for; what has more is data."""
+
+OUTSIDE = (type, ModuleType)
+"""What an object only knows of, and does not hold."""
 
 
 def capture() -> dict[str, Any]:
@@ -57,6 +64,27 @@ def derived(text: str) -> Iterator[None]:
         # Not torch.manual_seed, which is for all devices, and slow.
         torch.default_generator.manual_seed(seed)
         yield
+
+
+def held_by(obj: Any) -> str:
+    """Where in `obj` a generator of its own is, as `Name.attribute[0]`; empty if none is near."""
+    kinds: tuple[type, ...] = (random.Random, torch.Generator)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        kinds += (numpy.random.Generator, numpy.random.RandomState)
+    queue, seen = [(type(obj).__name__, obj)], {id(obj)}
+    for where, at in queue:
+        if isinstance(at, kinds):
+            return where
+        inside = [(f"{where}.{name}", value) for name, value in getattr(at, "__dict__", {}).items()]
+        if isinstance(at, (list, tuple)) and len(at) <= NEAR:
+            inside += [(f"{where}[{index}]", value) for index, value in enumerate(at)]
+        elif isinstance(at, dict) and len(at) <= NEAR:
+            inside += [(f"{where}[{key!r}]", value) for key, value in at.items()]
+        for name, value in inside:
+            if len(queue) < 100 * NEAR and id(value) not in seen and not isinstance(value, OUTSIDE):
+                seen.add(id(value))
+                queue.append((name, value))
+    return ""
 
 
 def _seed(seed: int) -> None:

@@ -19,7 +19,7 @@ from autoglm_resume.errors import UsageError
 from autoglm_resume.worker import fetching, rng
 from autoglm_resume.worker.data import ResumableSampler
 from autoglm_resume.worker.fitting import Loading
-from autoglm_resume.worker.loaders import Follower, deals_data, hear_of_untracked, is_iterated
+from autoglm_resume.worker.loaders import Follower, deals_data, hear_of_inexact, is_iterated
 from autoglm_resume.worker.parameters import ParameterWatch, has_parameters
 from autoglm_resume.worker.pending_gradients import GRADIENTS, PendingGradients
 from autoglm_resume.worker.restoring import RNG
@@ -118,8 +118,7 @@ class TrackedObjects:
 
     def resumed(self, step: int, say: Callable[[str], None]) -> None:
         """The run goes on at `step`."""
-        if not self.deals_data:
-            hear_of_untracked(step, say)
+        hear_of_inexact(step, self.deals_data, say)
 
     def training(self) -> None:
         """It begins. Raises UsageError where that is too late for a loader that has begun."""

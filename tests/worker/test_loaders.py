@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
+from numpy.random import RandomState
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 import autoglm_resume as autoglm
@@ -20,7 +24,7 @@ from tests.worker.test_feeding import fed
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path: Path) -> Iterator[None]:
-    fetching._begun.clear()  # by other tests
+    fetching._begun.clear()  # of other tests
     with lonely(tmp_path):
         yield
 
@@ -197,6 +201,27 @@ def test_a_resumable_sampler_that_is_not_tracked_is_told_before_it_is_missed(
     assert capfd.readouterr().err.count("ResumableSampler is not tracked") == 1
 
 
+@dataclass
+class Augmented(Numbers):
+    transforms: list[Any]
+
+
+@pytest.mark.parametrize(
+    "own", [random.Random(1), numpy.random.default_rng(1), torch.Generator(), RandomState(1)]
+)
+def test_a_generator_that_a_data_set_holds_is_told(
+    own: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sampler = autoglm.ResumableSampler(12, 3, endless=True)
+    data = Augmented([{"noise": own}, numpy.zeros(9), torch.zeros(9)])
+    session = session_of(sampler=sampler)
+    batches = iter(DataLoader(data, batch_sampler=sampler))
+    for _ in session.steps(3):
+        next(batches)
+    said = capfd.readouterr().err
+    assert said.count("Augmented.transforms[0]['noise'] is a generator of its own") == 1
+
+
 def test_a_plain_loader_is_refused_with_what_to_track() -> None:
     with pytest.raises(UsageError, match="DataLoader has no state_dict") as caught:
         session_of(loader=DataLoader(Numbers()))
@@ -209,6 +234,40 @@ def test_batches_out_of_order_are_refused() -> None:
     loader = DataLoader(Numbers(), batch_sampler=sampler, num_workers=2, in_order=False)
     with pytest.raises(UsageError, match="in_order=False"):
         iter(loader)
+
+
+class KnowingStream(Stream):
+    def __init__(self) -> None:
+        self.at = 0
+
+    def __iter__(self) -> Iterator[int]:
+        while self.at < 12:
+            self.at += 1
+            yield self.at
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
+def test_a_tracked_stream_is_in_its_place_when_its_loader_begins() -> None:
+    def life(steps: int) -> list[int]:
+        session = session_of(stream=(stream := KnowingStream()))
+        batches = iter(DataLoader(stream, None))
+        seen = [next(batches) for _ in session.steps(steps)]
+        end_process()
+        return seen
+
+    assert life(3) == [1, 2, 3]
+    assert life(6) == [4, 5, 6]
+
+
+def test_a_tracked_stream_of_which_workers_have_copies_is_refused() -> None:
+    session_of(stream=(stream := KnowingStream()))
+    with pytest.raises(UsageError, match="have copies of its KnowingStream"):
+        iter(DataLoader(stream, num_workers=1))
 
 
 def test_another_sampler_that_counts_what_is_drawn_is_told(
