@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from autoglm_resume import events
 from autoglm_resume.checkpoint.format.ids import newer
-from autoglm_resume.checkpoint.format.manifest import MANIFEST
+from autoglm_resume.checkpoint.format.manifest import MANIFEST, Manifest
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.store import retention
 from autoglm_resume.checkpoint.store.commit import commit
@@ -65,6 +65,12 @@ def tidy(
             tell(events.Pruned(id=id))
 
 
+def _of_another_run(manifest: Manifest, snapshot: Snapshot) -> bool:
+    """As far as both say; those of older versions do not."""
+    theirs, ours = manifest.origin, snapshot.origin
+    return theirs is not None and ours is not None and theirs.run != ours.run
+
+
 def _whole(store: Store, id: str) -> bool:
     """Whether nothing but a manifest was missing of checkpoint `id`, which has one now."""
     with suppress(CheckpointError):
@@ -88,12 +94,12 @@ def _retire(store: Store, how: Checkpointing, snapshot: Snapshot, stay: Set[str]
         except CheckpointError:  # of a newer version, or unreadable now: what may it need?
             protected.update(each.name for each in store.committed() if newer(path.name, each.name))
         else:
-            if not newer(path.name, saved):
+            if not newer(path.name, saved) and not _of_another_run(manifest, snapshot):
                 given_up = superseded(path.name, how.branches) is not None
                 found.append(RetentionEntry.of(manifest, given_up=given_up))
             else:
-                # Of another branch, rejected but not corrupt: it must not make this run's own
-                # checkpoints look old, nor lose what it needs.
+                # Of another branch or run, rejected but not corrupt: it must not make this run's
+                # own checkpoints look old, nor lose what it needs, nor is it ours to delete.
                 protected.update(manifest.needs)
     gone = retention.doomed(found, how.keep, frozenset(protected), time.time())
     for id in gone:

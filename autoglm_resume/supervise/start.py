@@ -68,6 +68,8 @@ def start(
     for replica in job.checkpoint.replicas:
         storage.check(replica)
     run = RunDirectory(Path(job.run_dir))
+    if history.recall(run.events()).run_id is None:
+        home.require_own(run, Path(job.checkpoint.dir))
     if fresh:
         files = (job.workdir, job.script, *job.guards.config_files)
         needed = [Path.cwd(), *(Path(path) for path in files if path is not None)]

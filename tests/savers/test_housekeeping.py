@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from autoglm_resume.checkpoint.format.ids import Branch, checkpoint_id
+from autoglm_resume.checkpoint.format.origin import Origin
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.checkpoint.store.retention import KeepBest, KeepRules
@@ -17,7 +18,9 @@ from autoglm_resume.savers.housekeeping import tidy
 from autoglm_resume.worker.base.event_log import EventLog
 
 
-def saved(store: Store, step: int, token: str, loss: float) -> Snapshot:
+def saved(
+    store: Store, step: int, token: str, loss: float, origin: Origin | None = None
+) -> Snapshot:
     """A checkpoint of one rank, committed."""
     snapshot = capture.take(
         {"m": {"w": torch.full((8,), float(step))}},
@@ -25,6 +28,7 @@ def saved(store: Store, step: int, token: str, loss: float) -> Snapshot:
         rank=0,
         world_size=1,
         metrics={"loss": loss},
+        origin=origin,
     )
     PartWriter(store).persist(snapshot)
     return snapshot
@@ -64,3 +68,22 @@ def test_what_a_newer_version_wrote_may_need_all_that_is_older(tmp_path: Path) -
 
 def _quiet(event: object, /) -> None:
     """Nobody listens."""
+
+
+def test_what_another_run_has_made_is_not_deleted_and_pushes_nothing_out(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for step in (10, 20, 30):
+        saved(store, step, "xff", 1.0, Origin("theirs"))
+    older = saved(store, 15, "x01", 1.0)  # by a version that did not say whose it was
+    for step in (12, 22, 32, 42):
+        last = saved(store, step, "x0", 1.0, Origin("ours"))
+    how = Checkpointing(str(tmp_path), keep=KeepRules(last=2))
+    tidy(store, how, last, frozenset(), EventLog(None, 0).emit)
+    left = [path.name for path in store.committed()]
+    assert [id for id in left if id.endswith("xff")] == [
+        checkpoint_id(step, "xff") for step in (30, 20, 10)
+    ]
+    assert [id for id in left if id.endswith("x0")] == [
+        checkpoint_id(step, "x0") for step in (42, 32)
+    ]
+    assert older.id not in left

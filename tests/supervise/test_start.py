@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 
 from autoglm_resume.errors import UsageError
-from autoglm_resume.events import Branched
+from autoglm_resume.events import Branched, RunStarted
 from autoglm_resume.job.load import load
 from autoglm_resume.job.spec import dump
+from autoglm_resume.locks import locked_checkpoints
 from autoglm_resume.observe.live import Screen
 from autoglm_resume.supervise import start
+from autoglm_resume.supervise.base.run_directory import RunDirectory
 from tests.observe.runs import checkpoint, directory, killed_once
 
 
@@ -73,3 +75,24 @@ def test_a_run_that_was_moved_away_from_its_code_says_how_to_start_it(home: Path
     with pytest.raises(UsageError, match=r"train\.py: not there") as refused:
         start.resume(moved, Screen())
     assert f"--set run_dir={moved}" in refused.value.hint
+
+
+@pytest.mark.parametrize("where", ["ckpt", "runs/job/checkpoints"])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_new_job_does_not_go_on_from_what_another_has_made(
+    home: Path, where: str, fresh: bool
+) -> None:
+    (home / "job.yaml").write_text(f"script: train.py\ncheckpoint: {{dir: {where}}}\n")
+    first = load(home / "job.yaml")
+    directory(home / "runs/job", [RunStarted(run_id="abc")])
+    RunDirectory(home / "runs/job").save_job(dump(first))
+    with locked_checkpoints(home / where, home / "runs/job"):
+        kept = checkpoint(home / where, 10, ranks=1)
+    (home / "other.yaml").write_text(f"script: train.py\ncheckpoint: {{dir: {where}}}\n")
+    with pytest.raises(
+        UsageError, match=f"{where}: expected checkpoints of .*runs/other"
+    ) as caught:
+        start.start(load(home / "other.yaml"), Screen(), fresh=fresh)
+    assert f"autoglm resume {home}/runs/job" in caught.value.hint
+    assert (home / where / kept).is_dir()
+    assert not (home / "runs/other").exists()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from autoglm_resume.errors import UsageError
 from autoglm_resume.events import RunStarted
 from autoglm_resume.protocol.relocation import home_of, same
-from autoglm_resume.supervise.base.run_directory import RunDirectory
+from autoglm_resume.supervise.base.run_directory import RunDirectory, last_run
 
 
 def checkpoints(run: RunDirectory) -> Path:
@@ -27,6 +28,29 @@ def checkpoints(run: RunDirectory) -> Path:
             hint=f"name what is meant: {before}, or a directory of checkpoints",
         )
     return found
+
+
+def require_own(run: RunDirectory, checkpoints: Path) -> None:
+    """Raise UsageError where `checkpoints` are those of another run that is still there.
+
+    For a run that is about to begin: it would go on from what another job has made, or be finished
+    before it has trained.
+    """
+    for directory in (*checkpoints.parents, last_run(checkpoints)):
+        if directory is None or same(directory, run.path):
+            continue
+        other = RunDirectory(directory)
+        with suppress(UsageError, PermissionError):  # anybody may have a job.json of their own
+            if other.exists and _id(other) and same(_recorded(other), checkpoints):
+                break
+    else:
+        return
+    raise UsageError(
+        f"{checkpoints}: expected checkpoints of {run.path}, or none, found those of the run in"
+        f" {directory}",
+        hint="give each job a checkpoint.dir of its own; or go on with that run: autoglm resume"
+        f" {directory}; or, to go on from there as another run, move that directory away",
+    )
 
 
 def left(run: RunDirectory) -> Path | None:
