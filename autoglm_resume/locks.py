@@ -226,7 +226,7 @@ def _refusal(directory: Path, who: Holder) -> RunLocked:
         return RunLocked(
             f"{directory}: another launch trains with these checkpoints: {who}",
             hint="wait until all its ranks have ended, or give this one a directory of its own:"
-            " autoglm.init(checkpoint_dir=…)",
+            " autoglm.init(checkpoint_dir=…); if both are ranks of one, set RANK and WORLD_SIZE",
         )
     return RunLocked(
         f"{directory}: another supervisor has it: {who}",
