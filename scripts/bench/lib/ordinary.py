@@ -118,7 +118,7 @@ class _Run:
             script=str(common.SCRIPTS / "zoo" / "train.py"),
             args=[name, str(self.directory)],
             nproc_per_node=ranks,
-            checkpoint={"every": {"steps": EVERY}},
+            checkpoint={"every": {"steps": EVERY}, "on_busy": "wait"},
             restart={"max_restarts": 50, "without_progress": 6, "backoff": 0, "max_backoff": 0},
         )
         self.process = common.spawn([*common.autoglm(), "run", str(job)], self.output)
@@ -161,9 +161,10 @@ class _Run:
             board, victim = Board.open(Path(holder.board)), os.pidfd_open(began["pids"][str(rank)])
         except OSError:
             return None
-        goal = began["step"] + order.randint(1, 8)
+        ahead = order.randint(0, EVERY)
         try:
-            while board.beat(rank).step < goal:
+            # Beyond a checkpoint of its own, so that each attempt goes on where the last one came.
+            while board.beat(rank).step < max(self._saved() + ahead, began["step"] + 1 + ahead):
                 if self.process.poll() is not None:
                     return None
                 try:
@@ -180,6 +181,12 @@ class _Run:
         finally:
             os.close(victim)
             board.close()
+
+    def _saved(self) -> int:
+        """The newest committed step."""
+        self.journal.new()
+        steps = [each["step"] for each in self.journal.all if each["event"] == "committed"]
+        return max(steps, default=EVERY)
 
     def finish(self) -> tuple[int, str]:
         """Its exit code, and all it said."""

@@ -70,15 +70,25 @@ def ddp_accumulation() -> Program:
 
 @program(ranks=2)
 def fsdp1() -> Program:
-    """Flat parameters, with the state that each rank has."""
-    from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
+    """Flat parameters, whose state dict is gathered from all ranks."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
     begin()
     torch.manual_seed(0)
     model = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
-    FullyShardedDataParallel.set_state_dict_type(model, StateDictType.LOCAL_STATE_DICT)
     torch.manual_seed(10 + dist.get_rank())
     return loop(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+
+
+@program(ranks=2, refused="cannot be saved without pickle")
+def fsdp1_local() -> Program:
+    """The same with a kind of state dict whose tensors only their own rank can read."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
+
+    found = fsdp1()
+    model = found.track["model"]
+    FullyShardedDataParallel.set_state_dict_type(model, StateDictType.LOCAL_STATE_DICT)
+    return found
 
 
 @program(ranks=2)

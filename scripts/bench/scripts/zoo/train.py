@@ -43,6 +43,19 @@ def sha256(value: Any) -> str:
     return digest.hexdigest()
 
 
+def state_of(value: Any, names: dict[int, str]) -> Any:
+    """Of an optimizer by the names of its parameters: their numbers may differ by process."""
+    if not isinstance(value, torch.optim.Optimizer):
+        return value.state_dict()
+
+    def named(parameters: list[torch.Tensor]) -> list[str]:
+        return sorted(names.get(id(parameter), "") for parameter in parameters)
+
+    state = {names.get(id(parameter), ""): state for parameter, state in value.state.items()}
+    groups = [{**group, "params": named(group["params"])} for group in value.param_groups]
+    return [dict(sorted(state.items())), groups]
+
+
 def main(name: str, directory: Path) -> None:
     """Train; the digests of rank R are in `final-R.json`."""
     torch.set_num_threads(1)
@@ -58,7 +71,13 @@ def main(name: str, directory: Path) -> None:
             lines.write(json.dumps([step, repr(seen)]) + "\n")
         if program.stop(step):
             break
-    found = {key: sha256(value.state_dict()) for key, value in program.track.items()}
+    names = {
+        id(parameter): f"{key}.{name}"
+        for key, value in program.track.items()
+        if isinstance(value, torch.nn.Module)
+        for name, parameter in value.named_parameters()
+    }
+    found = {key: sha256(state_of(value, names)) for key, value in program.track.items()}
     found["final"] = sha256(program.final())
     (directory / f"final-{rank}.json").write_text(json.dumps(found))
 
