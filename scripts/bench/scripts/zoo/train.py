@@ -52,7 +52,10 @@ def state_of(value: Any, names: dict[int, str]) -> Any:
         return sorted(names.get(id(parameter), "") for parameter in parameters)
 
     state = {names.get(id(parameter), ""): state for parameter, state in value.state.items()}
-    groups = [{**group, "params": named(group["params"])} for group in value.param_groups]
+    groups = [
+        dict(sorted({**group, "params": named(group["params"])}.items()))
+        for group in value.param_groups
+    ]
     return [dict(sorted(state.items())), groups]
 
 
