@@ -77,8 +77,8 @@ def _begin(self: Any, loader: DataLoader[Any]) -> None:
     if loader.num_workers and (problem := _refused(loader)):
         self._shutdown = True  # which __del__ would miss
         raise UsageError(problem)
-    samplers = samplers_of(loader)
-    if any(getattr(sampler, "deals_by_position", False) for sampler in samplers):
+    positioned = any(getattr(each, "deals_by_position", False) for each in samplers_of(loader))
+    if positioned or getattr(loader.dataset, "followed", False):
         # It draws a seed, which nothing needs, and after a resume it would do so once more.
         with rng.kept():
             _torch_begin(self, loader)
