@@ -37,8 +37,11 @@ class Regrouping:
         return any(order != tuple(range(len(order))) for order in self.orders)
 
     def load(self, optimizer: Any, state: Any, named: NamedParameters) -> None:
-        """Into an optimizer of these groups."""
-        saved = state["param_groups"][len(self.orders) :]
+        """Into an optimizer of these groups.
+
+        Where nothing has moved the state may be of a form that only the optimizer knows.
+        """
+        saved = state["param_groups"][len(self.orders) :] if self.added else ()
         for group, settings in zip(self.added, saved, strict=False):
             members: list[Any] = [named.by_name[str(member)] for member in group]
             if names := settings.get("param_names"):
@@ -94,6 +97,8 @@ def _by_number(
     state: Any, now: Sequence[Group], objects: Mapping[str, Any], states: Mapping[str, Any]
 ) -> Regrouping | str:
     groups = state.get("param_groups") if isinstance(state, dict) else None
+    if groups is not None and not all("params" in group for group in groups):
+        groups = None  # of a form that only the optimizer knows
     sizes = [len(group) for group in now]
     if groups is not None and (saved := [len(group["params"]) for group in groups]) != sizes:
         return f"expected groups of {saved} parameters, found groups of {sizes}"

@@ -242,6 +242,28 @@ def test_an_object_that_does_not_take_its_state_is_named(tmp_path: Path) -> None
         load(restored, {"odd": Odd()})
 
 
+def test_an_optimizer_may_have_a_state_of_its_own_form(tmp_path: Path) -> None:
+    class Wrapped:
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            self.inner = inner
+            self.param_groups = inner.param_groups
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"inner": self.inner.state_dict(), "scale": 2.0}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.inner.load_state_dict(state["inner"])
+
+    def made(*order: str) -> dict[str, Any]:
+        model = net("first", "second")
+        return {"model": model, "optimizer": Wrapped(adam(model, [order]))}
+
+    restored = save(tmp_path, made(*ORDER), lambda objects: None)
+    assert not list(load(restored, made(*ORDER)).remarks())
+    with pytest.raises(ObjectMismatch, match=r"optimizer: Wrapped\.load_state_dict\(\)"):
+        load(restored, made(*reversed(ORDER)))
+
+
 # What training does to parameters
 
 
