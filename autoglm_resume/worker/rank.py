@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import TextIO
 
 from autoglm_resume import events, files, linux, output
-from autoglm_resume.errors import CheckpointError, Interrupted
+from autoglm_resume.errors import CheckpointError, Interrupted, UsageError
 from autoglm_resume.protocol.assignment import ASSIGNMENT, STACKS, Assignment, Source
 from autoglm_resume.protocol.heartbeats import Board, Phase
 from autoglm_resume.protocol.own_path import drop_own_path
@@ -125,6 +125,8 @@ def record(assignment: Assignment, rank: int, error: BaseException) -> None:
     """
     trace = _script_part(error)
     lines = traceback.format_exception(type(error), error, trace)
+    if isinstance(error, UsageError) and error.hint:
+        lines.append(f"hint: {error.hint}\n")
     with contextlib.suppress(OSError):  # of a full disk, whose story the record must not miss
         sys.stderr.write(_told(error) or "".join(lines))
         sys.stderr.flush()
