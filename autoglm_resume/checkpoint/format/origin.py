@@ -13,6 +13,7 @@ from autoglm_resume.checkpoint.format.document import Json, JsonNode
 _KEY = re.compile(r"[A-Za-z_+~][\w.@+-]*")
 """Of `key=value`, as Hydra has it."""
 _NUMBER = re.compile(r"-?\.?\d")
+_WRITTEN = re.compile(r"[+-]?(\d{1,15}\.?\d*|\.\d+)(e[+-]?\d{1,2})?", re.IGNORECASE | re.ASCII)
 _PLACES = {
     *("local-rank", "rank", "node-rank", "world-size", "nnodes", "master-addr", "master-port"),
     *("dist-url", "init-method"),
@@ -66,10 +67,9 @@ def differences(before: Origin, now: Origin) -> list[str]:
         found.append(f"script: {before.script} then, {now.script} now")
     then, here = _options(before.args), _options(now.args)
     for name in dict.fromkeys((*then, *here)):
-        if _counts(name, then.get(name, []) + here.get(name, [])) and then.get(name) != here.get(
-            name
-        ):
-            found.append(f"{name}: {_shown(then.get(name))} then, {_shown(here.get(name))} now")
+        one, other = then.get(name), here.get(name)
+        if _meant(one) != _meant(other) and _counts(name, [*(one or ()), *(other or ())]):
+            found.append(f"{name}: {_shown(one)} then, {_shown(other)} now")
     return found
 
 
@@ -107,6 +107,11 @@ def _counts(name: str, values: Sequence[str]) -> bool:
     """Whether another value makes it another run."""
     plain = name.lstrip("-").replace("_", "-")
     return plain not in _PLACES and not (plain in _GOING_ON and set(values) <= _YES)
+
+
+def _meant(values: Sequence[str] | None) -> list[str | float] | None:
+    """`0.1` and `.1` are one number."""
+    return None if values is None else [float(v) if _WRITTEN.fullmatch(v) else v for v in values]
 
 
 def _shown(values: Sequence[str] | None) -> str:

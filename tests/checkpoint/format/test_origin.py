@@ -16,6 +16,8 @@ def of(*args: str, script: str = "/a/train.py", content: str = "one") -> Origin:
     ("then", "now"),
     [
         (["--lr", "0.1"], ["--lr=0.1"]),
+        (["--lr", "0.1"], ["--lr", ".1"]),
+        (["--lr", "1e-3"], ["--lr", "0.001"]),
         (["--lr", "0.1", "--amp"], ["--amp", "--lr", "0.1"]),
         (["lr=0.1", "bs=2"], ["bs=2", "lr=0.1"]),
         (["data"], ["--resume", "data"][1:]),
