@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 
 from autoglm_resume.errors import UsageError
 from autoglm_resume.worker.fetching import Dealt
+
+SAME_STEPS = 4
+"""Steps that must draw equally many batches before that is taken for a step's need."""
 
 
 class ResumableSampler:
@@ -68,16 +72,21 @@ class ResumableSampler:
         self._find_place: Callable[[], None] | None = None
         self._placed = 0
         """How often the position was set, rather than moved."""
+        self._say: Callable[[str], None] = print
+        self._latest: weakref.ref[_Dealing] | None = None
 
     def __iter__(self) -> Iterator[list[int]]:
-        return _Dealing(self)
+        dealing = _Dealing(self)
+        self._latest = weakref.ref(dealing)
+        return dealing
 
-    def follow(self, find_place: Callable[[], None]) -> None:
+    def follow(self, find_place: Callable[[], None], say: Callable[[str], None]) -> None:
         """Call `find_place` before the first batch of an iteration, to be where a session is.
 
-        From now on only the session moves the position.
+        From now on only the session moves the position. `say` tells a person.
         """
         self._find_place = find_place
+        self._say = say
         self._placed += 1
 
     @property
@@ -95,7 +104,15 @@ class ResumableSampler:
         self.step_done()
 
     def step_done(self) -> None:
-        """For sessions: `advance`."""
+        """For sessions: `advance`. Says once if a step takes more or fewer batches than counted."""
+        dealing = self._latest() if self._latest is not None else None
+        taken = dealing.step_done() if dealing is not None else 0
+        if taken not in (0, self.batches_per_step):
+            self._say(
+                f"each step takes {taken} batches, and the ResumableSampler counts"
+                f" {self.batches_per_step}: a resume would repeat or skip some;"
+                f" set batches_per_step={taken}"
+            )
         for _ in range(self.batches_per_step):
             self.consumed = self._end(self.consumed)
             if self.consumed >= self.size:
@@ -135,7 +152,7 @@ class ResumableSampler:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is nobody's."""
-        return {**self.__dict__, "_find_place": None}
+        return {**self.__dict__, "_find_place": None, "_say": print, "_latest": None}
 
     def _deal(self) -> Iterator[list[int]]:
         epoch, start = self.epoch, self.consumed
@@ -168,6 +185,8 @@ class _Dealing(Iterator[list[int]]):
         self._sampler = sampler
         self._placed = 0
         self._batches: Iterator[list[int]] | None = None
+        self._drawn = 0
+        self._by_step: list[int] = []
 
     def __next__(self) -> list[int]:
         sampler = self._sampler
@@ -182,4 +201,17 @@ class _Dealing(Iterator[list[int]]):
                 " was loaded, and the loader would go on with them",
                 hint="begin the loader, as in `batches = iter(loader)`, after session.track()",
             )
-        return next(self._batches)
+        batch = next(self._batches)
+        self._drawn += 1
+        return batch
+
+    def step_done(self) -> int:
+        """The number of batches that every one of the first steps drew; 0 if it is not known.
+
+        The first one is not looked at, in which a loader draws ahead.
+        """
+        if len(self._by_step) > SAME_STEPS:
+            return 0
+        self._by_step.append(self._drawn)
+        taken = {b - a for a, b in zip(self._by_step, self._by_step[1:], strict=False)}
+        return taken.pop() if len(taken) == 1 and len(self._by_step) > SAME_STEPS else 0

@@ -79,7 +79,7 @@ class TrackedObjects:
         self.objects[name] = obj = unwrapped(obj)
         self._descriptions[name] = description_of(name, obj)
         if isinstance(obj, ResumableSampler):
-            obj.follow(find_place)
+            obj.follow(find_place, say)
         elif is_iterated(obj):
             self._followers[name] = Follower(name, obj, find_place, where, say)
 

@@ -266,7 +266,7 @@ def test_what_follows_a_session_asks_for_its_place_before_each_first_batch_only(
         if len(asked) == 1:
             sampler.load_state_dict({**sampler.state_dict(), "consumed": 9})
 
-    sampler.follow(find_place)
+    sampler.follow(find_place, print)
     batches = iter(sampler)
     assert not asked
     expected = list(ResumableSampler(41, 3, rank=0, world_size=1))
@@ -278,7 +278,7 @@ def test_what_follows_a_session_asks_for_its_place_before_each_first_batch_only(
 
 def test_a_sampler_that_a_session_moves_is_not_moved_by_hand() -> None:
     sampler = ResumableSampler(41, 3, rank=0, world_size=1)
-    sampler.follow(lambda: None)
+    sampler.follow(lambda: None, print)
     with pytest.raises(UsageError, match=r"session\.step_done\(\) does it"):
         sampler.advance()
     assert sampler.consumed == 0
@@ -297,3 +297,20 @@ def test_a_loader_takes_nothing_from_the_global_generators(workers: int) -> None
     assert len({str(batch) for batch in seen}) > 5
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
+
+
+@pytest.mark.parametrize(("takes", "counted"), [(2, 1), (1, 2), (1, 1), (4, 4)])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_steps_that_take_other_numbers_of_batches_than_are_counted_are_told_once(
+    workers: int, takes: int, counted: int
+) -> None:
+    said: list[str] = []
+    sampler = ResumableSampler(41, 1, rank=0, world_size=1, endless=True, batches_per_step=counted)
+    sampler.follow(lambda: None, said.append)
+    batches = iter(DataLoader(Numbers(), batch_sampler=sampler, num_workers=workers))
+    for _ in range(12):
+        for _ in range(takes):
+            next(batches)
+        sampler.step_done()
+    assert len(said) == (takes != counted)
+    assert all(f"takes {takes} batches, and the" in text for text in said)
