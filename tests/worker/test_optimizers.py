@@ -362,6 +362,3 @@ def test_what_training_unfroze_is_too_late_in_distributed_data_parallel(tmp_path
     finally:
         dist.destroy_process_group()
     load(restored, after)
-
-
-# How the state of parameters lies in memory
