@@ -107,6 +107,8 @@ class Follower:
         self._say = say
         self._state: Any = None
         """What was restored, until a step is done."""
+        self._generator: torch.Tensor | None = None
+        """That of the loader, as it was restored."""
         self._told = False
         self._stepped = 0
         self._passes = 0
@@ -124,12 +126,26 @@ class Follower:
             )
         _let_tell(obj, self)
 
-    def restored(self, state: Any, seed: int | None) -> None:
-        """The object was given `state`; `seed` is that of the noise in the present pass."""
+    def place(self) -> dict[str, Any]:
+        """What there is to know of the present pass beside the object's own state.
+
+        torchdata sets a loader's generator back to the beginning of the pass, and the order of the
+        next epoch would follow from that.
+        """
+        found: dict[str, Any] = {}
+        if self.noise.seed is not None:
+            found["seed"] = self.noise.seed
+        if isinstance(self._obj, DataLoader) and self._obj.generator is not None:
+            found["generator"] = self._obj.generator.get_state()
+        return found
+
+    def restored(self, state: Any, place: Mapping[str, Any]) -> None:
+        """The object was given `state`; `place` is what `place` said then."""
         if not is_loader(self._obj):
             return
         self._state = copy.deepcopy(state)
-        self.noise.seed = seed
+        self.noise.seed = place.get("seed")
+        self._generator = place.get("generator")
         data = getattr(self._obj, "dataset", None)
         if isinstance(data, IterableDataset):
             if _without_state(state):
@@ -219,6 +235,8 @@ class Follower:
         finally:
             if lacks:
                 self._obj.generator = None
+            elif self._generator is not None and not anew:
+                self._obj.generator.set_state(self._generator)
 
 
 class Pass(Iterator[Any]):

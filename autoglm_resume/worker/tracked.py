@@ -34,7 +34,7 @@ LARGEST_CONFIG = 1 << 30
 
 
 PASSES = "passes"
-"""Among the generators: seeds of the present passes over loaders, by name."""
+"""Among the generators: what is known of the present passes over loaders, by name."""
 
 
 class TrackedObjects:
@@ -106,10 +106,10 @@ class TrackedObjects:
             return
         self._placed = True
         loading.into({name: obj for name, obj in self.objects.items() if deals_data(obj)})
-        seeds = loading.states.get(RNG, {}).get(PASSES, {})
+        places = loading.states.get(RNG, {}).get(PASSES, {})
         for name, follower in self._followers.items():
             if name in loading.states:
-                follower.restored(loading.states[name], seeds.get(name))
+                follower.restored(loading.states[name], places.get(name, {}))
 
     def load(self, loading: Loading) -> None:
         """Load everything."""
@@ -147,8 +147,9 @@ class TrackedObjects:
         trained = self._all_trained(tuple(each.trained for each in optimizers.values()))
         others = {n: d.state(trained) for n, d in described if n not in optimizers}
         found = {name: (states | others)[name] for name in self.objects}
-        seeds = {n: f.noise.seed for n, f in self._followers.items() if f.noise.seed is not None}
-        generators = rng.capture() | ({PASSES: seeds} if seeds else {})
+        followers = self._followers.items()
+        places = {name: place for name, follower in followers if (place := follower.place())}
+        generators = rng.capture() | ({PASSES: places} if places else {})
         found[RNG] = capture.state_of(RNG, generators)
         if gradients := self.gradients.state():
             found[GRADIENTS] = capture.state_of(GRADIENTS, gradients)
