@@ -124,6 +124,7 @@ FEEDS: dict[str, Any] = {
     "spawned": sampled(num_workers=1, multiprocessing_context="spawn"),
     "stateful": stateful(),
     "stateful-workers": stateful(num_workers=2),
+    "stateful-seeded": stateful(generator=torch.Generator().manual_seed(1)),
     "stateful-persistent": stateful(num_workers=2, persistent_workers=True),
     "at-once": sampled(num_workers=2, data=NoisyAtOnce),
     "at-once-main": sampled(data=NoisyAtOnce),

@@ -19,6 +19,7 @@ import autoglm_resume as autoglm
 from autoglm_resume.errors import UsageError
 from autoglm_resume.worker import fetching
 from tests.worker.alone import end_process, lonely
+from tests.worker.feeding import FEEDS
 from tests.worker.test_feeding import fed
 
 
@@ -302,7 +303,7 @@ def test_a_stream_without_state_is_refused() -> None:
 
 
 @pytest.mark.parametrize("deaths", [(3, 12), (7, 15)])
-@pytest.mark.parametrize("feed", ["stateful", "stateful-workers", "stateful-persistent"])
+@pytest.mark.parametrize("feed", [f for f in FEEDS if f.startswith("stateful")])
 def test_a_killed_training_is_fed_the_same_by_a_stateful_loader(
     tmp_path: Path, feed: str, deaths: tuple[int, int]
 ) -> None:
