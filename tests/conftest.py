@@ -144,8 +144,10 @@ def none_left(request: pytest.FixtureRequest) -> tuple[str, ...]:
     done = subprocess.run([*command, sys.executable, "-c", TAKE_ONE], capture_output=True)
     if done.returncode:
         pytest.skip(f"no user namespace here: {done.stderr.decode().strip()}")
-    refusal = {"instances": "Too many open files", "watches": "No space left on device"}
-    assert done.stdout.decode().strip() == refusal[request.param]
+    refusals = {"instances": {"Too many open files"}, "watches": {"No space left on device"}}
+    # Others on this machine may have taken all instances: then there is no watch to be had, either.
+    refusals["watches"] |= refusals["instances"]
+    assert done.stdout.decode().strip() in refusals[request.param]
     return command
 
 
