@@ -15,9 +15,9 @@ from tests.faults.conftest import Rehearsal, finish
 
 def interrupted(rehearsal: Rehearsal, *args: str, **fields: object) -> None:
     """A run that was stopped after a checkpoint."""
-    running = rehearsal.start(*args, "--steps", "100000", **fields)
+    running = rehearsal.start(*args, hold=("0:0:12",), **fields)
     rehearsal.wait_for("committed")
-    running.send_signal(signal.SIGTERM)
+    rehearsal.stop(12, running)
     assert finish(running).code == 75
 
 

@@ -62,9 +62,9 @@ class TensorTable:
         return [(n, tree.dtype_name(t.dtype), tuple(t.shape)) for n, t in self.tensors]
 
     @cached_property
-    def texts(self) -> list[bytes]:
-        """The rows as JSON."""
-        return [row_text(*row) for row in self.rows]
+    def text(self) -> bytes:
+        """The rows as JSON, with commas between them."""
+        return b",".join(row_text(*row) for row in self.rows)
 
     @property
     def offsets(self) -> list[int]:
@@ -112,7 +112,7 @@ class CapturedState:
         return assembled(
             {f.name: None for f in fields(Snapshot)} | _members(identity),
             {name: state.text for name, state in self.objects.items()},
-            [row for state in states for row in state.table.texts],
+            [state.table.text for state in states if state.table.tensors],
         )
 
     def in_place(self, identity: Identity) -> Snapshot:

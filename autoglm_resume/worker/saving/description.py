@@ -178,24 +178,24 @@ def _seen(parts: Parts | None) -> Seen | None:
         return None
 
 
+# Of thousands of modules, at a speed that no loop of Python's has.
+_HOOKS = operator.attrgetter("_state_dict_hooks", "_state_dict_pre_hooks")
+_NAMED = operator.attrgetter("_parameters", "_buffers", "_modules")
+_HIDDEN = operator.attrgetter("_non_persistent_buffers_set")
+
+
 def _module_parts(modules: Iterable[torch.nn.Module]) -> Parts | None:
     own = torch.nn.Module
-    for kind in {type(module) for module in modules}:
+    kinds: set[type[torch.nn.Module]] = set(map(type, modules))
+    for kind in kinds:
         asked = (kind.state_dict, kind._save_to_state_dict, kind.get_extra_state)
         if asked != (own.state_dict, own._save_to_state_dict, own.get_extra_state):
             return None
-    hooks = chain.from_iterable((m._state_dict_hooks, m._state_dict_pre_hooks) for m in modules)
-    if any(hooks):
+    if any(chain.from_iterable(map(_HOOKS, modules))):
         return None
-    named: list[Mapping[str, Any]] = [
-        *(module._parameters for module in modules),
-        *(module._buffers for module in modules),
-        *(module._modules for module in modules),
-    ]
-    names = [
-        *chain.from_iterable(named),
-        *(tuple(sorted(module._non_persistent_buffers_set)) for module in modules),
-    ]
+    named = list(chain.from_iterable(map(_NAMED, modules)))
+    hidden = map(tuple, map(sorted, filter(None, map(_HIDDEN, modules))))
+    names = [*chain.from_iterable(named), *hidden]
     objects = _with_shards(list(chain.from_iterable(each.values() for each in named)))
 
     def looks() -> Mapping[Look, list[torch.Tensor]]:
@@ -215,7 +215,8 @@ def _optimizer_parts(optimizer: torch.optim.Optimizer) -> Parts | None:
     states: list[dict[str, Any]] = list(optimizer.state.values())
     held = list(chain.from_iterable(state.values() for state in states))
     # What a parameter has that is no tensor must be something that cannot change.
-    if not all(isinstance(value, (torch.Tensor, *_PLAIN)) for value in held):
+    kinds = set(map(type, held))
+    if not all(issubclass(kind, torch.Tensor) or kind in _PLAIN for kind in kinds):
         return None
     parameters = list(chain.from_iterable(group["params"] for group in groups))
     settings = chain.from_iterable(group.values() for group in groups)

@@ -152,7 +152,10 @@ def test_who_lingers_may_end_by_itself_after_the_others(group: WorkerGroup, star
     assert group.exits[0].order == 0
 
 
-def test_who_lingers_too_long_is_killed(group: WorkerGroup, start: Start) -> None:
+def test_who_lingers_too_long_is_killed(
+    group: WorkerGroup, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autoglm_resume.supervise.ranks.group.REPORT", 1.0)
     group.add(-1, start(QUIET))
     group.add(0, start(QUIET))
     group.stop(0.1, linger=frozenset([-1]))
