@@ -215,9 +215,9 @@ class Session:
     def save(self) -> bool:
         """Save now, after the last completed step; every rank must call it at the same step.
 
-        Returns whether the save is under way: it goes on beside the training, and a run whose last
-        save fails is not complete. Without a supervisor, which sees to that, it returns when it is
-        saved. What is there is saved though the step was before: it may have been changed since.
+        Returns whether the save is under way: it goes on beside the training, the end of the
+        script waits for it, and a run whose last save fails is not complete; a script alone says
+        so. What is there is saved though the step was before: it may have been changed since.
         Within a step of `steps` the save begins when the step is complete. Raises UsageError where
         an optimizer has stepped since the last `step_done`: that would be the state of no step.
         """
@@ -237,7 +237,7 @@ class Session:
         if self._saved_step == self._completed and not self._renewed():
             return False
         self._save()
-        return self._saves.failure(self._id(), wait=self._assignment is None) is None
+        return self._saves.failure(self._id()) is None
 
     def _complete(self, step: int) -> None:
         """`step` is: everything that follows but for saves."""
