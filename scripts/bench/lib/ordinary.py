@@ -86,7 +86,9 @@ def measure(seed: int, names: list[str]) -> common.Report:
 
 def _one(name: str, ranks: int, refused: str, order: random.Random) -> Outcome:
     calm = _Run(name, "undisturbed", ranks)
-    code, _ = calm.finish()
+    code, said = calm.finish()
+    if code and refused and refused in said and not calm.trained():
+        return Outcome(name, (), "refused", _reason(said))
     if code:
         return Outcome(name, (), "failed undisturbed", calm.tail())
     disturbed = _Run(name, "disturbed", ranks)
@@ -197,6 +199,11 @@ class _Run:
             code = -1
         return code, self.output.read_text(errors="replace")
 
+    def trained(self) -> bool:
+        """Whether more than one step was: some state shows what it is only after the first."""
+        seen = self.directory.glob("seen-*.jsonl")
+        return any(set(json.loads(line)[0] for line in path.open()) - {0} for path in seen)
+
     def tail(self) -> str:
         """The last line that it said."""
         lines = self.output.read_text(errors="replace").strip().splitlines()
@@ -210,5 +217,7 @@ class _Run:
 
 
 def _reason(said: str) -> str:
-    lines = [line for line in said.splitlines() if "expected" in line or "only in" in line]
+    """The line that says why it was refused."""
+    words = ("expected", "only in", "cannot be")
+    lines = [line for line in said.splitlines() if any(word in line for word in words)]
     return lines[-1].strip()[:160] if lines else ""

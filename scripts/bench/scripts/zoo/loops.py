@@ -151,7 +151,7 @@ def freezing() -> Program:
 
 @program(refused="only in the checkpoint")
 def growing() -> Program:
-    """From step 10 on there is a layer more, and a group of the optimizer for it: a script that
+    """From step 3 on there is a layer more, and a group of the optimizer for it: a script that
     does not make it again before it resumes has another model."""
     model = net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -159,7 +159,7 @@ def growing() -> Program:
     inner = found.step
 
     def step(n: int) -> object:
-        if n >= 10 and len(model) == 4:
+        if n >= 3 and len(model) == 4:
             layer = torch.nn.Linear(1, 1)
             model.append(layer)
             optimizer.add_param_group({"params": list(layer.parameters())})
