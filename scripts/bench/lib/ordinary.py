@@ -202,7 +202,7 @@ class _Run:
     def trained(self) -> bool:
         """Whether more than one step was: some state shows what it is only after the first."""
         seen = self.directory.glob("seen-*.jsonl")
-        return any(set(json.loads(line)[0] for line in path.open()) - {0} for path in seen)
+        return any({json.loads(line)[0] for line in path.open()} - {0} for path in seen)
 
     def tail(self) -> str:
         """The last line that it said."""
