@@ -12,7 +12,7 @@ from autoglm_resume.supervise.core import save_interval
 
 RECENT = 20
 """Saves that tell what the next will cost."""
-NOTABLE = 1.2
+NOTABLE = 1.5
 """Factor by which the interval between saves must change to be changed."""
 
 
@@ -30,9 +30,8 @@ class SaveTimer:
         self._felt: deque[float] = deque(maxlen=RECENT)
         self._writing: deque[float] = deque(maxlen=RECENT)
         self._began = time.monotonic()
-        self._failed: deque[float] = deque(maxlen=RECENT)
-        """Monotonic times at which this life saw that there are more failures, newest last."""
-        self._known = failures()
+        self._attempt = self._began
+        """Monotonic seconds at which the present attempt began."""
         asked = job.checkpoint.every.seconds
         self._auto = asked == "auto"
         self.seconds: float | None = None if asked == "auto" else asked
@@ -50,9 +49,7 @@ class SaveTimer:
 
     def attempt(self) -> None:
         """Another attempt begins, as a rule because the last one failed."""
-        failures = self._failures()
-        self._failed.extend([time.monotonic()] * (failures - self._known))
-        self._known = failures
+        self._attempt = time.monotonic()
         self.choose()
 
     def choose(self) -> None:
@@ -65,7 +62,7 @@ class SaveTimer:
             self._failures(),
             self._trained + now - self._began,
             writing=self._writing,
-            since=[now - failed for failed in reversed(self._failed)],
+            since=now - self._attempt,
         )
         if self.seconds is None or not 1 / NOTABLE < chosen.seconds / self.seconds < NOTABLE:
             self.seconds = chosen.seconds

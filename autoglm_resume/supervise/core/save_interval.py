@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -53,7 +53,7 @@ def choose(
     elapsed: float,
     *,
     writing: Collection[float] = (),
-    since: Sequence[float] = (),
+    since: float = math.inf,
     nodes: int = 1,
 ) -> Interval:
     """The interval that fits what this run has measured so far; all times are seconds.
@@ -61,15 +61,16 @@ def choose(
     `costs`: what each of the latest saves took from the training, blocked and slowed down together.
     Their median counts: the first save, or one beside a busy neighbour, says little of the next.
     `failures` in `elapsed` seconds of training on `nodes` machines. `writing`: from snapshot to
-    committed, of the latest saves. `since`: how long ago the latest failures were, newest first.
+    committed, of the latest saves. `since`: how long ago this run began, or failed last.
     """
     if not costs:
         return Interval(FIRST, f"every {_about(FIRST)} until a save has shown what it costs")
     cost = max(0.0, statistics.median(costs))
     busy = statistics.median(writing) if writing else 0.0
     usual = (PRIOR / nodes + elapsed) / (1 + failures)
-    # A burst: one failure says nothing of the next, but the second does.
-    between = min([usual, *(ago / count for count, ago in enumerate(since, 1) if count > 1)])
+    # What has just begun may fail as soon again: of a new script, or a sick machine, a prior knows
+    # nothing. To save often at first costs √(2 · cost · time) in all, which is 1 % after an hour.
+    between = min(usual, since)
     best = math.sqrt(2 * cost * between)
     seconds, bound = min(
         (best, ""),
@@ -84,7 +85,7 @@ def choose(
     happened = f"{failures or 'no'} {'failure' if failures < 2 else 'failures'}"
     reason = f"a save costs {_about(cost)}, {happened} in {_about(elapsed)} so far"
     if between < usual:
-        reason += f", of late one every {_about(between)}"
+        reason += f", and it has only gone on for {_about(since)}"
     return Interval(seconds, "; ".join(filter(None, (f"every {_about(seconds)}: {reason}", bound))))
 
 
