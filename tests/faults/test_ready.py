@@ -15,7 +15,7 @@ from tests.faults.conftest import Rehearsal, finish
 
 def interrupted(rehearsal: Rehearsal, *args: str, **fields: object) -> None:
     """A run that was stopped after a checkpoint."""
-    running = rehearsal.start(*args, hold=("0:0:12",), **fields)
+    running = rehearsal.start(*args, "--steps", "100", hold=("0:0:12",), **fields)
     rehearsal.wait_for("committed")
     rehearsal.stop(12, running)
     assert finish(running).code == 75
@@ -30,7 +30,7 @@ def test_a_clock_behind_the_run_is_refused_warned_of_or_ignored(
     tomorrow = {"event": "note", "time": time.time() + 86400}
     with (rehearsal.run_dir / "events.jsonl").open("a") as journal:
         journal.write(json.dumps(tomorrow) + "\n")
-    finished = rehearsal.run("--steps", "20", guards=guards)  # type: ignore[arg-type]
+    finished = rehearsal.run("--steps", "100", guards=guards)  # type: ignore[arg-type]
     warned = [e["text"] for e in rehearsal.events("warning") if e["text"].startswith("clock")]
     if strictness == "strict":
         assert finished.code == 2
