@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from .registry import Program, program
-from .usual import loss_of, net
+from .usual import loss_of, net, usual
 
 
 def begin() -> int:
@@ -20,19 +20,6 @@ def begin() -> int:
     return rank
 
 
-def loop(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Program:
-    """The usual one."""
-
-    def step(_: int) -> float:
-        optimizer.zero_grad()
-        loss = loss_of(model)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    return Program({"model": model, "optimizer": optimizer}, step)
-
-
 @program(ranks=2)
 def ddp_batchnorm() -> Program:
     """Statistics of batches, which differ by rank."""
@@ -41,7 +28,7 @@ def ddp_batchnorm() -> Program:
     inner = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8), net())
     model = DistributedDataParallel(inner)
     torch.manual_seed(10 + dist.get_rank())
-    return loop(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    return usual(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
 
 
 @program(ranks=2)
@@ -77,7 +64,7 @@ def fsdp1() -> Program:
     torch.manual_seed(0)
     model = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
     torch.manual_seed(10 + dist.get_rank())
-    return loop(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    return usual(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
 
 
 @program(ranks=2, refused="cannot be saved without pickle")
@@ -102,4 +89,4 @@ def fsdp2() -> Program:
     model = net()
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     torch.manual_seed(10 + dist.get_rank())
-    return loop(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    return usual(model, torch.optim.AdamW(model.parameters(), lr=1e-2))

@@ -24,9 +24,7 @@ def loss_of(model: torch.nn.Module) -> torch.Tensor:
     return found
 
 
-def usual(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, *also: object, **more: object
-) -> Program:
+def usual(model: torch.nn.Module, optimizer: torch.optim.Optimizer, **more: object) -> Program:
     """A loop as in any tutorial."""
 
     def step(_: int) -> float:
