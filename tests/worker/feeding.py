@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy
 import torch
+import torch._dynamo  # as the first optimizer of a process would: here, once for all lives
 from torch.utils.data import DataLoader, Dataset
 
 import autoglm_resume as autoglm

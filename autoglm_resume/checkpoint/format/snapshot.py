@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from typing import Any
 
 from autoglm_resume.checkpoint.format.document import Json, compact
@@ -76,7 +77,7 @@ def describe(snapshot: Snapshot) -> bytes:
     """Everything but the bytes of the tensors, which lie in a slot by `layout`."""
     return assembled(
         {f.name: getattr(snapshot, f.name) for f in fields(snapshot)},
-        {name: compact(tree) for name, tree in snapshot.trees.items()},
+        {name: (compact(tree),) for name, tree in snapshot.trees.items()},
         [row_text(t.name, t.dtype, t.shape) for t in snapshot.tensors],
     )
 
@@ -87,23 +88,34 @@ def row_text(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
 
 
 def assembled(
-    members: Mapping[str, Any], trees: Mapping[str, bytes], rows: Iterable[bytes]
+    members: Mapping[str, Any], trees: Mapping[str, Sequence[bytes]], rows: Iterable[bytes]
 ) -> bytes:
-    """A description whose largest members are text already: they are the same in most saves."""
+    """A description whose largest members are text already: they are the same in most saves.
+
+    They are joined once: a copy of the text of 40,000 tensors takes 2 ms.
+    """
     model: Structure | None = members["model"]
     origin: Origin | None = members["origin"]
     parameters: Parameters | None = members["parameters"]
-    texts = {
-        "parameters": parameters.text if parameters else b"null",
-        "model": model.text if model else b"null",
-        "origin": compact(origin.to_json() if origin else None),
-        "trees": b"{%b}" % b",".join(compact(name) + b":" + text for name, text in trees.items()),
-        "tensors": b"[%b]" % b",".join(rows),
+    entries = ((b"%b:" % compact(name), *text) for name, text in trees.items())
+    texts: dict[str, Sequence[bytes]] = {
+        "parameters": (parameters.text if parameters else b"null",),
+        "model": (model.text if model else b"null",),
+        "origin": (compact(origin.to_json() if origin else None),),
+        "trees": (b"{", *chain.from_iterable(_separated(entries)), b"}"),
+        "tensors": (b"[", b",".join(rows), b"]"),
     }
-    return b"{%b}" % b",".join(
-        compact(name) + b":" + (texts[name] if name in texts else compact(value))
+    found = (
+        (b"%b:" % compact(name), *(texts[name] if name in texts else (compact(value),)))
         for name, value in members.items()
     )
+    return b"".join((b"{", *chain.from_iterable(_separated(found)), b"}"))
+
+
+def _separated(pieces: Iterable[Sequence[bytes]]) -> Iterator[Sequence[bytes]]:
+    """With a comma before each but the first."""
+    for index, each in enumerate(pieces):
+        yield (b",", *each) if index else each
 
 
 def from_slot(description: bytes, slot: memoryview) -> Snapshot:

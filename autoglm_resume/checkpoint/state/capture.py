@@ -83,11 +83,11 @@ class TensorTable:
 
 @dataclass(frozen=True)
 class ObjectState:
-    """One object's tree, its tensors, and the tree as JSON."""
+    """One object's tree, its tensors, and the tree as JSON, in pieces."""
 
     tree: Json
     table: TensorTable
-    text: bytes = field(repr=False)
+    text: tuple[bytes, ...] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _members(identity: Identity) -> dict[str, Any]:
 def state_of(name: str, value: object) -> ObjectState:
     """Of one state dict. Raises UsageError naming the path of a value that cannot be saved."""
     found, tensors = tree.encode(value, name)
-    return ObjectState(found, TensorTable(tensors), compact(found))
+    return ObjectState(found, TensorTable(tensors), (compact(found),))
 
 
 def gather(objects: Mapping[str, object]) -> CapturedState:

@@ -27,8 +27,9 @@ _PLAIN = (type(None), bool, int, float, str)
 Look: TypeAlias = "Callable[[torch.Tensor], Any]"
 
 # Each takes a tenth of a microsecond, and there may be 100,000 tensors.
-_PLACE: tuple[Look, ...] = (torch.Tensor.data_ptr, torch.Tensor.size, torch.Tensor.stride)
-_KIND: tuple[Look, ...] = (operator.attrgetter("dtype"), operator.attrgetter("requires_grad"))
+_ADDRESS: Look = torch.Tensor.data_ptr
+_TRAINS: Look = operator.attrgetter("requires_grad")
+_DTYPE: Look = operator.attrgetter("dtype")
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ class OptimizerDescription(Description):
         groups = tree.encode({"param_groups": settings}, self.name)[0]["param_groups"]
         for group, before in zip(groups, known.tree["param_groups"], strict=True):
             group["params"] = before["params"]
-        text = b'{"state":%b,"param_groups":%b}' % (self._text, compact(groups))
+        text = (b'{"state":', self._text, b',"param_groups":', compact(groups), b"}")
         return ObjectState({**known.tree, "param_groups": groups}, known.table, text)
 
 
@@ -182,6 +183,7 @@ def _seen(parts: Parts | None) -> Seen | None:
 _HOOKS = operator.attrgetter("_state_dict_hooks", "_state_dict_pre_hooks")
 _NAMED = operator.attrgetter("_parameters", "_buffers", "_modules")
 _HIDDEN = operator.attrgetter("_non_persistent_buffers_set")
+_VALUES = operator.methodcaller("values")
 
 
 def _module_parts(modules: Iterable[torch.nn.Module]) -> Parts | None:
@@ -196,10 +198,11 @@ def _module_parts(modules: Iterable[torch.nn.Module]) -> Parts | None:
     named = list(chain.from_iterable(map(_NAMED, modules)))
     hidden = map(tuple, map(sorted, filter(None, map(_HIDDEN, modules))))
     names = [*chain.from_iterable(named), *hidden]
-    objects = _with_shards(list(chain.from_iterable(each.values() for each in named)))
+    objects = _with_shards(list(chain.from_iterable(map(_VALUES, named))))
 
     def looks() -> Mapping[Look, list[torch.Tensor]]:
-        return dict.fromkeys((*_PLACE, *_KIND), _locals(objects))
+        tensors = _locals(objects)
+        return {_ADDRESS: tensors, _TRAINS: tensors, _DTYPE: tensors, **_layout(tensors)}
 
     return Parts(objects, names, looks)
 
@@ -213,7 +216,7 @@ def _optimizer_parts(optimizer: torch.optim.Optimizer) -> Parts | None:
         return None
     groups = optimizer.param_groups
     states: list[dict[str, Any]] = list(optimizer.state.values())
-    held = list(chain.from_iterable(state.values() for state in states))
+    held = list(chain.from_iterable(map(_VALUES, states)))
     # What a parameter has that is no tensor must be something that cannot change.
     kinds = set(map(type, held))
     if not all(issubclass(kind, torch.Tensor) or kind in _PLAIN for kind in kinds):
@@ -230,8 +233,7 @@ def _optimizer_parts(optimizer: torch.optim.Optimizer) -> Parts | None:
 
     def looks() -> Mapping[Look, list[torch.Tensor]]:
         trained, tensors = _locals(parameters), _locals([*held, *rates])
-        address, trains = _PLACE[0], _KIND[1]
-        return {address: trained + tensors, trains: trained, **dict.fromkeys(_PLACE[1:], tensors)}
+        return {_ADDRESS: trained + tensors, _TRAINS: trained, **_layout(tensors)}
 
     return Parts(objects, names, looks)
 
@@ -239,6 +241,13 @@ def _optimizer_parts(optimizer: torch.optim.Optimizer) -> Parts | None:
 def _locals(objects: Iterable[Any]) -> list[torch.Tensor]:
     """The tensors among `objects`; of those that are sharded, what this rank has."""
     return [tree.local(each) for each in objects if isinstance(each, torch.Tensor)]
+
+
+def _layout(tensors: list[torch.Tensor]) -> Mapping[Look, list[torch.Tensor]]:
+    """What must be looked at to know their sizes and strides: these follow from those, mostly."""
+    odd = [tensor for tensor in tensors if not tensor.is_contiguous()]
+    look = torch.Tensor
+    return {look.size: tensors, look.is_contiguous: tensors, look.stride: odd}
 
 
 def _with_shards(objects: list[Any]) -> list[Any]:

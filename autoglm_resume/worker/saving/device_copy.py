@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeAlias
@@ -30,6 +31,8 @@ MARK = 16
 STRIDE = 1 << 16
 """Bytes between two marks in a large tensor."""
 
+_VERSION = operator.attrgetter("_version")
+_SOURCE = operator.itemgetter(0)
 _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
@@ -135,7 +138,7 @@ class DeviceCopy:
         self._pairs = beside
         self._done = done
         if not at_once:
-            self._versions = [source._version for source, _ in beside]
+            self._versions = list(map(_VERSION, map(_SOURCE, beside)))
             self._seen = [route.sources.read() for route in routes]
         self._copy_staged = to_host(staged)
         self._thread = thread

@@ -58,7 +58,7 @@ def assert_true(description: Description) -> None:
     found = description.state()
     fresh = state_of(description.name, description.obj.state_dict())
     assert found.tree == fresh.tree
-    assert found.text == compact(fresh.tree) == fresh.text
+    assert b"".join(found.text) == compact(fresh.tree) == b"".join(fresh.text)
     assert [name for name, _ in found.table.tensors] == [name for name, _ in fresh.table.tensors]
     for (name, mine), (_, theirs) in zip(found.table.tensors, fresh.table.tensors, strict=True):
         assert mine.data_ptr() == theirs.data_ptr(), name
