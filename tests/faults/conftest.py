@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,6 +97,13 @@ class Rehearsal:
         process.send_signal(number)
         self.wait_for("stop_requested")
         self.release(release)
+
+    def run_to_12(self, **fields: Any) -> None:
+        """A run that has checkpoints of steps 5, 10 and 12, where it was stopped."""
+        process = self.start(hold=("0:0:12",), **fields)
+        self.wait_for("committed", lambda event: event["step"] == 10)
+        self.stop(12, process)
+        assert finish(process).code == 75
 
     def resume(self) -> Finished:
         """`autoglm resume`, to its end."""
@@ -225,6 +233,25 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         return place.final()
     finally:
         place.end()
+
+
+@pytest.fixture(scope="session")
+def stopped_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the job that was stopped at step 12, for all that look at what can go on from it."""
+    place = Rehearsal(tmp_path_factory.mktemp("stopped"))
+    try:
+        place.run_to_12()
+        # A copy beside the run that it is of is refused; one of a run that is gone was moved.
+        return place.run_dir.rename(place.directory / "stopped")
+    finally:
+        place.end()
+
+
+@pytest.fixture
+def interrupted(rehearsal: Rehearsal, stopped_once: Path) -> Rehearsal:
+    """With that run, see `Rehearsal.run_to_12`."""
+    shutil.copytree(stopped_once, rehearsal.run_dir, symlinks=True)
+    return rehearsal
 
 
 @pytest.fixture

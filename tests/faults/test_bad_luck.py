@@ -52,52 +52,48 @@ def test_another_world_size_is_refused_with_90_naming_both(rehearsal: Rehearsal)
 
 
 def test_a_script_that_tracks_more_than_the_checkpoints_hold_exits_90_and_keeps_them(
-    rehearsal: Rehearsal,
+    interrupted: Rehearsal,
 ) -> None:
-    _interrupted_run(rehearsal)
-    before = _tree(rehearsal.checkpoints)
-    finished = rehearsal.run("--fail", "track-more")
+    before = _tree(interrupted.checkpoints)
+    finished = interrupted.run("--fail", "track-more")
     assert finished.code == 90, finished
     assert "this script also tracks another" in finished.err
-    assert _tree(rehearsal.checkpoints) == before
+    assert _tree(interrupted.checkpoints) == before
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest", "newer"])
 def test_damage_to_the_newest_checkpoint_falls_back_to_the_one_before(
-    rehearsal: Rehearsal, undisturbed: dict[str, str], damage: str
+    interrupted: Rehearsal, undisturbed: dict[str, str], damage: str
 ) -> None:
-    _interrupted_run(rehearsal)
-    newest, older = sorted(rehearsal.checkpoints.glob("step-*"), reverse=True)[:2]
+    newest, older = sorted(interrupted.checkpoints.glob("step-*"), reverse=True)[:2]
     _damage(newest, damage)
-    resumed = rehearsal.resume()
+    resumed = interrupted.resume()
     assert resumed.code == 0, resumed
-    gate = [e for e in rehearsal.events("gate") if len(e["verdicts"]) > 1][-1]
+    gate = [e for e in interrupted.events("gate") if len(e["verdicts"]) > 1][-1]
     assert gate["accepted"] == older.name
     assert not gate["verdicts"][0]["accepted"]
-    assert (rehearsal.checkpoints / "quarantine" / newest.name).exists() == (damage != "newer")
-    assert rehearsal.final() == undisturbed
+    assert (interrupted.checkpoints / "quarantine" / newest.name).exists() == (damage != "newer")
+    assert interrupted.final() == undisturbed
 
 
 def test_with_every_checkpoint_damaged_it_exits_90_and_changes_nothing(
-    rehearsal: Rehearsal,
+    interrupted: Rehearsal,
 ) -> None:
-    _interrupted_run(rehearsal)
-    for path in rehearsal.checkpoints.glob("step-*"):
+    for path in interrupted.checkpoints.glob("step-*"):
         _damage(path, "flip")
-    before = _tree(rehearsal.checkpoints)
-    resumed = rehearsal.resume()
+    before = _tree(interrupted.checkpoints)
+    resumed = interrupted.resume()
     assert resumed.code == 90
     assert "rank-00000.pack" in resumed.err
     assert "hint" in resumed.err
-    assert _tree(rehearsal.checkpoints) == before
+    assert _tree(interrupted.checkpoints) == before
 
 
 def test_checkpoints_that_are_gone_are_missed_rather_than_started_over(
-    rehearsal: Rehearsal,
+    interrupted: Rehearsal,
 ) -> None:
-    _interrupted_run(rehearsal)
-    rehearsal.checkpoints.rename(rehearsal.directory / "unmounted")
-    resumed = rehearsal.resume()
+    interrupted.checkpoints.rename(interrupted.directory / "unmounted")
+    resumed = interrupted.resume()
     assert resumed.code == 90
     assert "is the file system mounted" in resumed.err
 
@@ -146,13 +142,6 @@ def test_a_full_disk_fails_saves_but_neither_training_nor_the_older_checkpoint(
     assert process.wait(PATIENCE) == 0
     assert len(rehearsal.events("attempt_started")) == 1
     assert rehearsal.final() == undisturbed
-
-
-def _interrupted_run(rehearsal: Rehearsal) -> None:
-    process = rehearsal.start("--pause", "0.04", hold=("0:0:22",))
-    rehearsal.wait_for("committed", lambda e: e["step"] >= 15)
-    rehearsal.stop(22, process)
-    assert process.wait(PATIENCE) == 75
 
 
 def _damage(checkpoint: Path, how: str) -> None:

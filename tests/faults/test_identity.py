@@ -5,25 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from typing import Any
 
 from tests.faults.conftest import Rehearsal, finish
 
 REFUSED = 90
 
 
-def interrupted(rehearsal: Rehearsal, **fields: Any) -> None:
-    """A run that has checkpoints of steps 5 and 10, and was stopped."""
-    process = rehearsal.start(hold=("0:0:12",), **fields)
-    rehearsal.wait_for("committed", lambda event: event["step"] == 10)
-    rehearsal.stop(12, process)
-    assert finish(process).code == 75
-
-
 def test_one_attempt_with_the_wrong_model_does_not_cost_the_run(
     rehearsal: Rehearsal, undisturbed: dict[str, str]
 ) -> None:
-    interrupted(rehearsal)
+    rehearsal.run_to_12()
     job = (rehearsal.run_dir / "job.json").read_bytes()
     there = sorted(path.name for path in rehearsal.checkpoints.iterdir())
     refused = rehearsal.run("--width", "32")
@@ -41,7 +32,7 @@ def test_a_config_file_that_was_edited_and_is_put_back_is_the_runs(
     config = rehearsal.directory / "model.json"
     config.write_text(json.dumps({"width": 64}))
     guards = {"free_disk": 0, "config_files": [str(config)]}
-    interrupted(rehearsal, guards=guards)
+    rehearsal.run_to_12(guards=guards)
     config.write_text(json.dumps({"width": 65}))
     assert rehearsal.run(guards=guards).code == REFUSED
     config.write_text(json.dumps({"width": 64}))
@@ -50,12 +41,11 @@ def test_a_config_file_that_was_edited_and_is_put_back_is_the_runs(
 
 
 def test_other_ranks_once_do_not_cost_the_run(
-    rehearsal: Rehearsal, undisturbed: dict[str, str]
+    interrupted: Rehearsal, undisturbed: dict[str, str]
 ) -> None:
-    interrupted(rehearsal)
-    assert rehearsal.run(nproc_per_node=1).code == REFUSED
-    assert rehearsal.resume().code == 0
-    assert rehearsal.final() == undisturbed
+    assert interrupted.run(nproc_per_node=1).code == REFUSED
+    assert interrupted.resume().code == 0
+    assert interrupted.final() == undisturbed
 
 
 def test_a_branch_that_was_given_up_does_not_come_back_when_only_a_replica_is_left(

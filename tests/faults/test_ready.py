@@ -13,25 +13,16 @@ import pytest
 from tests.faults.conftest import Rehearsal, finish
 
 
-def interrupted(rehearsal: Rehearsal, *args: str, **fields: object) -> None:
-    """A run that was stopped after a checkpoint."""
-    running = rehearsal.start(*args, "--steps", "100", hold=("0:0:12",), **fields)
-    rehearsal.wait_for("committed")
-    rehearsal.stop(12, running)
-    assert finish(running).code == 75
-
-
 @pytest.mark.parametrize("strictness", ["strict", "lenient", "off"])
 def test_a_clock_behind_the_run_is_refused_warned_of_or_ignored(
-    rehearsal: Rehearsal, strictness: str
+    interrupted: Rehearsal, strictness: str
 ) -> None:
     guards = {"free_disk": 0, "clock": strictness}
-    interrupted(rehearsal, guards=guards)
     tomorrow = {"event": "note", "time": time.time() + 86400}
-    with (rehearsal.run_dir / "events.jsonl").open("a") as journal:
+    with (interrupted.run_dir / "events.jsonl").open("a") as journal:
         journal.write(json.dumps(tomorrow) + "\n")
-    finished = rehearsal.run("--steps", "100", guards=guards)  # type: ignore[arg-type]
-    warned = [e["text"] for e in rehearsal.events("warning") if e["text"].startswith("clock")]
+    finished = interrupted.run(guards=guards)  # type: ignore[arg-type]
+    warned = [e["text"] for e in interrupted.events("warning") if e["text"].startswith("clock")]
     if strictness == "strict":
         assert finished.code == 2
         assert "guards.clock: clock: expected at most 60 s behind what this run" in finished.err
