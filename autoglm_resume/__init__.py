@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from autoglm_resume.worker.data import ResumableSampler
+    from autoglm_resume.worker.feed.sampler import ResumableSampler
     from autoglm_resume.worker.session import Session, init
     from autoglm_resume.worker.spare import launch
 
@@ -27,7 +27,7 @@ _HOMES = {
     "init": "autoglm_resume.worker.session",
     "Session": "autoglm_resume.worker.session",
     "launch": "autoglm_resume.worker.spare",
-    "ResumableSampler": "autoglm_resume.worker.data",
+    "ResumableSampler": "autoglm_resume.worker.feed.sampler",
 }
 
 

@@ -31,20 +31,13 @@ from autoglm_resume.errors import (
 )
 from autoglm_resume.protocol.assignment import Assignment
 from autoglm_resume.protocol.heartbeats import Board, Phase
-from autoglm_resume.worker import (
-    alone,
-    hooks,
-    imports,
-    leaving,
-    requests,
-    resuming,
-    spare,
-)
+from autoglm_resume.worker import alone, hooks, imports, leaving, requests, spare
 from autoglm_resume.worker.base import settings
 from autoglm_resume.worker.base.event_log import EventLog
 from autoglm_resume.worker.figures import Figures
 from autoglm_resume.worker.saving.save_manager import SaveManager
-from autoglm_resume.worker.tracked import TrackedObjects
+from autoglm_resume.worker.state import resuming
+from autoglm_resume.worker.state.tracked import TrackedObjects
 
 LINEAGE = 8
 """Checkpoints that a checkpoint names as those before it."""

@@ -17,7 +17,7 @@ from autoglm_resume.checkpoint.write.part_writer import PartWriter
 from autoglm_resume.events import Event
 from autoglm_resume.locks import CHECKPOINTS
 from autoglm_resume.supervise.ranks.fault_injector import flip_a_bit
-from autoglm_resume.worker import rng
+from autoglm_resume.worker.base import rng
 from tests.lines import line
 
 WIDTH = 32

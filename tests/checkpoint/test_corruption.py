@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from autoglm_resume.worker import rng
+from autoglm_resume.worker.base import rng
 
 BENCH = Path(__file__).parents[2] / "scripts" / "bench"
 SAVES = 4

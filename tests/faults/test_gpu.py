@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from autoglm_resume.worker import rng
+from autoglm_resume.worker.base import rng
 from tests.faults.conftest import Rehearsal
 
 pytestmark = [

@@ -11,7 +11,7 @@ import pytest
 
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.savers.directory_lock import settled
-from autoglm_resume.worker import rng
+from autoglm_resume.worker.base import rng
 
 _exits: list[Callable[[], object]] = []
 

@@ -1,4 +1,3 @@
-"""What all of the worker stands on: what a session was told, and where it says what happens.
-
-A rank knows both before it runs a line of the script.
+"""What all of the worker stands on: what a session was told, where it says what happens, and the
+random generators of a process.
 """

@@ -86,7 +86,7 @@ def main() -> None:
 
     import autoglm_resume as autoglm
     from autoglm_resume.checkpoint.store.store import Store
-    from autoglm_resume.worker import rng
+    from autoglm_resume.worker.base import rng
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path, required=True)

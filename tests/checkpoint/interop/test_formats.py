@@ -31,7 +31,7 @@ from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.part_writer import PartWriter
 from autoglm_resume.errors import AutoglmError, CorruptCheckpoint, UsageError
-from autoglm_resume.worker.parameters import ParameterWatch
+from autoglm_resume.worker.state.parameters import ParameterWatch
 from tests.checkpoint.ranks import ranks
 
 OUT = {"safetensors": "out.safetensors", "torch": "out.pt", "dcp": "out"}

@@ -12,7 +12,7 @@ import torch
 from autoglm_resume.checkpoint.format.document import compact
 from autoglm_resume.checkpoint.state.capture import state_of
 from autoglm_resume.worker.saving.description import Description, description_of
-from autoglm_resume.worker.tracked import TrackedObjects
+from autoglm_resume.worker.state.tracked import TrackedObjects
 
 
 class Tied(torch.nn.Module):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 
 from autoglm_resume.checkpoint.format.parameters import Group, Parameters
-from autoglm_resume.worker.grouping import differences, orders
+from autoglm_resume.worker.state.grouping import differences, orders
 
 members = st.sampled_from(["m.a", "m.b", "m.c", (3,), (3, 4), ()])
 groups = st.lists(st.lists(members, max_size=5).map(tuple), max_size=3)

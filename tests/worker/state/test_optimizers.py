@@ -18,8 +18,8 @@ from autoglm_resume.checkpoint.write.part_writer import PartWriter
 from autoglm_resume.errors import ObjectMismatch
 from autoglm_resume.protocol.assignment import Checkpointing
 from autoglm_resume.worker.base.settings import Settings
-from autoglm_resume.worker.fitting import Loading, fitted
-from autoglm_resume.worker.parameters import ParameterWatch
+from autoglm_resume.worker.state.fitting import Loading, fitted
+from autoglm_resume.worker.state.parameters import ParameterWatch
 
 ID = checkpoint_id(3, "a0")
 LAYERS = ("first", "second", "third")

@@ -16,18 +16,19 @@ from autoglm_resume.checkpoint.format.parameters import Parameters
 from autoglm_resume.checkpoint.format.structure import Structure
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.errors import UsageError
-from autoglm_resume.worker import fetching, rng
-from autoglm_resume.worker.data import ResumableSampler
-from autoglm_resume.worker.fitting import Loading
-from autoglm_resume.worker.loaders import Follower, deals_data, hear_of_inexact, is_iterated
-from autoglm_resume.worker.parameters import ParameterWatch, has_parameters
-from autoglm_resume.worker.pending_gradients import GRADIENTS, PendingGradients
-from autoglm_resume.worker.restoring import RNG
+from autoglm_resume.worker.base import rng
+from autoglm_resume.worker.feed import fetching
+from autoglm_resume.worker.feed.loaders import Follower, deals_data, hear_of_inexact, is_iterated
+from autoglm_resume.worker.feed.sampler import ResumableSampler
 from autoglm_resume.worker.saving.description import (
     Description,
     OptimizerDescription,
     description_of,
 )
+from autoglm_resume.worker.state.fitting import Loading
+from autoglm_resume.worker.state.parameters import ParameterWatch, has_parameters
+from autoglm_resume.worker.state.pending_gradients import GRADIENTS, PendingGradients
+from autoglm_resume.worker.state.restoring import RNG
 
 LARGEST_CONFIG = 1 << 30
 """Bytes of a config file that is part of the model hash."""

@@ -16,7 +16,7 @@ from autoglm_resume.errors import CheckpointError, ModelMismatch, ObjectMismatch
 from autoglm_resume.events import PartlyRestored
 from autoglm_resume.protocol.assignment import Checkpointing
 from autoglm_resume.worker.base.settings import Settings
-from autoglm_resume.worker.fitting import Loading, fitted
+from autoglm_resume.worker.state.fitting import Loading, fitted
 
 ID = checkpoint_id(3, "a0")
 

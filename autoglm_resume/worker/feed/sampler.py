@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from autoglm_resume.errors import UsageError
-from autoglm_resume.worker.fetching import Dealt
+from autoglm_resume.worker.feed.fetching import Dealt
 
 SAME_STEPS = 4
 """Steps that must draw equally many batches before that is taken for a step's need."""

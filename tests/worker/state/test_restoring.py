@@ -20,8 +20,9 @@ from autoglm_resume.checkpoint.write.part_writer import PartWriter
 from autoglm_resume.errors import CorruptCheckpoint, WorldSizeMismatch
 from autoglm_resume.events import Resharded
 from autoglm_resume.protocol.assignment import ResumePoint
-from autoglm_resume.worker import restoring, rng
-from autoglm_resume.worker.data import ResumableSampler
+from autoglm_resume.worker.base import rng
+from autoglm_resume.worker.feed.sampler import ResumableSampler
+from autoglm_resume.worker.state import restoring
 
 ID = checkpoint_id(3, "a0")
 

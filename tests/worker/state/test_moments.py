@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.worker.test_optimizers import load, save, step
+from tests.worker.state.test_optimizers import load, save, step
 
 
 def image_net(order: torch.memory_format) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 
 import autoglm_resume
 from tests.patience import PATIENCE
-from tests.worker import feeding
+from tests.worker.feed import feeding
 
 ROOT = Path(autoglm_resume.__file__).parent.parent
 
@@ -23,7 +23,7 @@ def fed(out: Path, loop: str, feed: str, *deaths: int) -> tuple[list[Any], list[
     command = [
         sys.executable,
         "-m",
-        "tests.worker.feeding",
+        "tests.worker.feed.feeding",
         loop,
         feed,
         str(out),

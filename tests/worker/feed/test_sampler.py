@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from autoglm_resume.errors import UsageError
-from autoglm_resume.worker.data import ResumableSampler
+from autoglm_resume.worker.feed.sampler import ResumableSampler
 
 
 def samplers(world: int, size: int, batch: int, **options: Any) -> list[ResumableSampler]:

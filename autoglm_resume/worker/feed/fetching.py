@@ -17,7 +17,7 @@ from torch.utils.data._utils.fetch import _MapDatasetFetcher
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _DatasetKind
 
 from autoglm_resume.errors import UsageError
-from autoglm_resume.worker import rng
+from autoglm_resume.worker.base import rng
 
 _begun: WeakSet[Any] = WeakSet()
 _listener: Callable[[Any], None] | None = None

@@ -17,8 +17,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_info
 
 from autoglm_resume.errors import UsageError
-from autoglm_resume.worker import fetching, rng
-from autoglm_resume.worker.data import ResumableSampler
+from autoglm_resume.worker.base import rng
+from autoglm_resume.worker.feed import fetching
+from autoglm_resume.worker.feed.sampler import ResumableSampler
 
 
 def deals_data(obj: Any) -> bool:

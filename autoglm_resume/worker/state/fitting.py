@@ -16,13 +16,13 @@ from autoglm_resume.checkpoint.format.structure import Structure, differences
 from autoglm_resume.checkpoint.state.restore import RestoredPart
 from autoglm_resume.errors import ModelMismatch, ObjectMismatch
 from autoglm_resume.events import PartlyRestored
-from autoglm_resume.worker import data_parallel, optimizers
 from autoglm_resume.worker.base.settings import Settings
-from autoglm_resume.worker.grouping import listed
-from autoglm_resume.worker.optimizers import Regrouping
-from autoglm_resume.worker.parameters import NamedParameters
-from autoglm_resume.worker.pending_gradients import GRADIENTS
-from autoglm_resume.worker.restoring import RNG
+from autoglm_resume.worker.state import data_parallel, optimizers
+from autoglm_resume.worker.state.grouping import listed
+from autoglm_resume.worker.state.optimizers import Regrouping
+from autoglm_resume.worker.state.parameters import NamedParameters
+from autoglm_resume.worker.state.pending_gradients import GRADIENTS
+from autoglm_resume.worker.state.restoring import RNG
 
 _ITS_PARAMETERS = (
     "give it the parameters that it had, in the same groups, or set checkpoint.strict: false to go"

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 import autoglm_resume as autoglm
 from autoglm_resume.errors import UsageError
-from autoglm_resume.worker import fetching
+from autoglm_resume.worker.feed import fetching
 from tests.worker.alone import end_process, lonely
-from tests.worker.feeding import FEEDS
-from tests.worker.test_feeding import fed
+from tests.worker.feed.feeding import FEEDS
+from tests.worker.feed.test_feeding import fed
 
 
 @pytest.fixture(autouse=True)

@@ -16,9 +16,9 @@ from autoglm_resume.checkpoint.format.part import Part
 from autoglm_resume.checkpoint.state.restore import all_leaves
 from autoglm_resume.checkpoint.state.sharding import is_sharded
 from autoglm_resume.checkpoint.state.strides import in_c_order
-from autoglm_resume.worker import grouping
-from autoglm_resume.worker.grouping import Order
-from autoglm_resume.worker.parameters import NamedParameters, optimizers_of
+from autoglm_resume.worker.state import grouping
+from autoglm_resume.worker.state.grouping import Order
+from autoglm_resume.worker.state.parameters import NamedParameters, optimizers_of
 
 
 @dataclass(frozen=True)

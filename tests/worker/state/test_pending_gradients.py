@@ -10,7 +10,7 @@ import torch
 
 import autoglm_resume as autoglm
 from autoglm_resume.checkpoint.store.store import Store
-from autoglm_resume.worker.pending_gradients import GRADIENTS
+from autoglm_resume.worker.state.pending_gradients import GRADIENTS
 from tests.worker.alone import checkpoints, end_process, lonely
 
 WINDOW = 4

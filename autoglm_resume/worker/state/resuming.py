@@ -14,11 +14,11 @@ from autoglm_resume.checkpoint.state.restore import RestoredPart
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import CheckpointError
 from autoglm_resume.protocol.assignment import ResumePoint
-from autoglm_resume.worker import fitting, restoring
 from autoglm_resume.worker.base.event_log import EventLog
 from autoglm_resume.worker.base.settings import Settings
-from autoglm_resume.worker.pending_gradients import GRADIENTS, put_back
-from autoglm_resume.worker.tracked import TrackedObjects
+from autoglm_resume.worker.state import fitting, restoring
+from autoglm_resume.worker.state.pending_gradients import GRADIENTS, put_back
+from autoglm_resume.worker.state.tracked import TrackedObjects
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from autoglm_resume.checkpoint.state import decoding, tree
-from autoglm_resume.worker import rng
+from autoglm_resume.worker.base import rng
 
 
 @pytest.fixture(autouse=True)

@@ -15,10 +15,10 @@ from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import CorruptCheckpoint, WorldSizeMismatch
 from autoglm_resume.events import Resharded
 from autoglm_resume.protocol.assignment import ResumePoint
-from autoglm_resume.worker import rng
-from autoglm_resume.worker.data import ResumableSampler
-from autoglm_resume.worker.grouping import listed
-from autoglm_resume.worker.parameters import buffers_of
+from autoglm_resume.worker.base import rng
+from autoglm_resume.worker.feed.sampler import ResumableSampler
+from autoglm_resume.worker.state.grouping import listed
+from autoglm_resume.worker.state.parameters import buffers_of
 
 RNG = "rng"
 """The object that every rank has one of its own of."""
