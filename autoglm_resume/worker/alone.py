@@ -7,9 +7,12 @@ what is in it must have been made by the same command: a run is its arguments to
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import json
+import logging
 import os
+import sys
 import time
 import uuid
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +28,7 @@ from autoglm_resume.checkpoint.format.structure import Structure, combined
 from autoglm_resume.checkpoint.store.gate import Expectation, Verdict
 from autoglm_resume.checkpoint.store.gatekeeper import Gatekeeper, WaysOut
 from autoglm_resume.checkpoint.store.store import Store
+from autoglm_resume.checkpoint.write.part_writer import SaveFailed
 from autoglm_resume.errors import AutoglmError, RunLocked, UsageError
 from autoglm_resume.protocol.assignment import ResumePoint
 from autoglm_resume.savers import directory_lock
@@ -37,6 +41,8 @@ MEETING = ".launch"
 """Below the checkpoints: where ranks agree that have no other place."""
 
 _agreements = itertools.count()
+_lost = False
+"""Whether the last save failed."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,24 @@ class GateAnswer:
     def encode(self) -> str:
         """As JSON."""
         return json.dumps(asdict(self))
+
+
+def end_badly() -> None:
+    """Nobody shall take this process for one that has its result."""
+    global _lost
+    _lost = True
+
+
+@atexit.register
+def _end() -> None:
+    """Registered before a script registers anything, so that it runs behind all of that.
+
+    Python has no way to change the exit code of a script that has come to its end but to end it.
+    """
+    if _lost and getattr(sys, "last_value", None) is None:  # an exception has a code of its own
+        output.flush()
+        logging.shutdown()
+        os._exit(SaveFailed.exit_code)
 
 
 def agreed(settings: Settings, model: Structure | None) -> Settings:

@@ -209,10 +209,11 @@ class Session:
         """Save now, after the last completed step; every rank must call it at the same step.
 
         Returns whether the save is under way: it goes on beside the training, the end of the
-        script waits for it, and a run whose last save fails is not complete; a script alone says
-        so. What is there is saved though the step was before: it may have been changed since.
-        Within a step of `steps` the save begins when the step is complete. Raises UsageError where
-        an optimizer has stepped since the last `step_done`: that would be the state of no step.
+        script waits for it, and a run whose last save fails is not complete; a script alone ends
+        with exit code 1 then. What is there is saved though the step was before: it may have been
+        changed since. Within a step of `steps` the save begins when the step is complete. Raises
+        UsageError where an optimizer has stepped since the last `step_done`: that would be the
+        state of no step.
         """
         if not self._resumed:
             raise UsageError("call session.resume() before session.save()")
@@ -379,8 +380,9 @@ class Session:
         """At the end of a process without a supervisor, which would say it."""
         kept = self._saves.kept()
         if kept < self._completed:
-            text = f"steps {kept + 1} to {self._completed} are in no checkpoint"
-            output.say(text)
+            output.say(f"steps {kept + 1} to {self._completed} are in no checkpoint")
+        if self._saves.failure(self._id()) is not None:
+            alone.end_badly()
 
     def _stop(self, failure: part_writer.SaveFailed | None) -> NoReturn:
         unsaved = failure.message if failure else ""

@@ -11,6 +11,7 @@ import pytest
 
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.savers.directory_lock import settled
+from autoglm_resume.worker import alone
 from autoglm_resume.worker.base import rng
 
 _exits: list[Callable[[], object]] = []
@@ -25,6 +26,7 @@ def lonely(directory: Path) -> Iterator[None]:
             patch.delenv(name, raising=False)
         patch.chdir(directory)
         patch.setattr(atexit, "register", _exits.append)
+        patch.setattr(alone, "_lost", False)  # or pytest would end as a script does
         yield
         end_process()
         _exits.clear()

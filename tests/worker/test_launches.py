@@ -171,3 +171,28 @@ def test_of_two_launches_at_once_one_trains(launches: Launches) -> None:
     assert f"process {one[0].pid} on" in error
     one[0].kill()
     assert ended(one[1])[0] == 0
+
+
+LOST = """
+import atexit, pathlib, sys
+import torch
+atexit.register(print, "before")
+import autoglm_resume as autoglm
+
+session = autoglm.init(checkpoint_dir="ckpt", every_steps=100)
+session.track(model=torch.nn.Linear(1, 1))
+for step in range(session.resume(), 3):
+    session.step_done(step)
+atexit.register(print, "later")
+if sys.argv[1:] == ["lose"]:
+    pathlib.Path("ckpt").rename("away")
+    pathlib.Path("ckpt").write_text("a file is in the way")
+session.save()
+"""
+
+
+def test_a_script_whose_last_save_fails_does_not_end_well(launches: Launches) -> None:
+    (launches.directory / "train.py").write_text(LOST)
+    assert launches.run("lose")[:2] == (1, "later\n")
+    (launches.directory / "ckpt").unlink()
+    assert launches.run("keep")[:2] == (0, "later\nbefore\n")
