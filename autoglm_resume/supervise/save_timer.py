@@ -12,7 +12,7 @@ from autoglm_resume.supervise.core import save_interval
 
 RECENT = 20
 """Saves that tell what the next will cost."""
-NOTABLE = 1.5
+NOTABLE = 1.25
 """Factor by which the interval between saves must change to be changed."""
 
 

@@ -32,6 +32,8 @@ from autoglm_resume.worker.base.event_log import EventLog
 UNDER_TORCHRUN = "--under-torchrun"
 
 _kept: list[TextIO] = []
+_reserve: list[int] = []
+"""Descriptors for the record of a script that has used up all the others."""
 _OWN_FILES = (__file__, runpy.__file__, "<frozen runpy>")
 
 
@@ -65,6 +67,8 @@ def assume(assignment: Assignment, rank: int, environment: Mapping[str, str]) ->
         stacks = assignment.stacks(rank).open("w")
         faulthandler.register(STACKS, file=stacks, all_threads=True)
         _kept.append(stacks)  # faulthandler knows only its descriptor
+    with contextlib.suppress(OSError):
+        _reserve.extend(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) for _ in range(2))
     with contextlib.suppress(OSError, ValueError):
         Board.open(Path(assignment.board)).pulse(rank).phase(Phase.NONE)
     EventLog(assignment.events(rank), rank).emit(events.RankStarted(pid=os.getpid()))
@@ -130,6 +134,9 @@ def record(assignment: Assignment, rank: int, error: BaseException) -> None:
     with contextlib.suppress(OSError):  # of a full disk, whose story the record must not miss
         sys.stderr.write(_told(error) or "".join(lines))
         sys.stderr.flush()
+    while _reserve:
+        with contextlib.suppress(OSError):
+            os.close(_reserve.pop())
     record = {
         "rank": rank,
         "type": type(error).__name__,

@@ -35,10 +35,6 @@ def test_a_checkpoint_leaves_and_comes_back(kind: str, tmp_path: Path) -> None:
     made, original = Store(there).load_manifest(path), Store(root).latest()
     assert original is not None
     assert made.objects == Store(root).load_manifest(original).objects
-    again = autoglm("import", out, there, "--step", "30")
-    assert again.returncode == 2
-    assert "there already" in again.stderr
-    assert "import it as another --step" in again.stderr
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "torch", "dcp"])
@@ -58,12 +54,25 @@ def test_one_object_alone_is_a_plain_state_with_the_usual_mode(kind: str, tmp_pa
         assert out.stat().st_mode == usual.stat().st_mode
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    again = autoglm("import", out, tmp_path / "there")
-    assert again.returncode == 2
-    assert "not made by autoglm export" in again.stderr
-    none = autoglm("export", root, tmp_path / "none", "--to", kind, "--only", "modle")
-    assert none.returncode == 2
-    assert "no object 'modle'; there are model, optimizer" in none.stderr
+
+
+def test_what_is_there_already_not_there_or_not_ours_is_refused(tmp_path: Path) -> None:
+    root, whole, model = tmp_path / "checkpoints", tmp_path / "whole.pt", tmp_path / "model.pt"
+    checkpoint(root, 20)
+    for out, more in ((whole, ()), (model, ("--only", "model"))):
+        assert autoglm("export", root, out, "--to", "torch", *more).returncode == 0
+    assert autoglm("import", whole, tmp_path / "there").returncode == 0
+    for words, message in (
+        (("import", whole, tmp_path / "there"), "there already"),
+        (("import", model, tmp_path / "there"), "not made by autoglm export"),
+        (
+            ("export", root, tmp_path / "none", "--to", "dcp", "--only", "modle"),
+            "no object 'modle'; there are model, optimizer",
+        ),
+    ):
+        done = autoglm(*words)
+        assert done.returncode == 2
+        assert message in done.stderr
 
 
 def test_an_object_that_ranks_have_differently_is_not_taken_from_one_of_them(

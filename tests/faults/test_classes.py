@@ -12,34 +12,31 @@ import pytest
 from tests.faults.conftest import Rehearsal
 from tests.patience import PATIENCE
 
+WAYS = {
+    "import": ("launch", "No module named 'no_such_module'", "ModuleNotFoundError at train.py"),
+    "loader": (
+        "data_error",
+        "data error: rank 1 failed with ValueError: Caught ValueError in DataLoader worker "
+        "process 0. ValueError: sample 5 is broken at step 12",
+        "in __getitem__",
+    ),
+    "full-disk": ("disk_full", "disk full: rank 1 failed with OSError: [Errno 28]", "train.py"),
+    "leak": ("exception", "rank 1 failed with OSError: [Errno 24] Too many open", "train.py"),
+    "slow-end": ("exception", "rank 1 failed with ValueError: the data is on fire", "train.py"),
+}
 
-@pytest.mark.parametrize(
-    ("how", "kind", "words", "place"),
-    [
-        (
-            "loader",
-            "data_error",
-            "data error: rank 1 failed with ValueError: Caught ValueError in DataLoader worker "
-            "process 0. ValueError: sample 5 is broken at step 12",
-            "in __getitem__",
-        ),
-        ("full-disk", "disk_full", "disk full: rank 1 failed with OSError: [Errno 28]", "train.py"),
-        ("import", "launch", "No module named 'no_such_module'", "ModuleNotFoundError at train.py"),
-        ("leak", "exception", "rank 1 failed with OSError: [Errno 24] Too many open", "train.py"),
-        ("slow-end", "exception", "rank 1 failed with ValueError: the data is on fire", "train.py"),
-    ],
-)
+
 def test_the_class_is_what_really_happened_and_the_result_is_the_same(
-    rehearsal: Rehearsal, undisturbed: dict[str, str], how: str, kind: str, words: str, place: str
+    rehearsal: Rehearsal, undisturbed: dict[str, str]
 ) -> None:
-    finished = rehearsal.run("--fail", how)
+    finished = rehearsal.run("--at", "7", "--fail", ",".join(WAYS))
     assert finished.code == 0, finished
-    assert words in finished.err
-    failure = rehearsal.events("failure")[0]
-    assert (failure["kind"], failure["root_rank"]) == (kind, 1)
-    assert place in failure["place"]
-    assert "Traceback" in failure["tail"]
-    assert len(rehearsal.events("failure")) == 1
+    failures = rehearsal.events("failure")
+    for failure, (kind, words, place) in zip(failures, WAYS.values(), strict=True):
+        assert words in finished.err
+        assert (failure["kind"], failure["root_rank"]) == (kind, 1)
+        assert place in failure["place"]
+        assert "Traceback" in failure["tail"]
     assert rehearsal.final() == undisturbed
 
 

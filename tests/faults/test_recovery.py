@@ -14,48 +14,52 @@ from tests.faults.conftest import Rehearsal, finish
 from tests.patience import PATIENCE
 
 
-@pytest.mark.parametrize(
-    ("drill", "words"),
-    [
-        ("kill:rank=0,step=12", "rank 0 died by SIGKILL"),
-        ("kill:rank=1,step=12", "rank 1 died by SIGKILL"),
-        ("stop:rank=1,step=12", "rank 1 stopped making progress"),
-        ("exit:code=3,rank=1,step=12", "rank 1 exited with code 3 at step 1"),
-        ("corrupt:latest,step=12", "rejected: integrity"),
-    ],
-)
-def test_a_drill_changes_nothing_in_the_result(
-    rehearsal: Rehearsal, undisturbed: dict[str, str], drill: str, words: str
+def test_drills_one_after_the_other_change_nothing_in_the_result(
+    rehearsal: Rehearsal, undisturbed: dict[str, str]
 ) -> None:
-    process = rehearsal.start(drill=(drill,), hold=("0:1:12",) if "exit" in drill else ())
-    rehearsal.wait_for("drill")
-    rehearsal.release(12)
+    drills = {
+        "kill:rank=0,step=7": "rank 0 died by SIGKILL",
+        "kill:rank=1,step=12": "rank 1 died by SIGKILL",
+        "stop:rank=1,step=17": "rank 1 stopped making progress",
+        "exit:code=3,rank=1,step=22": "rank 1 exited with code 3 at step 2",
+    }
+    process = rehearsal.start(drill=tuple(drills), hold=("3:1:22",))
+    rehearsal.wait_for("drill", lambda event: event["attempt"] == 3)
+    rehearsal.release(22)
     finished = finish(process)
     assert finished.code == 0, finished
-    assert words in finished.err
-    assert "autoglm: drill:" in finished.err
-    assert len(rehearsal.events("attempt_started")) == 2
-    assert rehearsal.events("drill")[0]["spec"] == drill
+    assert not [words for words in drills.values() if words not in finished.err]
+    assert finished.err.count("autoglm: drill:") == len(drills)
+    assert len(rehearsal.events("attempt_started")) == len(drills) + 1
+    assert [event["spec"] for event in rehearsal.events("drill")] == list(drills)
     assert rehearsal.final() == undisturbed
 
 
-@pytest.mark.parametrize(
-    ("how", "kind", "words"),
-    [
-        ("raise", "exception", "rank 1 failed with ValueError: the data is on fire"),
-        ("segv", "crashed", "rank 1 died by SIGSEGV"),
-        ("abort", "crashed", "rank 1 died by SIGABRT"),
-        ("exit", "exited", "rank 1 exited with code 17"),
-        ("steal-port", "port_in_use", "rank 0 failed with"),
-    ],
-)
-def test_a_rank_that_fails_by_itself_is_named_and_the_result_is_the_same(
-    rehearsal: Rehearsal, undisturbed: dict[str, str], how: str, kind: str, words: str
+def test_a_drill_that_corrupts_the_newest_checkpoint_changes_nothing_in_the_result(
+    rehearsal: Rehearsal, undisturbed: dict[str, str]
 ) -> None:
-    finished = rehearsal.run("--fail", how)
+    finished = rehearsal.run(drill=("corrupt:latest,step=12",))
     assert finished.code == 0, finished
-    assert words in finished.err
-    assert rehearsal.events("failure")[0]["kind"] == kind
+    assert "rejected: integrity" in finished.err
+    assert len(rehearsal.events("attempt_started")) == 2
+    assert rehearsal.final() == undisturbed
+
+
+def test_a_rank_that_fails_by_itself_is_named_and_the_result_is_the_same(
+    rehearsal: Rehearsal, undisturbed: dict[str, str]
+) -> None:
+    ways = {
+        "steal-port": ("port_in_use", "rank 0 failed with"),
+        "raise": ("exception", "rank 1 failed with ValueError: the data is on fire"),
+        "segv": ("crashed", "rank 1 died by SIGSEGV"),
+        "abort": ("crashed", "rank 1 died by SIGABRT"),
+        "exit": ("exited", "rank 1 exited with code 17"),
+    }
+    finished = rehearsal.run("--at", "7", "--fail", ",".join(ways))
+    assert finished.code == 0, finished
+    assert not [words for _, words in ways.values() if words not in finished.err]
+    kinds = [event["kind"] for event in rehearsal.events("failure")]
+    assert kinds == [kind for kind, _ in ways.values()]
     assert rehearsal.final() == undisturbed
 
 
@@ -70,15 +74,15 @@ def test_the_first_failing_ranks_traceback_comes_first_and_has_none_of_our_frame
     assert "rank 1 failed first" in finished.err
 
 
-@pytest.mark.parametrize("both", [(0, 1), (1, 0)])
 def test_all_ranks_killed_at_once_come_back(
-    rehearsal: Rehearsal, undisturbed: dict[str, str], both: tuple[int, int]
+    rehearsal: Rehearsal, undisturbed: dict[str, str]
 ) -> None:
-    process = rehearsal.start(hold=("0:0:39",))
-    rehearsal.wait_for("committed", lambda e: e["step"] >= 10)
-    pids = rehearsal.events("attempt_started")[0]["pids"]
-    for rank in both:
-        os.kill(pids[str(rank)], signal.SIGKILL)
+    process = rehearsal.start(hold=("0:0:12", "1:0:22"))
+    for attempt, both in enumerate((("0", "1"), ("1", "0"))):
+        rehearsal.wait_for("committed", lambda event, step=10 + 10 * attempt: event["step"] == step)
+        pids = rehearsal.events("attempt_started")[attempt]["pids"]
+        for rank in both:
+            os.kill(pids[rank], signal.SIGKILL)
     assert process.wait(PATIENCE) == 0
     assert rehearsal.final() == undisturbed
 

@@ -38,20 +38,26 @@ def test_a_supervisor_killed_during_start_up_leaves_nothing(rehearsal: Rehearsal
     assert all_dead(before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
 def test_a_stop_saves_first_exits_75_and_resumes_exactly(
-    rehearsal: Rehearsal, undisturbed: dict[str, str], number: int
+    rehearsal: Rehearsal, undisturbed: dict[str, str]
 ) -> None:
-    process = rehearsal.start(*SLOWLY, checkpoint={"every": {"steps": 1000}}, hold=("0:0:10",))
-    rehearsal.wait_for("first_step")
-    rehearsal.stop(10, process, number)
-    stopped = finish(process)
-    assert stopped.code == 75, stopped
-    saved = rehearsal.events("committed")[-1]["step"]
-    assert 0 < saved < 40
+    rehearsal.write(*SLOWLY, checkpoint={"every": {"steps": 1000}})
+    lives = {10: signal.SIGTERM, 17: signal.SIGINT, 24: signal.SIGUSR2}
+    for attempt, (step, number) in enumerate(lives.items()):
+        hold = (f"{attempt}:0:{step}",)
+        process = rehearsal.command("run", str(rehearsal.directory / "job.yaml"), hold=hold)
+        rehearsal.wait_for("first_step", lambda event, a=attempt: event["attempt"] == a)
+        process.send_signal(number)
+        rehearsal.wait_for("stop_requested", lambda event, a=attempt: event["attempt"] == a)
+        rehearsal.release(step)
+        stopped = finish(process)
+        assert stopped.code == 75, stopped
+    saved = sorted({event["step"] for event in rehearsal.events("committed")})
+    assert len(saved) == len(lives)
+    assert 0 < saved[0] < saved[-1] < 40
     resumed = rehearsal.resume()
     assert resumed.code == 0, resumed
-    assert rehearsal.events("restored")[0]["step"] == saved
+    assert [event["step"] for event in rehearsal.events("restored") if event["rank"] == 0] == saved
     assert rehearsal.final() == undisturbed
 
 

@@ -22,7 +22,7 @@ parser.add_argument("--steps", type=int, default=40)
 parser.add_argument("--pause", type=float, default=0.01)
 parser.add_argument("--width", type=int, default=64)
 parser.add_argument("--every-steps", type=int, default=5)
-parser.add_argument("--fail", help="what, and in attempt 0 only", default="")
+parser.add_argument("--fail", help="how in attempt 0, in attempt 1, …", default="")
 parser.add_argument("--at", type=int, default=12)
 parser.add_argument("--code", type=int, default=17, help="of --fail exit")
 args = parser.parse_args()
@@ -30,7 +30,10 @@ args = parser.parse_args()
 hold(int(os.environ.get("RANK", "0")), 0)
 session = autoglm.init(checkpoint_dir="checkpoints", every_steps=args.every_steps)
 attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-failing = attempt == 0 and session.rank == session.world_size - 1
+ways = args.fail.split(",")
+args.fail = ways[min(attempt, len(ways) - 1)]
+args.at += attempt * args.every_steps if len(ways) > 1 else 0  # each after a new checkpoint
+failing = attempt < len(ways) and session.rank == session.world_size - 1
 
 
 class LossDiverged(Exception):

@@ -243,7 +243,7 @@ class Run(RuleBasedStateMachine):
 
 
 TestRun = pytest.mark.slow(Run.TestCase)
-TestRun.settings = settings(max_examples=80, stateful_step_count=40)
+TestRun.settings = settings(max_examples=50, stateful_step_count=40)
 
 
 @given(

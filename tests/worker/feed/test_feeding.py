@@ -13,7 +13,6 @@ import pytest
 
 import autoglm_resume
 from tests.patience import PATIENCE
-from tests.worker.feed import feeding
 
 ROOT = Path(autoglm_resume.__file__).parent.parent
 
@@ -44,8 +43,11 @@ def deaths_of(name: str) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("loop", "feed"),
     [
-        *((loop, f) for loop in feeding.LOOPS for f in ("main", "workers", "persistent")),
-        *(("iterator_first", feed) for feed in ("spawned", "at-once", "at-once-main")),
+        # Every loop without workers or with some, and everything that workers can be.
+        *(("iterator_first", feed) for feed in ("main", "workers", "at-once", "at-once-main")),
+        *(("iterator_first", "spawned"), ("iterator_after_resume", "workers")),
+        *(("loader_first", "persistent"), ("steps_first", "main"), ("steps_first", "persistent")),
+        *(("epochs", "main"), ("epochs", "persistent")),
     ],
 )
 def test_a_killed_training_is_fed_the_same_bit_for_bit(
