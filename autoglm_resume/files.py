@@ -14,6 +14,7 @@ import contextlib
 import errno
 import os
 import stat
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -112,6 +113,15 @@ def writing(
         raise
     if durable:
         sync_directory(path.parent)
+
+
+def prove_writable(directory: Path) -> None:
+    """Make it, and write a byte to it that leaves nothing behind. Raises OSError."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory) as probe:
+        probe.write(b"\0")
+        probe.flush()
+        os.fsync(probe.fileno())
 
 
 def write(

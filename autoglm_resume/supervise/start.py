@@ -27,6 +27,7 @@ from autoglm_resume.supervise.base.gpu_exclusion import without
 from autoglm_resume.supervise.base.machine import check_directory
 from autoglm_resume.supervise.base.run_directory import RunDirectory
 from autoglm_resume.supervise.core import drill, history
+from autoglm_resume.supervise.core.command_changes import command_changes
 from autoglm_resume.supervise.gate import RunGate
 from autoglm_resume.supervise.preflight.preflight import require_storage
 from autoglm_resume.supervise.ranks.launchers import LAUNCHERS
@@ -82,6 +83,7 @@ def start(
         if branch_from is not None:
             _require_step(Store(checkpoints), branch_from, past.branches)
         elif past.finished:
+            _require_the_same(run, job, past)
             screen.note(
                 f"{run.path}: this run is {_finished(past)}; "
                 "`autoglm run --fresh` begins a new one and keeps this one's files"
@@ -97,16 +99,42 @@ def start(
         training = held.enter_context(locked_checkpoints(checkpoints, run.path))
         for problem in filter(None, (lock.problem, training.problem)):
             screen.note(f"{problem}: see to it yourself that nobody else trains with these files")
+        others = _others(run, job)
         held.enter_context(_kept_if_refused(run))
         run.save_job(dump(job))
         run_list.add(run.path, job.name)
         while True:
             smaller = without(job, past.excluded)
-            life = Supervisor(run, lock, smaller, ordered, screen, branch_from, fresh=fresh)
+            life = Supervisor(
+                run, lock, smaller, ordered, screen, branch_from, fresh=fresh, others=others
+            )
             if (code := life.run()) is not None:
                 return code
             # It ended only to go on without a GPU.
             past, ordered, branch_from = history.recall(run.events()), (), None
+            others = []
+
+
+def _others(run: RunDirectory, job: Job) -> list[str]:
+    """What of the command of a run is another one now."""
+    try:
+        return command_changes(run.job(), job)
+    except UsageError:  # there is none, or it cannot be read
+        return []
+
+
+def _require_the_same(run: RunDirectory, job: Job, past: history.History) -> None:
+    """Raise UsageError if a finished run is to have been one of another command.
+
+    A loop over seeds, each with this run's name, would train the first and end well for all.
+    """
+    if others := _others(run, job):
+        raise UsageError(
+            f"{run.path}: this run is {_finished(past)}, and was another command's:"
+            f" {'; '.join(others)}",
+            hint=f"give that one a run of its own: --set name={job.name}-2; or autoglm run --fresh"
+            " begins a new one here and keeps this one's files",
+        )
 
 
 @contextmanager
@@ -168,6 +196,10 @@ def plan(job: Job, *, fresh: bool = False, drills: Sequence[str] = ()) -> Plan:
         outlook = f"start from step {accepted.step}, checkpoint {accepted.id}"
     if past.finished:
         outlook = f"do nothing: the run is {_finished(past)}"
+        try:
+            _require_the_same(run, job, past)
+        except UsageError as error:
+            code, outlook = error.exit_code, f"exit {error.exit_code}: {error.message}"
     elif accepted is None:
         outlook = "start from step 0"
         try:

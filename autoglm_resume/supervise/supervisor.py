@@ -65,11 +65,13 @@ class Supervisor:
         branch_from: int | None = None,
         *,
         fresh: bool = False,
+        others: Sequence[str] = (),
     ) -> None:
         """`branch_from` is the step to go back to, leaving newer checkpoints behind; a `fresh` run
-        takes nothing from replicas.
+        takes nothing from replicas. `others` is what of the command is another one now.
         """
         self._fresh = fresh
+        self._others = others
         self._run = run
         self._lock = lock
         self._job = job
@@ -282,6 +284,11 @@ class Supervisor:
                 resumed=self._past.run_id is not None,
             )
         )
+        if self._others:
+            changed = "; ".join(self._others)
+            text = f"the command is another one now: {changed}; what a checkpoint restores (an"
+            text += " optimizer's settings, a scheduler) is as it was"
+            self._tell(events.WarningGiven(text=text))
         if self._branch_from is not None:
             self._answers.forget()
             self._previous = None

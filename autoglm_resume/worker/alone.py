@@ -21,7 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from autoglm_resume import errors, events, locks, output
+from autoglm_resume import errors, events, files, locks, output
 from autoglm_resume.checkpoint.format.ids import Branch
 from autoglm_resume.checkpoint.format.origin import differences, edited
 from autoglm_resume.checkpoint.format.structure import Structure, combined
@@ -139,6 +139,20 @@ def agreed(settings: Settings, model: Structure | None) -> Settings:
     )
 
 
+def require_place(settings: Settings) -> None:
+    """Raise UsageError where no save could be written: the result would be nowhere."""
+    root = Path(settings.checkpoint.dir)
+    try:
+        files.prove_writable(root)
+    except OSError as error:
+        raise UsageError(
+            f"{root}: expected a directory that this user can write checkpoints to, found:"
+            f" {error.strerror}",
+            hint="make room there, or choose another: autoglm.init(checkpoint_dir=…); to look at"
+            " what is there, session.resume() alone does not write",
+        ) from None
+
+
 def require_steps(settings: Settings, step: int, total: int) -> None:
     """Say so where no step is left of `total`: nobody must think that this has trained.
 
@@ -186,7 +200,7 @@ def _lead(
 def _hold(root: Path, settings: Settings) -> None:
     try:
         problem = locks.train_first(root, str(settings.origin))
-    except OSError as error:  # saves will fail there, and say so each time
+    except OSError as error:  # who only looks needs no lock; see require_place
         problem = f"{error.filename or root}: {error.strerror}"
     if problem:
         output.say(f"{problem}: see to it yourself that nobody else trains with these checkpoints")

@@ -159,6 +159,7 @@ class Session:
             self._warn(odd)
         elif self._assignment is None:
             alone.require_steps(self._settings, start, total)
+            alone.require_place(self._settings)
         self._events.emit(events.StepsPlanned(total=total))
         self._tracked.training()
         try:
@@ -244,6 +245,8 @@ class Session:
         self._pulse.completed(completed)
         if not self._stepped:
             self._stepped = True
+            if self._assignment is None:
+                alone.require_place(self._settings)
             self._events.emit(events.FirstStep(step=completed))
             if self.rank == 0:
                 self._events.emit(imports.said(staged=spare.staged))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from autoglm_resume.errors import UsageError
-from autoglm_resume.events import Branched, RunStarted
+from autoglm_resume.events import Branched, RunCompleted, RunStarted
 from autoglm_resume.job.load import load
 from autoglm_resume.job.spec import dump
 from autoglm_resume.locks import locked_checkpoints
@@ -96,3 +96,18 @@ def test_a_new_job_does_not_go_on_from_what_another_has_made(
     assert f"autoglm resume {home}/runs/job" in caught.value.hint
     assert (home / where / kept).is_dir()
     assert not (home / "runs/other").exists()
+
+
+def test_a_finished_run_is_not_taken_for_one_of_another_command(home: Path) -> None:
+    (home / "job.yaml").write_text("script: train.py\nargs: [--seed, 0]\n")
+    job = load(home / "job.yaml")
+    over = [RunStarted(run_id="abc"), RunCompleted(step=9)]
+    directory(home / "runs/job", over, **dump(job))
+    assert start.start(job, Screen()) == 0
+    (home / "job.yaml").write_text("script: train.py\nargs: [--seed, 1]\n")
+    other = load(home / "job.yaml")
+    with pytest.raises(UsageError, match="--seed: 0 then, 1 now") as refused:
+        start.start(other, Screen())
+    assert "--set name=job-2" in refused.value.hint
+    assert start.plan(other).code == refused.value.exit_code
+    assert start.resume(home / "runs/job", Screen()) == 0, "that of the run itself"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import autoglm_resume as autoglm
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import UsageError
 from tests.worker.alone import end_process, lonely
@@ -121,6 +122,16 @@ def test_a_save_that_cannot_be_made_is_told_at_the_end(capfd: pytest.CaptureFixt
     said = capfd.readouterr().err
     assert "not saved" in said
     assert "steps 1 to 1 are in no checkpoint" in said
+
+
+@pytest.mark.parametrize("own_loop", [False, True])
+def test_where_nothing_can_be_saved_nothing_is_trained(own_loop: bool) -> None:
+    Path("ckpt").write_text("a file is in the way")
+    session = autoglm.init(checkpoint_dir="ckpt")
+    session.track(model=torch.nn.Linear(1, 1))
+    assert session.resume() == 0, "who only looks may do so"
+    with pytest.raises(UsageError, match="ckpt: expected a directory that this user can write"):
+        session.step_done(0) if own_loop else next(session.steps(3))
 
 
 def test_figures_of_an_evaluation_after_a_step_are_saved_with_it_and_not_with_the_next() -> None:

@@ -8,7 +8,6 @@ import functools
 import itertools
 import os
 import socket
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TypeVar
 
 import psutil
 
-from autoglm_resume import linux
+from autoglm_resume import files, linux
 from autoglm_resume.errors import UsageError
 from autoglm_resume.supervise.base import nvml
 
@@ -115,11 +114,7 @@ def cpu_seconds(pid: int) -> float:
 def check_directory(path: Path, free_bytes: int) -> None:
     """Make `path` and prove that files can be written there. Raises UsageError saying why not."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path) as probe:
-            probe.write(b"\0")
-            probe.flush()
-            os.fsync(probe.fileno())
+        files.prove_writable(path)
     except OSError as error:
         raise UsageError(
             f"checkpoint.dir: {path}: expected a directory that this user can write to, found: "
