@@ -20,6 +20,7 @@ from autoglm_resume.job.load import from_snapshot
 from autoglm_resume.job.spec import Job, dump, shown
 from autoglm_resume.locks import locked_checkpoints
 from autoglm_resume.protocol.assignment import Endpoint, shared_environment
+from autoglm_resume.protocol.relocation import home_of, same
 from autoglm_resume.supervise.base import home, run_list, set_aside
 from autoglm_resume.supervise.base.assign import assignment, world_size
 from autoglm_resume.supervise.base.context import Presenter
@@ -118,9 +119,22 @@ def start(
 def _others(run: RunDirectory, job: Job) -> list[str]:
     """What of the command of a run is another one now."""
     try:
-        return command_changes(run.job(), job)
+        recorded = run.recorded_job()
     except UsageError:  # there is none, or it cannot be read
         return []
+    # The script of a project that was copied with its runs is the copy.
+    here = (home := home_of(recorded)) is not None and same(home, run.path)
+    return command_changes(run.job(), job, remains=here and _remains(recorded.get("script"), job))
+
+
+def _remains(before: object, job: Job) -> bool:
+    """Whether the script of a run is still where it was, and not that of the job it gets now."""
+    if not isinstance(before, str) or job.script is None:
+        return False
+    try:
+        return not Path(before).samefile(job.script)
+    except (OSError, ValueError):
+        return False
 
 
 def _require_the_same(run: RunDirectory, job: Job, past: history.History) -> None:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from autoglm_resume import errors, events, files, locks, output
 from autoglm_resume.checkpoint.format.ids import Branch
-from autoglm_resume.checkpoint.format.origin import differences, edited
+from autoglm_resume.checkpoint.format.origin import Origin, differences, edited
 from autoglm_resume.checkpoint.format.structure import Structure, combined
 from autoglm_resume.checkpoint.store.gate import Expectation, Verdict
 from autoglm_resume.checkpoint.store.gatekeeper import Gatekeeper, WaysOut
@@ -265,7 +265,9 @@ def _compare(store: Store, accepted: Verdict, settings: Settings) -> tuple[str, 
     """
     manifest = store.load_manifest(store.directory(accepted.id))
     before = manifest.origin
-    others = differences(before, settings.origin) if before is not None else []
+    others: list[str] = []
+    if before is not None:
+        others = differences(before, settings.origin, remains=_remains(before, settings.origin))
     if others and not settings.named:
         raise UsageError(
             f"{store.root}: expected the command that made {accepted.id}, {before}; found"
@@ -284,6 +286,14 @@ def _compare(store: Store, accepted: Verdict, settings: Settings) -> tuple[str, 
             said += "; the script has been edited since"
     output.say(said)
     return tuple(others)
+
+
+def _remains(before: Origin, now: Origin) -> bool:
+    """Whether the script that made a checkpoint is still where it was, and not what runs now."""
+    try:
+        return not Path(before.script).samefile(now.script)  # which links may lead to
+    except OSError:
+        return False
 
 
 def _point(accepted: Verdict | None) -> ResumePoint | None:

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import autoglm_resume as autoglm
 from autoglm_resume.checkpoint.replicas import mirror
 from autoglm_resume.checkpoint.storage.storage import open_storage
-from autoglm_resume.errors import NoAcceptableCheckpoint
+from autoglm_resume.errors import NoAcceptableCheckpoint, UsageError
 from autoglm_resume.savers.directory_lock import persisting
 from autoglm_resume.worker import alone
 from autoglm_resume.worker.base.settings import Settings, unsupervised
 from tests.checkpoint.checkpoints import STRUCTURE, Checkpoints
-from tests.worker.alone import lonely
+from tests.worker.alone import end_process, lonely
 from tests.worker.test_run_beside import write_run
 
 STARTED = {"event": "run_started", "run_id": "abc"}
@@ -119,6 +121,37 @@ def test_what_a_replica_has_is_repaired_rather_than_passed_over(
     run.damage(newest, rank=0)
     assert id_of(passed(run)) == run.store.committed()[-1].name
     assert "no replica could repair it" in capfd.readouterr().err
+
+
+def test_a_copy_of_a_script_is_not_taken_for_one_that_was_moved(
+    run: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, copy = (run.directory / name / "train.py" for name in "ab")
+    for script in (first, copy):
+        script.parent.mkdir()
+        script.write_text("import config")
+
+    def resumed(script: Path) -> int:
+        monkeypatch.setattr(sys, "argv", [str(script)])
+        session = autoglm.init(every_steps=2)
+        session.track(model=torch.nn.Linear(1, 1))
+        try:
+            return session.resume()
+        finally:
+            end_process()
+
+    monkeypatch.setattr(sys, "argv", [str(first)])
+    session = autoglm.init()
+    session.track(model=torch.nn.Linear(1, 1))
+    assert list(session.steps(2)) == [0, 1]
+    end_process()
+    with pytest.raises(UsageError, match=f"script: {first} then, {copy} now"):
+        resumed(copy)
+    link = run.directory / "train.py"
+    link.symlink_to(first)
+    assert resumed(link) == 2
+    first.unlink()
+    assert resumed(copy) == 2, "it was moved there"
 
 
 def test_one_that_is_started_while_another_saves_waits_for_it(run: Checkpoints) -> None:

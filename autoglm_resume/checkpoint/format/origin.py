@@ -55,15 +55,17 @@ class Origin:
         return shlex.join((PurePath(self.script).name, *self.args)) if self.script else "?"
 
 
-def differences(before: Origin, now: Origin) -> list[str]:
+def differences(before: Origin, now: Origin, *, remains: bool = False) -> list[str]:
     """What of the command is another one now, in words; nothing where one of both is not known.
 
-    A script that was moved is the same, and one that was edited, but not both at once.
+    A script that was moved is the same, and one that was edited, but not both at once. If the
+    script of `before` `remains` where it was, that of `now` was not moved: it is a copy, with
+    modules and files of its own beside it.
     """
     if not before.script or not now.script:
         return []
     found = []
-    if before.script != now.script and before.content != now.content:
+    if before.script != now.script and (remains or before.content != now.content):
         found.append(f"script: {before.script} then, {now.script} now")
     then, here = _options(before.args), _options(now.args)
     for name in dict.fromkeys((*then, *here)):

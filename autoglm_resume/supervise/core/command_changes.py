@@ -11,15 +11,17 @@ from autoglm_resume.job import secret
 from autoglm_resume.job.spec import Job
 
 
-def command_changes(before: Mapping[str, Any], now: Job) -> list[str]:
+def command_changes(before: Mapping[str, Any], now: Job, *, remains: bool = False) -> list[str]:
     """In words, between the job that a run has had, as it is kept, and the one it gets now.
 
-    A script that was moved is the same; what is hidden in arguments is not compared.
+    A script that was moved is the same, unless that of `before` `remains` where it was; what is
+    hidden in arguments is not compared.
     """
     then = before.get("script") or before.get("module")
     there = now.script or now.module
     found = differences(_origin(before.get("args") or ()), _origin(now.args))
-    if then and there and PurePath(str(then)).name != PurePath(there).name:
+    renamed = then and there and PurePath(str(then)).name != PurePath(there).name
+    if renamed or (remains and then and there and str(then) != str(there)):
         found.insert(0, f"script: {then} then, {there} now")
     return found
 

@@ -60,6 +60,13 @@ def test_a_script_that_was_moved_or_edited_is_the_same_but_not_both_at_once() ->
     assert differences(here, both) == ["script: /a/train.py then, /b/train.py now"]
 
 
+def test_a_script_that_is_still_where_it_was_has_not_been_moved() -> None:
+    copy = of(script="/b/train.py")
+    assert differences(of(), copy, remains=True) == ["script: /a/train.py then, /b/train.py now"]
+    assert differences(of(), of(), remains=True) == []
+    assert differences(of(), Origin("run"), remains=True) == []
+
+
 def test_of_what_nobody_knows_nothing_is_said() -> None:
     assert differences(Origin("run"), of("--lr", "1")) == []
     assert differences(of("--lr", "1"), Origin("run")) == []

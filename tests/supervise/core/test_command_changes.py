@@ -37,6 +37,9 @@ def test_arguments_are_compared_by_what_they_mean(
 
 def test_another_script_is_told_and_a_moved_one_is_the_same() -> None:
     assert command_changes({**NOW, "script": "/elsewhere/train.py"}, job()) == []
+    remains = command_changes({**NOW, "script": "/elsewhere/train.py"}, job(), remains=True)
+    assert remains == ["script: /elsewhere/train.py then, /project/train.py now"]
+    assert command_changes(NOW, job(), remains=True) == []
     found = command_changes({**NOW, "script": "/project/other.py"}, job())
     assert found == ["script: /project/other.py then, /project/train.py now"]
 
