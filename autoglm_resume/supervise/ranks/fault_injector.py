@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
-from autoglm_resume import events
+from autoglm_resume import events, files
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.protocol.heartbeats import Beat, Control
 from autoglm_resume.supervise.base.event_loop import EventLoop
@@ -115,8 +115,10 @@ class FaultInjector:
             )
         else:
             if target is not None:
-                # Of its packs, which may be empty where nothing has changed, or its documents.
-                flip_a_bit(max(target.iterdir(), key=lambda file: file.stat().st_size))
+                # Of its packs, which may be empty where nothing has changed, or its documents; what
+                # savers have there for a while may be gone in a moment.
+                stay = [f for f in target.iterdir() if not f.name.startswith(files.TEMPORARY)]
+                flip_a_bit(max(stay, key=lambda file: file.stat().st_size))
             ranks.signal(rank, signal.SIGKILL)
 
 
