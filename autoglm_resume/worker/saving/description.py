@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any, TypeAlias
 
 import torch
@@ -185,14 +185,25 @@ _NAMED = operator.attrgetter("_parameters", "_buffers", "_modules")
 _HIDDEN = operator.attrgetter("_non_persistent_buffers_set")
 _VALUES = operator.methodcaller("values")
 
+_ASKED = ("state_dict", "_save_to_state_dict", "get_extra_state")
+"""What of a module, or of an optimizer, has a say in its state."""
 
-def _module_parts(modules: Iterable[torch.nn.Module]) -> Parts | None:
-    own = torch.nn.Module
-    kinds: set[type[torch.nn.Module]] = set(map(type, modules))
-    for kind in kinds:
-        asked = (kind.state_dict, kind._save_to_state_dict, kind.get_extra_state)
-        if asked != (own.state_dict, own._save_to_state_dict, own.get_extra_state):
-            return None
+
+def _as_torch_has_it(objects: Collection[Any], own: type[Any]) -> bool:
+    """Whether neither the classes of `objects` nor they themselves have a say in their states:
+    scripts that save adapters put a function of theirs in the place of a module's `state_dict`.
+    """
+    asked = [name for name in _ASKED if hasattr(own, name)]
+    usual = [getattr(own, name) for name in asked]
+    if any([getattr(kind, name) for name in asked] != usual for kind in set(map(type, objects))):
+        return False
+    held = list(map(vars, objects))
+    return not any(any(map(operator.contains, held, repeat(name))) for name in asked)
+
+
+def _module_parts(modules: Collection[torch.nn.Module]) -> Parts | None:
+    if not _as_torch_has_it(modules, torch.nn.Module):
+        return None
     if any(chain.from_iterable(map(_HOOKS, modules))):
         return None
     named = list(chain.from_iterable(map(_NAMED, modules)))
@@ -212,7 +223,7 @@ def _optimizer_parts(optimizer: torch.optim.Optimizer) -> Parts | None:
         optimizer._optimizer_state_dict_pre_hooks,
         optimizer._optimizer_state_dict_post_hooks,
     )
-    if type(optimizer).state_dict is not torch.optim.Optimizer.state_dict or any(hooks):
+    if not _as_torch_has_it([optimizer], torch.optim.Optimizer) or any(hooks):
         return None
     groups = optimizer.param_groups
     states: list[dict[str, Any]] = list(optimizer.state.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -150,6 +151,62 @@ def test_a_module_that_has_a_say_is_asked_every_time() -> None:
     described = description_of("model", model)
     counts = [described.state().tree["$module"][0]["$ordered"][-1][1]["count"] for _ in range(3)]
     assert counts == [1, 2, 3]
+
+
+def copies(obj: Any) -> None:
+    """A `state_dict` of the object's own, as of scripts that save adapters, or want copies."""
+    before = obj.state_dict
+    obj.state_dict = lambda *args, **kwargs: copy.deepcopy(before(*args, **kwargs))
+
+
+def saves_itself(module: torch.nn.Linear) -> None:
+    def save(state: dict[str, torch.Tensor], prefix: str, _: bool) -> None:
+        state[f"{prefix}twice"] = 2 * module.weight.detach()
+
+    vars(module)["_save_to_state_dict"] = save
+
+
+PATCHES: dict[str, Callable[[Tied], Any]] = {
+    "the model": copies,
+    "a module in it": lambda m: copies(m.norm),
+    "what a module saves": lambda m: saves_itself(m.second),
+    "what a module says beside": lambda m: setattr(
+        m.first, "get_extra_state", lambda: {"bias": m.norm.bias.detach().clone()}
+    ),
+}
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+def test_a_module_one_of_which_has_a_say_of_its_own_is_asked_every_time(patch: str) -> None:
+    model = Tied()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    described = description_of("model", model)
+    described.state()
+    PATCHES[patch](model)
+    for _ in range(2):
+        step(model, optimizer)
+        assert_equal(described)
+
+
+def test_an_optimizer_that_has_a_say_of_its_own_is_asked_every_time() -> None:
+    model = Tied()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    described = description_of("optimizer", optimizer)
+    step(model, optimizer)
+    described.state()
+    copies(optimizer)
+    for _ in range(2):
+        step(model, optimizer)
+        assert_equal(described)
+
+
+def assert_equal(description: Description) -> None:
+    """As `assert_true`, where the state is made of copies."""
+    found = description.state()
+    fresh = state_of(description.name, description.obj.state_dict())
+    assert found.tree == fresh.tree
+    for (name, mine), (_, theirs) in zip(found.table.tensors, fresh.table.tensors, strict=True):
+        assert torch.equal(mine, theirs), name
 
 
 def test_an_optimizer_that_gets_another_group_is_described_anew() -> None:
