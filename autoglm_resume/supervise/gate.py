@@ -47,7 +47,7 @@ class RunGate(Gatekeeper):
             WAYS_OUT,
             past.checkpointed,
         )
-        self._announced: set[str] = set()
+        self._announced = set(past.announced)
         best = job.checkpoint.keep.best
         self._ranked_by = best.metric if best else ""
         self._not_from_memory: set[str] = set()

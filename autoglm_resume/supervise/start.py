@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from autoglm_resume.checkpoint.storage import storage
 from autoglm_resume.checkpoint.store.commit import whole
 from autoglm_resume.checkpoint.store.gate import Choice, Verdict, superseded
 from autoglm_resume.checkpoint.store.store import Store
-from autoglm_resume.errors import NoAcceptableCheckpoint, UsageError
-from autoglm_resume.events import Event, FirstStep
+from autoglm_resume.errors import AutoglmError, CheckpointError, NoAcceptableCheckpoint, UsageError
+from autoglm_resume.events import Event, FirstStep, JobKept, RunFailed
 from autoglm_resume.job import secret
 from autoglm_resume.job.load import from_snapshot
 from autoglm_resume.job.spec import Job, dump, shown
+from autoglm_resume.journal import Journal, stamped
 from autoglm_resume.locks import locked_checkpoints
 from autoglm_resume.protocol.assignment import Endpoint, shared_environment
 from autoglm_resume.protocol.relocation import home_of, same
@@ -33,6 +34,8 @@ from autoglm_resume.supervise.gate import RunGate
 from autoglm_resume.supervise.preflight.preflight import require_storage
 from autoglm_resume.supervise.ranks.launchers import LAUNCHERS
 from autoglm_resume.supervise.supervisor import Supervisor
+
+REFUSALS = (CheckpointError.exit_code, UsageError.exit_code)
 
 
 @dataclass(frozen=True)
@@ -101,19 +104,35 @@ def start(
         for problem in filter(None, (lock.problem, training.problem)):
             screen.note(f"{problem}: see to it yourself that nobody else trains with these files")
         others = _others(run, job)
-        held.enter_context(_kept_if_refused(run))
+        before: dict[str, Any] | None = None
+        with suppress(UsageError):  # there is none, or it cannot be read
+            before = run.job()
+        told = len(run.events())
         run.save_job(dump(job))
         run_list.add(run.path, job.name)
-        while True:
-            smaller = without(job, past.excluded)
-            life = Supervisor(
-                run, lock, smaller, ordered, screen, branch_from, fresh=fresh, others=others
-            )
-            if (code := life.run()) is not None:
-                return code
-            # It ended only to go on without a GPU.
-            past, ordered, branch_from = history.recall(run.events()), (), None
-            others = []
+        code: int | None = None
+        try:
+            while code is None:
+                life = Supervisor(
+                    run,
+                    lock,
+                    without(job, past.excluded),
+                    ordered,
+                    screen,
+                    branch_from,
+                    fresh=fresh,
+                    others=others,
+                )
+                if (code := life.run()) is None:  # it ended only to go on without a GPU
+                    past, ordered, branch_from = history.recall(run.events()), (), None
+                    others = []
+        except AutoglmError as error:
+            code = error.exit_code
+            raise
+        finally:
+            if code in REFUSALS and before is not None:
+                screen.note(_kept_if_refused(run, before, job, told))
+        return code
 
 
 def _others(run: RunDirectory, job: Job) -> list[str]:
@@ -151,23 +170,24 @@ def _require_the_same(run: RunDirectory, job: Job, past: history.History) -> Non
         )
 
 
-@contextmanager
-def _kept_if_refused(run: RunDirectory) -> Iterator[None]:
-    """Leave the run the job that it had, if the checkpoints are not for the one it gets now.
+def _kept_if_refused(run: RunDirectory, before: dict[str, Any], job: Job, told: int) -> str:
+    """Leave the run the job that it had `before`, if it did not train with the one it got now.
 
-    What `autoglm resume` goes on with is a job that has trained.
+    What `autoglm resume` goes on with is a job that has trained. `told` counts the events before
+    this start; returns what to say.
     """
-    before: dict[str, Any] | None = None
-    with suppress(UsageError):  # there is none, or it cannot be read
-        before = run.job()
-    told = len(run.events())
-    try:
-        yield
-    except NoAcceptableCheckpoint:
-        trained = any(isinstance(event, FirstStep) for event in run.events()[told:])
-        if before is not None and not trained:
-            run.save_job(before)
-        raise
+    said = run.events()[told:]
+    if any(isinstance(event, FirstStep) for event in said):
+        return ""
+    run.save_job(before)
+    with suppress(UsageError):  # of another version: nobody can tell
+        if told and dump(from_snapshot(before)) != dump(job):
+            reasons = [event.reason for event in said if isinstance(event, RunFailed)]
+            journal = Journal(run.journal)
+            journal.append(stamped(JobKept(reason="".join(reasons[-1:]))))
+            journal.close()
+            return f"{run.path}: the run keeps the job that it had: autoglm resume goes on with it"
+    return ""
 
 
 def resume(directory: Path, screen: Presenter, branch_from: int | None = None) -> int:

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from autoglm_resume import events
 from autoglm_resume.checkpoint.format.ids import Branch, checkpoint_id
 from autoglm_resume.checkpoint.format.structure import combined
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.checkpoint.write.in_memory import Sealed
 from autoglm_resume.errors import NoAcceptableCheckpoint
 from autoglm_resume.job.spec import Job
-from autoglm_resume.supervise.core.history import History, Model
+from autoglm_resume.supervise.core.history import History, Model, recall
 from autoglm_resume.supervise.gate import RunGate
 from tests.checkpoint.checkpoints import STRUCTURE, WIDTH, Checkpoints
 
@@ -252,3 +253,13 @@ def test_a_checkpoint_that_ranks_told_of_is_missed_when_it_vanished(run: Run) ->
     gate.reached(20)
     with pytest.raises(NoAcceptableCheckpoint, match="checkpoint of step 30 or an older one"):
         gate.pass_gate()
+
+
+def test_what_the_journal_has_is_not_announced_by_another_life(run: Run) -> None:
+    id = run.save(10)
+    told = [events.Committed(id=id, step=10)]
+    assert run.gate(past=recall(told)).pass_gate() is not None
+    assert run.events("committed") == []
+    told.append(events.Quarantined(id=id, step=10))
+    assert run.gate(past=recall(told)).pass_gate() is not None, "a person put it back"
+    assert len(run.events("committed")) == 1

@@ -5,15 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from autoglm_resume.errors import UsageError
+from autoglm_resume import events
+from autoglm_resume.errors import NoAcceptableCheckpoint, UsageError
 from autoglm_resume.events import Branched, RunCompleted, RunStarted
 from autoglm_resume.job.load import load
 from autoglm_resume.job.spec import dump
 from autoglm_resume.locks import locked_checkpoints
 from autoglm_resume.observe.live import Screen
+from autoglm_resume.observe.pure.goodput import summarize
 from autoglm_resume.supervise import start
 from autoglm_resume.supervise.base.run_directory import RunDirectory
-from tests.observe.runs import checkpoint, directory, killed_once
+from autoglm_resume.supervise.core import resumable
+from tests.observe.runs import checkpoint, directory, flip, killed_once
 
 
 @pytest.fixture
@@ -96,6 +99,35 @@ def test_a_new_job_does_not_go_on_from_what_another_has_made(
     assert f"autoglm resume {home}/runs/job" in caught.value.hint
     assert (home / where / kept).is_dir()
     assert not (home / "runs/other").exists()
+
+
+def test_a_start_that_is_refused_for_its_job_leaves_the_run_as_it_was(home: Path) -> None:
+    where = home / "runs/job/checkpoints"
+    text = "script: train.py\nguards: {free_disk: 0}\n"
+    (home / "job.yaml").write_text(text)
+    job = load(home / "job.yaml")
+    told = [events.RunStarted(run_id="abc"), events.SupervisorStarted()]
+    for step in (10, 20):
+        checkpoint(where, step, ranks=1)
+        told.append(events.Committed(id=f"step-{step:010d}.a0", step=step))
+    shutil.rmtree(where / "step-0000000010.a0")
+    told.append(events.RunInterrupted(code=75, reason="stopped", step=20))
+    run = RunDirectory(directory(home / "runs/job", told, **dump(job)))
+    before = resumable.of(run.events())
+    (home / "other.yaml").write_text(f"{text}name: job\nnproc_per_node: 2\n")
+    with pytest.raises(NoAcceptableCheckpoint, match="world size: expected 2, found 1"):
+        start.start(load(home / "other.yaml"), Screen())
+    assert run.job() == dump(job)
+    assert resumable.of(run.events()) == before
+    summary = summarize(run.events())
+    assert (summary.state, summary.checkpoint_step) == ("interrupted", 20)
+    flip(where / "step-0000000020.a0/rank-00000.pack")
+    with pytest.raises(NoAcceptableCheckpoint, match="integrity"):
+        start.start(load(home / "job.yaml"), Screen())
+    assert not resumable.of(run.events()).goes_on, "its own job: that is for a person"
+    with pytest.raises(NoAcceptableCheckpoint):
+        start.start(load(home / "other.yaml"), Screen())
+    assert not resumable.of(run.events()).goes_on, "another job does not make it better"
 
 
 def test_a_finished_run_is_not_taken_for_one_of_another_command(home: Path) -> None:

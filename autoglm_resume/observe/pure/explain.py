@@ -22,7 +22,7 @@ NOTICED = (
     *(events.WarningGiven, events.PartFailed, events.SaverLost, events.Straggler),
     *(events.ZygoteLost, events.ColdStart, events.ReplicaBehind, events.Repaired),
     *(events.RepairFailed, events.Quarantined, events.Resharded, events.NotifyFailed),
-    *(events.PartlyRestored, events.SpareFailed, events.SaveCutOff),
+    *(events.PartlyRestored, events.SpareFailed, events.SaveCutOff, events.JobKept),
 )
 """Events that belong to the story of an attempt without ending it."""
 MOST_NOTICED = 8
@@ -337,7 +337,7 @@ def _open_gate(journal: Iterable[Event]) -> events.GatePassed | None:
         match event:
             case events.GatePassed():
                 gate = event
-            case events.AttemptStarted():
+            case events.AttemptStarted() | events.JobKept():
                 gate = None
     return gate
 

@@ -110,7 +110,7 @@ def summarize(
     supervisors = lives(journal)
     everything = [event for life in supervisors for event in life.events]
     segments = attempts(everything)
-    last_life = supervisors[-1].events if supervisors else []
+    last_life = _last_of_its_own(supervisors)
     state = _state(last_life, segments, alive)
     now = now if alive else None
     elapsed, down = _elapsed(supervisors, now)
@@ -147,6 +147,14 @@ def summarize(
         reason=failed.reason if failed else "",
         waiting=_waiting(last_life, segments) if state in ("recovering", "paused") else "",
     )
+
+
+def _last_of_its_own(supervisors: Sequence[Life]) -> Sequence[Event]:
+    """What the last supervisor wrote that was not given another job, and refused it."""
+    for life in reversed(supervisors):
+        if not any(isinstance(event, events.JobKept) for event in life.events):
+            return life.events
+    return []
 
 
 def _state(life: Sequence[Event], segments: Sequence[Segment], alive: bool) -> State:
@@ -256,17 +264,27 @@ def _blocked(segment: Segment, begin: float, end: float) -> float:
 
 
 def _newest_checkpoint(journal: Iterable[Event]) -> events.Committed | None:
-    """The last one committed that no gate has rejected since; or the one a gate fell back to."""
+    """The last one committed that is there, and that no gate has rejected since; or the one a gate
+    fell back to. What a gate finds of a job that is not the run's own does not count.
+    """
     committed: dict[str, events.Committed] = {}
+    rejected: set[str] = set()
+    before: set[str] = set()
     for event in journal:
         match event:
             case events.Committed():
                 committed[event.id] = event
+            case events.Pruned(id=id) | events.Quarantined(id=id):
+                committed.pop(id, None)
             case events.GatePassed():
                 for verdict in event.verdicts:
-                    if not verdict.accepted:
-                        committed.pop(verdict.id, None)
-    return max(committed.values(), key=lambda e: (step_of(e) or 0, mono(e)), default=None)
+                    (rejected.discard if verdict.accepted else rejected.add)(verdict.id)
+            case events.SupervisorStarted():
+                before = set(rejected)
+            case events.JobKept():
+                rejected = before
+    there = (event for id, event in committed.items() if id not in rejected)
+    return max(there, key=lambda e: (step_of(e) or 0, mono(e)), default=None)
 
 
 def _attempt(segment: Segment) -> AttemptSummary:

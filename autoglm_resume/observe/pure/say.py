@@ -135,6 +135,8 @@ def _of_the_run(event: Event) -> str:
             return f"stop requested by {by}"
         case events.WarningGiven(text=text):
             return short(text)
+        case events.JobKept(reason=reason):
+            return f"a start with another job was refused, the run keeps its own: {short(reason)}"
         case events.RunCompleted(step=step):
             # A script without a session never says its step.
             at = "" if step == -1 else f" at step {_or_unknown(step)}"

@@ -74,6 +74,8 @@ class History:
     declared: Mapping[int, tuple[int, Model]] = field(default_factory=dict)
     """As each rank reported it last, and in which attempt: that may have been refused for it."""
     imports: tuple[str, ...] = ()
+    announced: frozenset[str] = frozenset()
+    """Ids of the checkpoints that the journal has, as far as they were not removed since."""
     objects: dict[str, str] | None = None
     """Digests of the newest checkpoint's objects."""
     branches: tuple[Branch, ...] = ()
@@ -100,10 +102,23 @@ class History:
 
 def recall(journal: Iterable[Event]) -> History:
     """Read a journal, oldest event first; what is missing or unknown is passed over."""
-    past = History()
+    past = before = History()
     for event in journal:
-        past = _after(event, past)
+        if isinstance(event, events.SupervisorStarted):
+            before = past
+        past = _unspoilt(past, before) if isinstance(event, events.JobKept) else _after(event, past)
     return past
+
+
+def _unspoilt(past: History, before: History) -> History:
+    """`past`, with its failures as they were `before` a supervisor was given another job."""
+    return replace(
+        past,
+        ended=before.ended,
+        previous=before.previous,
+        excluded=before.excluded,
+        pending=before.pending,
+    )
 
 
 def _after(event: Event, past: History) -> History:
@@ -122,6 +137,8 @@ def _after(event: Event, past: History) -> History:
             return replace(past, imports=tuple(dict.fromkeys((*past.imports, *modules))))
         case events.Committed():
             return _committed(event, past)
+        case events.Pruned(id=id) | events.Quarantined(id=id):
+            return replace(past, announced=past.announced - {id})
         case events.Replicated(replica=target, id=id):
             copies = (*past.replicated.get(target, ()), id)
             return replace(past, replicated={**past.replicated, target: copies})
@@ -170,7 +187,8 @@ def _committed(event: events.Committed, past: History) -> History:
         for rank, (attempt, model) in past.declared.items()
         if saved is None or attempt <= saved
     }
-    past = replace(past, models={**past.models, **proven})
+    announced = past.announced | {event.id}
+    past = replace(past, models={**past.models, **proven}, announced=announced)
     if event.step < past.checkpointed:
         return past
     return replace(past, checkpointed=event.step, objects=dict(event.objects))

@@ -25,10 +25,12 @@ def of(journal: Sequence[Event]) -> Standing:
     """What the journal of a run that no supervisor has says about going on.
 
     It is left alone if it is finished, if its last supervisor gave it up (exit codes 1, 2, 90 and
-    93), and if that was part of a Slurm job, which Slurm starts again.
+    93), and if that was part of a Slurm job, which Slurm starts again. A supervisor that was given
+    another job, and refused it, is not one of the run.
     """
     ended: Event | None = None
-    job = None
+    job: str | None = None
+    before: tuple[Event | None, str | None] = None, None
     for event in journal:
         match event:
             case events.RunCompleted() | events.RunFailed() | events.RunInterrupted():
@@ -36,11 +38,13 @@ def of(journal: Sequence[Event]) -> Standing:
             case events.Branched():
                 ended = None
             case events.SupervisorStarted():
-                job = None
+                before, job = (ended, job), None
                 # A look at a finished run starts no supervisor, so this one went on with it.
                 ended = None
             case events.Slurm():
                 job = event.job
+            case events.JobKept():
+                ended, job = before
     match ended:
         case events.RunCompleted(step=step):
             at = "" if step == -1 else f" at step {'?' if step is None else step}"

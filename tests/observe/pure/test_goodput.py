@@ -165,3 +165,28 @@ def test_no_journal_makes_it_fail_and_goodput_stays_between_0_and_1() -> None:
         assert summary.goodput is None or 0.0 <= summary.goodput <= 1.0
         assert summary.elapsed >= 0
         assert all(took >= 0 for r in summary.recoveries for _, took in r.phases)
+
+
+def refused_for_its_job() -> Script:
+    """Stopped at step 10 with 5 retired, then started with a job that the gate has nothing for."""
+    run = training().save(0, 5).say("pruned", id="step-0000000005.a0")
+    run.say("run_interrupted", code=75, reason="stopped", step=10)
+    run.at(20).life(resumed=True).gate(None, rejected=(10,))
+    return run.say("run_failed", code=90, reason="none is acceptable")
+
+
+def test_a_start_that_was_refused_for_its_job_is_none_of_the_runs() -> None:
+    run = refused_for_its_job()
+    assert summarize(run.events).state == "failed"
+    assert summarize(run.events).checkpoint_step is None, "what was retired is not the last"
+    summary = summarize(run.say("job_kept", reason="none is acceptable").events)
+    assert (summary.state, summary.code, summary.reason) == ("interrupted", 75, "stopped")
+    assert (summary.step, summary.checkpoint_step) == (10, 10)
+    again = run.at(30).life(resumed=True).gate(None, rejected=(10,)).say("run_failed", code=90)
+    assert summarize(again.events).checkpoint_step is None, "rejected for the run's own job"
+
+
+def test_what_a_gate_takes_after_all_is_the_newest_again() -> None:
+    run = training().at(20).life(resumed=True).gate(None, rejected=(10,)).say("run_failed", code=90)
+    run.at(30).life(resumed=True).gate(10)
+    assert summarize(run.events, alive=True).checkpoint_step == 10

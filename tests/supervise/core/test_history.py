@@ -72,6 +72,21 @@ def test_a_finished_run_that_went_on_from_an_older_checkpoint_is_not_finished() 
     assert (past.finished, past.branches, past.checkpointed) == (False, ((10, 3),), 10)
 
 
+def test_a_start_that_was_refused_for_its_job_spoils_nothing() -> None:
+    told = [
+        event("attempt_started", attempt=0, step=0),
+        event("failure", step=6, kind="killed", place="here"),
+        event("excluded", host="a", rank=1),
+    ]
+    before = recall(told)
+    told += [event("supervisor_started"), event("run_failed", code=90)]
+    assert not recall(told).ended
+    past = recall([*told, event("job_kept")])
+    assert before.ended
+    assert (past.ended, past.previous) == (before.ended, before.previous)
+    assert past.excluded == before.excluded
+
+
 def test_a_run_that_was_given_up_gets_a_new_budget() -> None:
     past = recall(
         [

@@ -9,8 +9,10 @@ from autoglm_resume.supervise.core import resumable
 
 STARTED = {"event": "supervisor_started"}
 SLURM = {"event": "slurm", "job": "12_3"}
+LEFT = "left to Slurm; continue it with: scontrol requeue"
 BRANCHED = {"event": "branched", "step": 10}
 COMPLETED = {"event": "run_completed", "step": 40}
+KEPT = {"event": "job_kept"}
 INTERRUPTED = {"event": "run_interrupted", "code": 75, "reason": "stopped"}
 
 
@@ -31,9 +33,18 @@ def failed(code: int) -> dict[str, Any]:
         ([STARTED, COMPLETED], False, "finished at step 40"),
         ([STARTED, {**COMPLETED, "step": -1}], False, "finished"),
         ([STARTED, COMPLETED, STARTED, BRANCHED], True, "its supervisor died"),
-        ([STARTED, SLURM], False, "left to Slurm; continue it with: scontrol requeue 12_3"),
+        ([STARTED, SLURM], False, f"{LEFT} 12_3"),
         ([STARTED, SLURM, COMPLETED], False, "finished at step 40"),
         ([STARTED, SLURM, INTERRUPTED, STARTED], True, "its supervisor died"),
+        ([STARTED, INTERRUPTED, STARTED, failed(90), KEPT], True, "interrupted: stopped"),
+        ([STARTED, STARTED, failed(2), KEPT], True, "its supervisor died"),
+        ([STARTED, SLURM, STARTED, failed(2), KEPT], False, f"{LEFT} 12_3"),
+        (
+            [STARTED, failed(1), STARTED, failed(90), KEPT],
+            False,
+            "left alone, exit code 1: the data is on fire",
+        ),
+        ([STARTED, failed(90), KEPT, STARTED], True, "its supervisor died"),
         (
             [STARTED, {"event": "run_failed"}],
             False,
