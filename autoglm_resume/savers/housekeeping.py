@@ -94,12 +94,14 @@ def _retire(store: Store, how: Checkpointing, snapshot: Snapshot, stay: Set[str]
         except CheckpointError:  # of a newer version, or unreadable now: what may it need?
             protected.update(each.name for each in store.committed() if newer(path.name, each.name))
         else:
-            if not newer(path.name, saved) and not _of_another_run(manifest, snapshot):
+            ours = manifest.id == path.name and not _of_another_run(manifest, snapshot)
+            if ours and not newer(path.name, saved):
                 given_up = superseded(path.name, how.branches) is not None
                 found.append(RetentionEntry.of(manifest, given_up=given_up))
             else:
-                # Of another branch or run, rejected but not corrupt: it must not make this run's
-                # own checkpoints look old, nor lose what it needs, nor is it ours to delete.
+                # Of another branch or run, rejected but not corrupt, or somebody's copy: it must
+                # not make this run's own checkpoints look old, nor lose what it needs, nor is it
+                # ours to delete.
                 protected.update(manifest.needs)
     gone = retention.doomed(found, how.keep, frozenset(protected), time.time())
     for id in gone:

@@ -38,6 +38,14 @@ FORMAT = 2
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\Z")
 
 
+_OWN = re.compile(r"(?:rank-\d{5,}\.(?:json|pack)|manifest\.json|reason\.json)\Z")
+
+
+def is_own(name: str) -> bool:
+    """Whether a file of this name in a checkpoint's directory is of the format, and no stranger."""
+    return _OWN.match(name) is not None
+
+
 def part_file(rank: int) -> str:
     return f"rank-{rank:05d}.json"
 

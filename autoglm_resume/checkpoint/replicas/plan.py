@@ -22,6 +22,7 @@ from autoglm_resume.checkpoint.format.ids import (
     step_of,
 )
 from autoglm_resume.checkpoint.format.manifest import MANIFEST
+from autoglm_resume.checkpoint.format.part import is_own
 from autoglm_resume.checkpoint.store.gate import superseded
 
 Files: TypeAlias = Mapping[str, int]
@@ -135,14 +136,14 @@ def deletions(
     `present` are all ids here, damaged ones too. Only what is older than a checkpoint that is
     complete on both sides may go. Nothing goes while the replica has a newer one than that which
     is no longer here: this side may have lost it, and nobody here knows what it needs. Of one of
-    the `branches` that were given up this side knows.
+    the `branches` that were given up this side knows. What holds files of others stays.
     """
     given_up = {id for id in (*here, *there) if superseded(id, branches) is not None}
     complete = [id for id in here if id not in given_up and is_complete(id, here, there)]
     if not complete:
         return []
     newest = max(complete, key=recency)
-    gone = [id for id in there if id not in present]
+    gone = [id for id in there if id not in present and all(map(is_own, there[id]))]
     if any(newer(id, newest) and MANIFEST in there[id] for id in gone if id not in given_up):
         return []
     needed = {id for copy in here.values() for id in copy.needs}

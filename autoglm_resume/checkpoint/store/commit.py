@@ -14,7 +14,14 @@ from autoglm_resume.checkpoint.format.ids import is_id
 from autoglm_resume.checkpoint.format.manifest import MANIFEST, Manifest, Parent
 from autoglm_resume.checkpoint.format.part import Part, part_file
 from autoglm_resume.checkpoint.store.gate import Candidate, Integrity
-from autoglm_resume.checkpoint.store.store import Store, entries, expect, remove
+from autoglm_resume.checkpoint.store.store import (
+    Store,
+    clear,
+    entries,
+    expect,
+    is_grave,
+    strangers,
+)
 from autoglm_resume.errors import CheckpointError
 
 PART_FILE = re.compile(r"rank-\d{5,}\.json\Z")
@@ -94,14 +101,16 @@ def _parent(store: Store, lineage: Iterable[str]) -> Parent | None:
 
 
 def abandoned(store: Store) -> list[Path]:
-    """Uncommitted directories that lack a part, and temporary files.
+    """Uncommitted directories that lack a part, and temporary files: as far as they are ours.
 
     Ask when no rank or saver is alive: theirs look the same.
     """
     complete_but_manifest = {candidate.id for candidate in whole(store)}
-    found = [path for path in store.uncommitted() if path.name not in complete_but_manifest]
+    unfinished = (path for path in store.uncommitted() if path.name not in complete_but_manifest)
+    found = [path for path in unfinished if not strangers(path)]
     for directory in (store.root, *store.committed()):
-        found += (p for p in entries(directory) if p.name.startswith(files.TEMPORARY))
+        temporary = (p for p in entries(directory) if p.name.startswith(files.TEMPORARY))
+        found += (p for p in temporary if is_grave(p) or not p.is_dir())
     return found
 
 
@@ -110,7 +119,12 @@ def sweep(store: Store, found: Iterable[Path] | None = None) -> list[Path]:
     found = abandoned(store) if found is None else found
     gone = [path for path in found if not (is_id(path.name) and (path / MANIFEST).exists())]
     for path in gone:
-        remove(path)
+        if is_grave(path):
+            store.bury(path)
+        elif path.is_dir():
+            clear(path)
+        else:
+            path.unlink(missing_ok=True)
     return gone
 
 

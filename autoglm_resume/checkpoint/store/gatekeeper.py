@@ -28,7 +28,7 @@ from autoglm_resume.checkpoint.store.gate import (
     could_fit,
 )
 from autoglm_resume.checkpoint.store.proofs import Proofs
-from autoglm_resume.checkpoint.store.store import Store
+from autoglm_resume.checkpoint.store.store import Store, strangers
 from autoglm_resume.errors import CheckpointError, NoAcceptableCheckpoint
 
 Repair: TypeAlias = Callable[[str, str | None], list[str]]
@@ -74,6 +74,7 @@ class Gatekeeper:
         self._repair: Repair | None = None
         self._proofs = Proofs(store)
         self._abandoned: list[Path] = []
+        self._strange: set[Path] = set()
 
     @property
     def branches(self) -> tuple[Branch, ...]:
@@ -99,6 +100,7 @@ class Gatekeeper:
         self._complete()
         if in_memory is not None and (Path(in_memory.path) / MANIFEST).exists():
             in_memory = None  # it is on storage by now
+        self._say_what_is_not_ours()
         found = abandoned(self.store)
         self._abandoned = [p for p in found if in_memory is None or p.name != in_memory.id]
         choice = self._mended(self.judge(in_memory=in_memory), in_memory)
@@ -118,6 +120,14 @@ class Gatekeeper:
             if verdict.corrupt and not self._needed(verdict.id) and not self._lacks(verdict):
                 self._quarantine(verdict)
         return accepted
+
+    def _say_what_is_not_ours(self) -> None:
+        for path in self.store.uncommitted():
+            if path not in self._strange and (found := strangers(path)):
+                self._strange.add(path)
+                names = ", ".join(sorted(each.name for each in found)[:3])
+                text = f"{path}: named like a checkpoint, and holds what is none: {names}"
+                self._tell(events.WarningGiven(text=f"{text}; left alone"))
 
     def clean(self) -> None:
         """Remove what was abandoned when the gate was passed; ranks may run by now."""

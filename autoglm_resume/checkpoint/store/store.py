@@ -11,6 +11,7 @@ bytes that make these functions raise anything but CheckpointError.
 
 from __future__ import annotations
 
+import re
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -26,10 +27,11 @@ from autoglm_resume.checkpoint.format.document import (
 )
 from autoglm_resume.checkpoint.format.ids import attempt_of, is_id, recency, step_of
 from autoglm_resume.checkpoint.format.manifest import MANIFEST, Manifest, PartRef
-from autoglm_resume.checkpoint.format.part import Part
+from autoglm_resume.checkpoint.format.part import Part, is_own
 from autoglm_resume.errors import CorruptCheckpoint, WorldSizeMismatch
 
 REASON = "reason.json"
+_GRAVE = re.compile(rf"^{re.escape(files.TEMPORARY)}(?:[0-9a-f]{{8}}-)?")
 
 
 class Store:
@@ -151,7 +153,7 @@ class Store:
         return sorted(path for path in entries(self.root / QUARANTINE) if path.is_dir())
 
     def delete(self, id: str) -> None:
-        """Remove checkpoint `id`, committed or not.
+        """Remove checkpoint `id`, committed or not; what others have put there stays there.
 
         It vanishes by one rename. Unlinking the manifest alone would leave parts that the next
         `complete` commits again, perhaps without a parent that is deleted by then: another
@@ -159,10 +161,17 @@ class Store:
         """
         grave = self.root / f"{files.TEMPORARY}{id}"
         if grave.exists():
-            remove(grave)
+            self.bury(grave)
         self.directory(id).rename(grave)
         files.sync_directory(self.root)
-        remove(grave)
+        self.bury(grave)
+
+    def bury(self, grave: Path) -> None:
+        """Remove what `is_grave`, and put back what others had put into that checkpoint."""
+        clear(grave)
+        home = self.root / _GRAVE.sub("", grave.name)
+        if grave.exists() and not home.exists():
+            grave.rename(home)
 
 
 def entries(directory: Path) -> list[Path]:
@@ -173,14 +182,30 @@ def entries(directory: Path) -> list[Path]:
         return []
 
 
-def remove(path: Path) -> None:
-    """With all that is in it."""
-    if path.is_dir() and not path.is_symlink():
-        for entry in entries(path):
-            remove(entry)
-        path.rmdir()
-    else:
-        path.unlink(missing_ok=True)
+def strangers(directory: Path) -> list[Path]:
+    """What is in a directory named like a checkpoint and is no file of the format."""
+    if directory.is_symlink():  # whose, leading where?
+        return [directory]
+    return [entry for entry in entries(directory) if not _is_ours(entry)]
+
+
+def is_grave(path: Path) -> bool:
+    """Whether it is a checkpoint that was being deleted, or fetched from a replica."""
+    return is_id(_GRAVE.sub("", path.name)) and not is_id(path.name) and path.is_dir()
+
+
+def clear(directory: Path) -> None:
+    """Remove every file of the format in it, and the directory itself if nothing else is there."""
+    for entry in entries(directory):
+        if _is_ours(entry):
+            entry.unlink(missing_ok=True)
+    if not entries(directory):
+        directory.rmdir()
+
+
+def _is_ours(entry: Path) -> bool:
+    named = is_own(entry.name) or entry.name.startswith(files.TEMPORARY)
+    return named and not entry.is_dir()
 
 
 def expect(file: Path, what: str, expected: object, found: object) -> None:

@@ -101,6 +101,13 @@ def test_what_was_deleted_here_goes_there_once_something_newer_is_complete(
     assert found == [id_of(step) for step in expected]
 
 
+def test_what_others_have_put_into_a_replica_stays_there() -> None:
+    here = here_of(s30=[])
+    there = there_of(10, 20, 30) | {id_of(5): {"model.pt": 5}}
+    there[id_of(10)] = {**there[id_of(10)], "notes/plan.txt": 5}
+    assert deletions(list(here), here, there) == [id_of(20)]
+
+
 def test_what_is_damaged_or_needed_here_stays_there() -> None:
     here = here_of(s30=[10], s40=[])
     there = there_of(5, 10, 20, 30, 40)

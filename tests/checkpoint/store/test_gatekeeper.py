@@ -269,3 +269,20 @@ def test_of_a_branch_that_was_given_up_nothing_is_taken_and_nothing_put_away(
     assert accepted is not None
     assert accepted.id == old
     assert run.store.directory(left).is_dir()
+
+
+def test_what_is_named_like_a_checkpoint_and_is_none_is_left_alone_and_said_once(
+    run: Checkpoints,
+) -> None:
+    run.save(10)
+    mine = run.root / "step-0000000003.best" / "model.pt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    gate = run.gatekeeper()
+    for _ in range(2):
+        gate.admit()
+        gate.clean()
+    assert mine.read_text() == "mine"
+    (warning,) = run.events("warning")
+    assert "step-0000000003.best: named like a checkpoint" in warning["text"]
+    assert "model.pt" in warning["text"]

@@ -17,7 +17,7 @@ from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.store.commit import commit, complete, sweep
 from autoglm_resume.checkpoint.store.examine import candidates, examine
 from autoglm_resume.checkpoint.store.gate import Expectation, choose
-from autoglm_resume.checkpoint.store.store import Store
+from autoglm_resume.checkpoint.store.store import Store, is_grave
 from autoglm_resume.checkpoint.write.part_writer import PartWriter
 from autoglm_resume.errors import CorruptCheckpoint
 
@@ -259,6 +259,44 @@ def test_a_sweep_removes_what_was_never_finished_and_nothing_else(
     assert len(sweep(store)) == 2
     assert sorted(p.name for p in store.root.iterdir()) == ["README", STEP_1]
     assert examine(store, store.directory(STEP_1), deep=True).integrity.ok
+
+
+def test_what_others_have_put_under_the_name_of_a_checkpoint_is_never_removed(
+    store: Store, snaps: Snaps, save: Any
+) -> None:
+    save(store, 1)
+    PartWriter(store, share=False).persist(snaps(2)[0])
+    mine = [
+        store.root / "step-0000000003.best" / "model.pt",
+        store.directory(STEP_2) / "notes.txt",
+        store.root / f"{files.TEMPORARY}mine" / "rank-00000.pack",
+        store.root / f"{files.TEMPORARY}{STEP_3}" / "evaluation" / "rank-00000.json",
+    ]
+    for file in mine:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine")
+    (store.root / "step-0000000004.best").symlink_to(mine[0].parent)
+    there = sorted(path.name for path in store.root.iterdir() if not is_grave(path))
+    sweep(store)
+    assert [file.exists() for file in mine] == [True, True, True, False]
+    assert (store.directory(STEP_3) / "evaluation" / "rank-00000.json").read_text() == "mine"
+    assert sorted(path.name for path in store.root.iterdir()) == sorted([*there, STEP_3])
+    assert sweep(store) == []
+
+
+def test_a_checkpoint_is_deleted_without_what_others_have_put_into_it(
+    store: Store, save: Any
+) -> None:
+    save(store, 1)
+    (store.directory(STEP_1) / "samples").mkdir()
+    (store.directory(STEP_1) / "metrics.csv").write_text("mine")
+    store.delete(STEP_1)
+    assert sorted(p.name for p in store.directory(STEP_1).iterdir()) == ["metrics.csv", "samples"]
+    assert store.committed() == []
+    assert [path.name for path in store.root.iterdir()] == [STEP_1]
+    save(store, 2)
+    store.delete(STEP_2)
+    assert [path.name for path in store.root.iterdir()] == [STEP_1]
 
 
 def test_a_path_that_is_no_checkpoint_is_a_problem_and_not_an_error(tmp_path: Path) -> None:
