@@ -10,17 +10,11 @@ import torch
 from autoglm_resume.protocol.heartbeats import Phase, Pulse
 
 
-def watch(
-    obj: Any,
-    pulse: Pulse,
-    on_forward: Callable[[], None],
-    on_step: Callable[[torch.optim.Optimizer], None],
-) -> None:
+def watch(obj: Any, pulse: Pulse, on_forward: Callable[[], None]) -> None:
     """Let `obj`, a module or an optimizer as the training loop calls it, beat at its phases.
 
-    `on_forward` is called when a module is about to compute something for training, `on_step` when
-    an optimizer has made a step. What is being compiled is left alone: a hook in there would break
-    the graph.
+    `on_forward` is called when a module is about to compute something for training. What is being
+    compiled is left alone: a hook in there would break the graph.
     """
     if isinstance(obj, torch.nn.Module):
         obj.register_forward_pre_hook(_Training(on_forward))
@@ -31,7 +25,6 @@ def watch(
         obj.register_step_pre_hook(_Beat(pulse, Phase.OPTIMIZER))
         # What follows in a step may take any time: evaluation, samples, a log on a slow disk.
         obj.register_step_post_hook(_Beat(pulse, Phase.STEPPED))
-        obj.register_step_post_hook(_Stepped(on_step))
 
 
 class _Beat:
@@ -64,20 +57,6 @@ class _Training:
     def __call__(self, module: torch.nn.Module, *_: Any) -> None:
         if not torch.compiler.is_compiling() and module.training and torch.is_grad_enabled():
             self._tell()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_Silence, ())
-
-
-class _Stepped:
-    """A hook that tells of an optimizer's step. A copy of the optimizer gets none."""
-
-    def __init__(self, tell: Callable[[torch.optim.Optimizer], None]) -> None:
-        self._tell = tell
-
-    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self._tell(optimizer)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_Silence, ())

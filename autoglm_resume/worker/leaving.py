@@ -14,9 +14,11 @@ import weakref
 from types import CodeType, FrameType
 from typing import Any
 
+import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from autoglm_resume.errors import UsageError
+from autoglm_resume.worker.state.pending_gradients import PendingGradients
 
 _NEXT = "FOR_ITER"
 _REGULAR = frozenset({"POP_TOP", "POP_ITER", "END_FOR", _NEXT})
@@ -24,6 +26,8 @@ _REGULAR = frozenset({"POP_TOP", "POP_ITER", "END_FOR", _NEXT})
 another iterator of a `zip`, or an `islice`, was at its end."""
 _ENDS = frozenset({"RETURN_VALUE", "RETURN_CONST", "RAISE_VARARGS", "RERAISE"})
 _JUMPS = frozenset((*dis.hasjrel, *dis.hasjabs))
+_USUAL = 3
+"""Steps in a row that make a habit."""
 _FILLERS = frozenset({"EXTENDED_ARG", "NOP", "CACHE", "NOT_TAKEN"})
 
 
@@ -142,21 +146,30 @@ def _after(instructions: list[dis.Instruction], at: int, offsets: list[int]) -> 
 
 
 class Updates:
-    """Whether a tracked optimizer has stepped since the last step was complete.
+    """Whether the step that runs has done its work, as far as passes and optimizers tell.
 
     Any optimizer counts where none is tracked: it may be in an object of the script's own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gradients: PendingGradients) -> None:
         self.seen = False
-        self._usual: bool | None = None
+        """Whether a tracked optimizer has stepped since the last step was complete."""
+        self._gradients = gradients
+        self._passes = 0
+        """For training, before the last step was complete."""
+        self._silent: int | None = None
+        """Steps that were complete since one in which there was an optimizer's step or a pass;
+        None before the first step."""
+        self._ever = False
+        """Whether there was such a step."""
+        self._passing = False
+        """Whether a step was complete with passes alone."""
         self._tracked: list[Optimizer] = []
         this = weakref.ref(self)
 
         def stepped(optimizer: Optimizer, *_: Any) -> None:
-            if (updates := this()) is not None:
-                tracked = updates._tracked
-                updates.seen |= not tracked or any(optimizer is each for each in tracked)
+            if (updates := this()) is not None and not torch.compiler.is_compiling():
+                updates._stepped(optimizer)
 
         self._hook = register_optimizer_step_post_hook(stepped)
 
@@ -165,15 +178,36 @@ class Updates:
         if isinstance(obj, Optimizer):
             self._tracked.append(obj)
 
+    def _stepped(self, optimizer: Optimizer) -> None:
+        tracked = self._tracked
+        self.seen |= not tracked or any(optimizer is each for each in tracked)
+        self._gradients.stepped(optimizer)
+
+    def begin(self) -> None:
+        """The first step begins: some make an optimizer's state before."""
+        self.seen, self._passes = False, self._gradients.passes
+
     def step_done(self) -> None:
         """A step is complete."""
-        self._usual, self.seen = self.seen, False
+        passed = self._gradients.passes != self._passes
+        if self.seen or passed:
+            self._ever, self._silent = True, 0
+        else:
+            self._silent = (self._silent or 0) + 1
+        self._passing |= passed and not self.seen
+        self._gradients.step_done()
+        self.begin()
 
     @property
     def complete(self) -> bool:
         """Whether the step that runs has done its work.
 
-        Parameters may be changed without any optimizer, or by a CUDA graph that runs no hooks: if
-        the step before was complete without one, so is this one.
+        Where gradients accumulate, a pass is the work of a step. Parameters may be changed without
+        any of both, or by a CUDA graph that runs no hooks: if steps before were complete without,
+        so is this one. A step now and then that leaves its batch out says nothing.
         """
-        return self.seen or self._usual is False
+        if self.seen or self._silent is None:
+            return self.seen
+        if self._gradients.passes != self._passes:
+            return self._passing
+        return self._silent >= (_USUAL if self._ever else 1)

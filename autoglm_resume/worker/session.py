@@ -82,7 +82,7 @@ class Session:
         self._saved_step = -1
         self._again = 0
         """Saves that were begun at this step before."""
-        self._updates = leaving.Updates()
+        self._updates = leaving.Updates(self._tracked.gradients)
         self._loop = leaving.Loop()
         self._wanted = False
         """Whether the script wants a save once this step is complete."""
@@ -123,9 +123,7 @@ class Session:
             )
         for name, obj in objects.items():
             self._tracked.add(name, obj, self._place, self._where, self._warn)
-            self._updates.track(obj)
-            gradients = self._tracked.gradients
-            hooks.watch(obj, self._pulse, gradients.forward, gradients.stepped)
+            self._watch(obj)
 
     def resume(self) -> int:
         """Load the accepted checkpoint, if any, and return the first step to run.
@@ -142,7 +140,8 @@ class Session:
                 if self._found is not None:
                     self._restore(self._found)
                 self._resumed = True
-                self._updates.seen = False  # some make an optimizer's state before
+                self._watch()
+                self._updates.begin()
                 self._tracked.resumed(self._completed, self._warn)
                 self._pulse.at(self._completed)
         return self._completed
@@ -239,7 +238,6 @@ class Session:
         self._tracked.step_done()
         self._figures.step_done()
         self._updates.step_done()
-        self._tracked.gradients.step_done()
         self._again = 0
         self._completed = completed = step + 1
         self._pulse.completed(completed)
@@ -361,6 +359,12 @@ class Session:
                 if self._found is not None:
                     self._tracked.place(self._found.loading)
                 self._pulse.phase(Phase.START)
+
+    def _watch(self, *objects: Any) -> None:
+        """With what those of the script's own hold, some only once they are loaded."""
+        for obj in (*objects, *self._tracked.unwatched()):
+            self._updates.track(obj)
+            hooks.watch(obj, self._pulse, self._tracked.gradients.forward)
 
     def _where(self) -> str:
         return f"{self.rank} {self._completed}"

@@ -210,6 +210,63 @@ def test_updates_without_an_optimizer_are_told_by_those_before() -> None:
     assert saved() == (4, 4.0)
 
 
+class Accumulating(Training):
+    """Every third step has an update, all have passes."""
+
+    def step(self) -> None:
+        self.model(torch.ones(1, 1)).sum().backward()
+        self.count = getattr(self, "count", 0) + 1
+        if self.count % 3 == 0:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+def test_a_step_that_zip_asked_for_when_there_was_no_batch_left_does_not_count() -> None:
+    training = Accumulating()
+    for epoch in range(1, 4):
+        for _, _ in zip(training.steps(12), range(4), strict=False):
+            training.step()
+        assert training.session.step == training.count == 4 * epoch
+
+
+def test_a_pass_without_an_update_is_the_work_of_a_step_where_gradients_accumulate() -> None:
+    training = Accumulating()
+    for step in training.steps():
+        training.step()
+        if step == 3:
+            break
+    assert training.session.step == training.count == 4
+
+
+def test_a_pass_without_an_update_is_no_step_where_every_step_has_one() -> None:
+    training = Training()
+    for step in training.steps():
+        loss = training.model(torch.ones(1, 1)).sum()
+        if step == 3:
+            break
+        loss.backward()
+        training.optimizer.step()
+    assert training.session.step == 3
+
+
+def test_a_step_that_leaves_its_batch_out_says_nothing_of_the_next() -> None:
+    training = Training()
+    for step, _ in zip(training.steps(), range(4), strict=False):
+        if step != 3:
+            training.step()
+    assert training.session.step == 4
+
+
+def test_updates_that_no_hook_hears_of_count_where_the_steps_before_had_such() -> None:
+    training = Training()
+    for step in training.steps():
+        training.by_hand = step > 0  # as a CUDA graph that is replayed
+        training.step()
+        if step == 5:
+            break
+    assert training.session.step == 6
+
+
 def test_what_was_saved_by_a_break_is_where_the_next_process_goes_on() -> None:
     breaks(Training())
     end_process()

@@ -17,7 +17,7 @@ from autoglm_resume.protocol.assignment import ResumePoint
 from autoglm_resume.worker.base.event_log import EventLog
 from autoglm_resume.worker.base.settings import Settings
 from autoglm_resume.worker.state import fitting, restoring
-from autoglm_resume.worker.state.pending_gradients import GRADIENTS, put_back
+from autoglm_resume.worker.state.pending_gradients import GRADIENTS
 from autoglm_resume.worker.state.tracked import TrackedObjects
 
 
@@ -44,7 +44,7 @@ class Found:
         for text in loading.remarks() if rank == 0 else ():
             log.emit(events.WarningGiven(text=text))
             output.say(text)
-        put_back(restored.states.get(GRADIENTS, {}), tracked.objects)
+        tracked.gradients.put_back(restored.states.get(GRADIENTS, {}))
         restoring.generators(restored, rank)
         if restored.part.world_size != world_size and rank == 0:
             said = restoring.resharded(restored, world_size, tracked.objects)

@@ -29,6 +29,7 @@ from autoglm_resume.worker.state.fitting import Loading
 from autoglm_resume.worker.state.parameters import ParameterWatch, has_parameters
 from autoglm_resume.worker.state.pending_gradients import GRADIENTS, PendingGradients
 from autoglm_resume.worker.state.restoring import RNG
+from autoglm_resume.worker.state.within import Trained, unwrapped, within
 
 LARGEST_CONFIG = 1 << 30
 """Bytes of a config file that is part of the model hash."""
@@ -51,6 +52,7 @@ class TrackedObjects:
         self._parameters: Parameters | None = None
         """Of a state of these tables."""
         self._followers: dict[str, Follower] = {}
+        self._watched: dict[int, Trained] = {}
         self._placed = False
 
     def add(
@@ -94,12 +96,25 @@ class TrackedObjects:
 
     def _learn_parameters(self, found: Mapping[str, capture.ObjectState]) -> None:
         """Again if any state is described anew: 40,000 parameters take 30 ms."""
-        tables = [found[name].table for name, obj in self.objects.items() if has_parameters(obj)]
+        holders = {name.partition(".")[0] for name in self.within()}
+        holders |= {name for name, obj in self.objects.items() if has_parameters(obj)}
+        tables = [state.table for name, state in found.items() if name in holders]
         if len(tables) != len(self._tables) or any(
             now is not before for now, before in zip(tables, self._tables, strict=True)
         ):
             self._tables = tables
             self._parameters = self._watch.parameters()
+            self.gradients.changed()
+
+    def unwatched(self) -> list[Trained]:
+        """What is within that this did not name before."""
+        found = [obj for obj in self.within().values() if id(obj) not in self._watched]
+        self._watched.update((id(obj), obj) for obj in found)
+        return found
+
+    def within(self) -> dict[str, Trained]:
+        """Modules and optimizers that tracked objects hold, by `<object>.<attribute>`."""
+        return within({name: obj for name, obj in self.objects.items() if not deals_data(obj)})
 
     def place(self, loading: Loading) -> None:
         """Load what deals data, once."""
@@ -152,9 +167,9 @@ class TrackedObjects:
         places = {name: place for name, follower in followers if (place := follower.place())}
         generators = rng.capture() | ({PASSES: places} if places else {})
         found[RNG] = capture.state_of(RNG, generators)
+        self._learn_parameters(found)
         if gradients := self.gradients.state():
             found[GRADIENTS] = capture.state_of(GRADIENTS, gradients)
-        self._learn_parameters(found)
         return capture.CapturedState(found)
 
     def _all_trained(self, sets: tuple[frozenset[int], ...]) -> frozenset[int]:
@@ -187,14 +202,3 @@ def never_free(obj: object) -> None:
     were done hung three times in a row.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(obj))
-
-
-def unwrapped(obj: Any) -> Any:
-    """The module inside DistributedDataParallel and torch.compile: its names do not change."""
-    while True:
-        if isinstance(obj, torch.nn.parallel.DistributedDataParallel):
-            obj = obj.module
-        elif isinstance(obj, torch.nn.Module) and hasattr(obj, "_orig_mod"):
-            obj = obj._orig_mod
-        else:
-            return obj

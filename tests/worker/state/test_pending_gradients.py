@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -117,11 +119,147 @@ def test_gradients_are_pending_after_a_step_that_a_scaler_left_out() -> None:
     }
 
 
-def test_what_no_tracked_optimizer_steps_is_no_state() -> None:
-    torch.manual_seed(0)
-    model = torch.nn.Linear(4, 1)
-    session = autoglm.init(checkpoint_dir="ckpt", every_steps=1)
-    session.track(model=model)
-    session.resume()
-    model(torch.randn(3, 4)).square().mean().backward()
-    assert session._tracked.gradients.state() == {}
+class Loop:
+    """`kind` of a loop, over random batches; what it trains is `model`."""
+
+    def __init__(self, kind: str) -> None:
+        torch.manual_seed(0)
+        self.kind = kind
+        self.model = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 2), "b": torch.nn.Linear(4, 2)})
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        self.heads = [self.model["a"], self.model["b"]]
+        self.tracked: dict[str, object] = {"model": self.model, "optimizer": self.optimizer}
+        if kind.startswith("held"):
+            self.tracked = {"trainer": Holder(self.model, self.optimizer, deep="deep" in kind)}
+        elif "by hand" in kind:
+            del self.tracked["optimizer"]
+
+    def backward(self, head: torch.nn.Module) -> None:
+        head(torch.randn(3, 4)).square().mean().backward()
+
+    def step(self, step: int) -> None:
+        parameters, optimizer = list(self.model.parameters()), self.optimizer
+        match self.kind:
+            case "held" | "held deep":
+                self.backward(self.heads[0])
+                if step % 3 == 2:
+                    optimizer.step()
+                    optimizer.zero_grad()
+            case "accumulated by hand":
+                self.backward(self.heads[0])
+                if step % 3 == 2:
+                    for parameter in self.model["a"].parameters():
+                        parameter.data -= 0.1 * parameter.grad  # type: ignore[operator]
+                        parameter.grad = None
+            case "zeroed at the end":
+                self.backward(self.heads[step // 2 % 2])
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=False)
+            case "one head zeroed":
+                self.backward(self.heads[step // 2 % 2])
+                optimizer.step()
+                self.heads[0].zero_grad(set_to_none=False)
+                self.heads[1].zero_grad()
+            case "decaying":
+                self.backward(self.heads[0])
+                optimizer.step()
+                for parameter in parameters:
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(0.9)
+            case "never cleared":
+                self.backward(self.heads[step % 2])
+                optimizer.step()
+            case "cleared first":
+                optimizer.zero_grad()
+                self.backward(self.heads[0])
+                torch.nn.utils.clip_grad_norm_(parameters, 0.1)
+                optimizer.step()
+            case "cleared between the passes":
+                loss = self.heads[0](torch.randn(3, 4)).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            case "zeroed first":
+                optimizer.zero_grad(set_to_none=False)
+                self.backward(self.heads[0])
+                optimizer.step()
+            case "cleared at the end":
+                self.backward(self.heads[0])
+                optimizer.step()
+                optimizer.zero_grad()
+
+    def train(self, until: int) -> list[torch.Tensor]:
+        session = autoglm.init(checkpoint_dir="ckpt", every_steps=1)
+        session.track(**self.tracked)
+        for step in range(session.resume(), until):
+            self.step(step)
+            session.step_done(step)
+            self.pending = session._tracked.gradients.state()
+        end_process()
+        return [parameter.detach().clone() for parameter in self.model.parameters()]
+
+
+class Holder:
+    """A trainer of a script's own."""
+
+    def __init__(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, deep: bool
+    ) -> None:
+        self.parts = {"models": [model], "steps": (optimizer,)} if deep else None
+        self.model, self.optimizer = (None, None) if deep else (model, optimizer)
+        self.all = (model, optimizer)
+
+    def state_dict(self) -> list[object]:
+        return [each.state_dict() for each in self.all]
+
+    def load_state_dict(self, state: list[dict[str, object]]) -> None:
+        for each, saved in zip(self.all, state, strict=True):
+            each.load_state_dict(saved)
+
+
+STATE = [
+    "held",
+    "held deep",
+    "accumulated by hand",
+    "zeroed at the end",
+    "one head zeroed",
+    "decaying",
+    "never cleared",
+]
+USED = ["cleared first", "cleared between the passes", "zeroed first", "cleared at the end"]
+
+
+@pytest.mark.parametrize("kind", STATE + USED)
+def test_whatever_a_loop_does_to_its_gradients_it_resumes_to_the_same_weights(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = Loop(kind).train(10)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    for stop in (4, 5):  # the second goes on for one step only
+        Loop(kind).train(stop)
+    assert all(map(torch.equal, undisturbed, Loop(kind).train(10)))
+
+
+@pytest.mark.parametrize("kind", USED)
+def test_gradients_that_the_next_step_will_clear_are_never_state(kind: str) -> None:
+    loop = Loop(kind)
+    for until in range(1, 5):
+        loop.train(until)
+        assert loop.pending == {}
+
+
+def test_gradients_that_an_optimizer_of_nobodys_has_used_are_no_state() -> None:
+    loop = Loop("cleared first")
+    del loop.tracked["optimizer"]
+    loop.train(2)
+    assert loop.pending == {}
+
+
+def test_a_model_that_is_copied_takes_no_hook_along() -> None:
+    loop = Loop("cleared first")
+    loop.train(3)
+    told = copy.deepcopy(loop.model)
+    again = pickle.loads(pickle.dumps(list(loop.model.parameters())))
+    for parameter in (*told.parameters(), *again):
+        assert not parameter._post_accumulate_grad_hooks
