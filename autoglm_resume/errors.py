@@ -33,6 +33,8 @@ class AutoglmError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint:  # below the message wherever a traceback is shown: in a notebook, of a child
+            self.__notes__ = [f"hint: {hint}"]
 
 
 class UsageError(AutoglmError):

@@ -39,6 +39,8 @@ class Kind(enum.Enum):
     """A file system or object store that does not answer."""
     REFUSED = "checkpoint_rejected"
     """A rank would not load the checkpoint that the gate had accepted."""
+    USAGE_ERROR = "usage_error"
+    """The script uses autoglm in a way that cannot do, and was told so."""
     NO_RESULT = "no_result"
     """The script ended well, and its last steps are in no checkpoint."""
     PORT = "port_in_use"
@@ -127,6 +129,9 @@ TRAITS: Mapping[Kind, Traits] = {
         "the storage did not answer", "storage failed", heals=True, answer=Answer.PAUSE
     ),
     Kind.REFUSED: Traits("the rank would not load the checkpoint that the gate had accepted"),
+    Kind.USAGE_ERROR: Traits(
+        "the script asks for what autoglm cannot do, and would again", answer=Answer.STOP
+    ),
     Kind.NO_RESULT: Traits(
         "the script came to its end, and what it was to leave is in no checkpoint",
         answer=Answer.STOP,

@@ -17,8 +17,9 @@ from autoglm_resume.job.section import Section
 
 _PATTERN: Final = r"^/.+/$"
 _CODE: Final = r"^[1-9][0-9]{0,2}$"
-_KINDS: Final = tuple(kind.value for kind in Kind if kind is not Kind.STOPPED)
-"""A stop by a person is no failure, so nothing is decided about it."""
+_UNANSWERED: Final = (Kind.STOPPED, Kind.USAGE_ERROR)
+_KINDS: Final = tuple(kind.value for kind in Kind if kind not in _UNANSWERED)
+"""A stop by a person is no failure, and what is refused once is refused always."""
 _ANSWERS: Final = tuple(answer.value for answer in Answer)
 _EITHER_WAY: Final = (Answer.RESTART, Answer.STOP)
 

@@ -41,8 +41,11 @@ MEETING = ".launch"
 """Below the checkpoints: where ranks agree that have no other place."""
 
 _agreements = itertools.count()
-_lost = False
-"""Whether the last save failed."""
+_code = 0
+"""Of the process, where Python would say that it went well, or has none that says how it did not.
+"""
+_refused: AutoglmError | None = None
+"""What nobody has caught of ours."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,17 @@ class GateAnswer:
         return json.dumps(asdict(self))
 
 
-def end_badly() -> None:
+def end_badly(code: int = SaveFailed.exit_code) -> None:
     """Nobody shall take this process for one that has its result."""
-    global _lost
-    _lost = True
+    global _code
+    _code = _code or code
+
+
+def end_refused(error: AutoglmError) -> None:
+    """This is what ends the process, and has been told."""
+    global _refused
+    _refused = error
+    end_badly(error.exit_code)
 
 
 @atexit.register
@@ -99,10 +109,11 @@ def _end() -> None:
 
     Python has no way to change the exit code of a script that has come to its end but to end it.
     """
-    if _lost and getattr(sys, "last_value", None) is None:  # an exception has a code of its own
+    # Any other exception has a code of its own.
+    if _code and getattr(sys, "last_value", None) is _refused:
         output.flush()
         logging.shutdown()
-        os._exit(SaveFailed.exit_code)
+        os._exit(_code)
 
 
 def agreed(settings: Settings, model: Structure | None) -> Settings:
@@ -190,8 +201,6 @@ def _lead(
         hashes = meeting.gather(own) if meeting is not None else [own]
         known = [each for each in hashes if each]
         answer = _pass_gate(settings, combined(known) if known else "", model)
-    if answer.problem:
-        output.say(f"what to do: {answer.hint}")
     if meeting is not None:
         meeting.answer(answer.encode())
     return answer

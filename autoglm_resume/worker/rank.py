@@ -28,6 +28,7 @@ from autoglm_resume.protocol.heartbeats import Board, Phase
 from autoglm_resume.protocol.own_path import drop_own_path
 from autoglm_resume.worker import imports
 from autoglm_resume.worker.base.event_log import EventLog
+from autoglm_resume.worker.refusing import is_refusal, told
 
 UNDER_TORCHRUN = "--under-torchrun"
 
@@ -90,6 +91,8 @@ def execute(source: Source, failed: Callable[[BaseException], None]) -> int:
         return _exit_code(end)
     except BaseException as error:
         failed(error)
+        if isinstance(error, UsageError) and is_refusal(error):
+            return error.exit_code
         return 130 if isinstance(error, KeyboardInterrupt) else 1
     return 0
 
@@ -129,8 +132,7 @@ def record(assignment: Assignment, rank: int, error: BaseException) -> None:
     """
     trace = _script_part(error)
     lines = traceback.format_exception(type(error), error, trace)
-    if isinstance(error, UsageError) and error.hint:
-        lines.append(f"hint: {error.hint}\n")
+    misused = isinstance(error, UsageError) and is_refusal(error)
     with contextlib.suppress(OSError):  # of a full disk, whose story the record must not miss
         sys.stderr.write(_told(error) or "".join(lines))
         sys.stderr.flush()
@@ -143,17 +145,18 @@ def record(assignment: Assignment, rank: int, error: BaseException) -> None:
         "message": _message(error)[:10_000],
         "traceback": _shortened("".join(lines)),
         "mono": time.monotonic(),
+        "misused": misused,
+        "hint": error.hint if isinstance(error, UsageError) else "",
     }
     with contextlib.suppress(OSError):
         files.write(assignment.error(rank), json.dumps(record).encode())
 
 
 def _told(error: BaseException) -> str:
-    """What a person should read of a checkpoint that will not do: not where in our code it was."""
-    if not isinstance(error, CheckpointError):
-        return ""
-    hint = f"hint: {error.hint}\n" if error.hint else ""
-    return f"autoglm: {error.message}\n{hint}"
+    """What a person should read of what we refuse: not where in our code it was."""
+    if isinstance(error, UsageError | CheckpointError) and is_refusal(error):
+        return f"autoglm: {told(error)}\n"
+    return ""
 
 
 def _shortened(text: str, most: int = 100_000) -> str:

@@ -31,7 +31,7 @@ from autoglm_resume.errors import (
 )
 from autoglm_resume.protocol.assignment import Assignment
 from autoglm_resume.protocol.heartbeats import Board, Phase
-from autoglm_resume.worker import alone, hooks, imports, leaving, requests, spare
+from autoglm_resume.worker import alone, hooks, imports, leaving, refusing, requests, spare
 from autoglm_resume.worker.base import settings
 from autoglm_resume.worker.base.event_log import EventLog
 from autoglm_resume.worker.figures import Figures
@@ -61,6 +61,7 @@ def init(
     assignment = Assignment.from_environment()
     if assignment is not None:
         return Session(settings.supervised(assignment), assignment)
+    refusing.speak_alone(alone.end_refused)
     return Session(settings.unsupervised(checkpoint_dir, every_steps, every_seconds, keep), None)
 
 

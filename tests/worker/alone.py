@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +26,9 @@ def lonely(directory: Path) -> Iterator[None]:
         for name in ("RANK", "WORLD_SIZE", "AUTOGLM_ASSIGNMENT", "LOCAL_RANK"):
             patch.delenv(name, raising=False)
         patch.chdir(directory)
+        patch.setattr(sys, "excepthook", sys.excepthook)
         patch.setattr(atexit, "register", _exits.append)
-        patch.setattr(alone, "_lost", False)  # or pytest would end as a script does
+        patch.setattr(alone, "_code", 0)  # or pytest would end as a script does
         yield
         end_process()
         _exits.clear()

@@ -196,3 +196,38 @@ def test_a_script_whose_last_save_fails_does_not_end_well(launches: Launches) ->
     assert launches.run("lose")[:2] == (1, "later\n")
     (launches.directory / "ckpt").unlink()
     assert launches.run("keep")[:2] == (0, "later\nbefore\n")
+
+
+def test_what_is_refused_is_told_in_a_sentence_with_what_to_do_below_it(
+    launches: Launches,
+) -> None:
+    (launches.directory / "train.py").write_text(REFUSED)
+    code, _, error = launches.run("uncaught")
+    assert code == 2
+    first, second = error.splitlines()
+    assert first.startswith("autoglm: error: session.track(number=…): int has no state_dict()")
+    assert first.endswith("(train.py:8)")
+    assert second.startswith("autoglm: hint: ")
+    assert launches.run("caught")[:2] == (0, "caught\n")
+    code, _, error = launches.run("another")
+    assert (code, error.splitlines()[-1]) == (1, "ZeroDivisionError: division by zero")
+    code, _, error = launches.run("own")
+    assert (code, "Traceback" in error) == (1, True), "not ours: the script raised it"
+
+
+REFUSED = """
+import sys
+import autoglm_resume as autoglm
+from autoglm_resume.errors import UsageError
+
+session = autoglm.init(checkpoint_dir="ckpt")
+def track():
+    session.track(number=7)
+try:
+    if sys.argv[1] == "another": 1 / 0
+    if sys.argv[1] == "own": raise UsageError("mine")
+    track()
+except UsageError:
+    if sys.argv[1] != "caught": raise
+    print("caught")
+"""

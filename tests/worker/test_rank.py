@@ -100,6 +100,25 @@ def test_an_exception_is_recorded_as_the_script_alone_would_show_it(assign: Make
     assert getattr(read(ended.assignment.events(0))[1], "code", None) == 1
 
 
+def test_what_autoglm_refuses_a_script_is_told_in_a_sentence_and_recorded_as_that(
+    assign: Make,
+) -> None:
+    text = "import autoglm_resume as autoglm\nautoglm.init().track(number=7)"
+    ended = run(assign(text))
+    assert ended.code == 2
+    said = "session.track(number=…): int has no state_dict() and load_state_dict()"
+    assert ended.log.startswith(f"autoglm: error: {said} (train.py:2)\nhint: ")
+    assert ended.log.count("\n") == 2
+    assert ended.error is not None
+    assert (ended.error["misused"], ended.error["message"]) == (True, said)
+    assert ended.error["hint"]
+    mine = "from autoglm_resume.errors import UsageError\nraise UsageError('mine')"
+    ended = run(assign(mine))
+    assert ended.code == 1
+    assert ended.error is not None
+    assert not ended.error["misused"], "the script's own"
+
+
 @pytest.mark.parametrize(
     "text",
     [

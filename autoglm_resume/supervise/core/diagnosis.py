@@ -122,6 +122,7 @@ def _told(
     cause = causes[root.rank]
     error = root.error if root.signal is None else None
     trace = error.traceback if error else ""
+    misused = error is not None and cause.kind is Kind.USAGE_ERROR
     others = []
     for rank in ranks:
         if rank.rank == root.rank:
@@ -141,9 +142,10 @@ def _told(
         f"rank {root.rank} {cause.what} {where(root.beat)}",
         step,
         _cause_mono(root),
-        root.error.traceback if root.error else "",
+        root.error.traceback if root.error and not misused else "",
         root.code,
         root.signal,
+        hint=error.hint if error and misused else "",
         place=_place(root, error, trace),
         evidence=tuple(evidence),
         tail=tail(root.log),

@@ -20,6 +20,10 @@ class ErrorRecord:
     message: str
     traceback: str
     mono: float
+    misused: bool = False
+    """Whether the script uses autoglm in a way that cannot do."""
+    hint: str = ""
+    """What to do about that."""
 
 
 @dataclass(frozen=True)

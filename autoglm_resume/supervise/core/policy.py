@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from autoglm_resume.errors import AutoglmError, CheckpointError, DoNotRequeue
+from autoglm_resume.errors import AutoglmError, CheckpointError, DoNotRequeue, UsageError
 from autoglm_resume.failures import TRAITS, Answer, Kind
 from autoglm_resume.job.units import format_duration
 from autoglm_resume.supervise.core.failure import Failure
@@ -158,6 +158,8 @@ def decide(
     """
     if failure.code == DoNotRequeue.exit_code:
         return GiveUp("the job asked not to be run again (exit code 93)", DoNotRequeue.exit_code)
+    if failure.kind is Kind.USAGE_ERROR:
+        return GiveUp(failure.summary, UsageError.exit_code, failure.hint)
     asked, because = _asked(failure, rules)
     if asked is Answer.STOP:
         return GiveUp(f"restart.on has {because}: stop: {failure.summary}", AutoglmError.exit_code)

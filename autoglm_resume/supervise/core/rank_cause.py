@@ -86,6 +86,8 @@ def _by_exception(rank: RankEvidence, error: ErrorRecord, machine: Machine) -> C
     what = f"failed with {error.type}" + (f": {_short(lines[0])}" if lines else "")
     if len(lines) > 1 and lines[0].startswith("Caught "):  # a worker's traceback is in between
         what += f" {_short(lines[-1])}"
+    if error.misused:
+        return Cause(Kind.USAGE_ERROR, f"was refused: {_short(lines[0])}" if lines else what)
     row = patterns.explain(
         error.type, error.message, error.traceback, early=not rank.beat.first_step_time
     )

@@ -246,6 +246,8 @@ def _error(task: Assignment, rank: int) -> ErrorRecord | None:
             str(record["message"]),
             str(record["traceback"]),
             float(record["mono"]),
+            record.get("misused") is True,
+            str(record.get("hint", "")),
         )
     path = Path(task.rank_environment(rank)["TORCHELASTIC_ERROR_FILE"])
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -205,3 +205,14 @@ def test_a_straggler_that_a_job_ends_attempts_for_is_the_slowest_rank() -> None:
     failure = conclude(ranks, slow={1: 2.04, 2: 3.2})
     assert (failure.kind, failure.rank) == (Kind.STRAGGLER, 2)
     assert "3.2 times" in failure.summary
+
+
+def test_what_autoglm_refused_a_rank_is_a_class_of_its_own_and_says_what_to_do() -> None:
+    refused = ErrorRecord("UsageError", "seed was 0 and is 1", "Traceback …\n", 5.0, True, "do it")
+    ranks = [raised(1, 4.0, "connection reset by peer"), gone(0, 2, error=refused)]
+    failure = conclude([dataclasses.replace(ranks[0], order=1), ranks[1]])
+    assert (failure.kind, failure.rank) == (Kind.USAGE_ERROR, 0)
+    assert failure.summary.startswith("rank 0 was refused: seed was 0 and is 1 at step 41")
+    assert (failure.hint, failure.traceback) == ("do it", "")
+    other = dataclasses.replace(refused, misused=False)
+    assert conclude([gone(0, 1, error=other)]).kind is Kind.EXCEPTION

@@ -99,10 +99,10 @@ TABLE = {
         (Kind.PREEMPTED, Kind.STOPPED),
         ("in 0 in 1 in 2", "cool down", "cool down", "give up 1", "requeue in 0"),
     ),
-    Kind.NO_RESULT: (
-        *("give up 1 give up 1 give up 1", "give up 1", "give up 1", "give up 1"),
-        "give up 1 give up 1",
-    ),
+    **{
+        kind: (f"{end} {end} {end}", end, end, end, f"{end} {end}")
+        for kind, end in ((Kind.NO_RESULT, "give up 1"), (Kind.USAGE_ERROR, "give up 2"))
+    },
     Kind.REFUSED: ("in 0 in 0 in 0", "in 0", "in 0", "in 0", "in 0 in 0"),
 }
 

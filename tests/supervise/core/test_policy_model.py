@@ -37,7 +37,8 @@ IDS = ("step-0000000010.a0", "step-0000000020.a0", "step-0000000030.a0")
 PLACES = ("", "train.py:3 in f", "train.py:9 in g")
 FREE = {kind for kind in Kind if TRAITS[kind].free}
 HEALED_BY_TIME = [kind for kind in Kind if TRAITS[kind].heals]
-ERRORS = [kind for kind in Kind if kind not in FREE and kind is not Kind.REFUSED]
+FINAL = {Kind.REFUSED, Kind.USAGE_ERROR}
+ERRORS = [kind for kind in Kind if kind not in FREE | FINAL]
 RANKS = 4
 
 rules = st.builds(
