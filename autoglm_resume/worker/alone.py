@@ -96,6 +96,22 @@ def end_badly(code: int = SaveFailed.exit_code) -> None:
     _code = _code or code
 
 
+def last_word(kept: int, done: int, *, still: bool) -> None:
+    """Say which steps are in no checkpoint, if any are not.
+
+    Where a loop `still` runs though the script is at its end, it was left by `break` while a
+    variable held its iterator: the result is nowhere, and the script does not know.
+    """
+    if kept >= done:
+        return
+    said = f"steps {kept + 1} to {done} are in no checkpoint"
+    if still and getattr(sys, "last_value", None) is None:
+        said += ": the loop over session.steps() was left while something held its iterator;"
+        said += " session.save() behind the loop saves what it did"
+        end_badly()
+    output.say(said)
+
+
 def end_refused(error: AutoglmError) -> None:
     """This is what ends the process, and has been told."""
     global _refused

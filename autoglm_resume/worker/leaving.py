@@ -81,6 +81,14 @@ class Loop:
         """No step runs any more."""
         self.step = None
 
+    def unwinds(self, frame: FrameType | None) -> bool:
+        """Whether an exception drops the iterator: in a loop's own frame, or when none is left.
+
+        What somebody held is dropped elsewhere, when the loop is long over.
+        """
+        loops = [self._at[0], *(code for code, _ in self._heads)]
+        return frame is None or any(frame.f_code is code for code in loops)
+
     def goes_on(self, frame: FrameType | None) -> bool:
         """Whether a step runs, and from where `frame` is the loop may go on to the next."""
         while self.step is not None and frame is not None:

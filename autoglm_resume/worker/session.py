@@ -25,10 +25,7 @@ from autoglm_resume.checkpoint.format.ids import again, checkpoint_id, newer
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write import part_writer
-from autoglm_resume.errors import (
-    Interrupted,
-    UsageError,
-)
+from autoglm_resume.errors import Interrupted, UsageError
 from autoglm_resume.protocol.assignment import Assignment
 from autoglm_resume.protocol.heartbeats import Board, Phase
 from autoglm_resume.worker import alone, hooks, imports, leaving, refusing, requests, spare
@@ -170,9 +167,12 @@ class Session:
                 if self._completed <= step:
                     self.step_done(step)
         except GeneratorExit:
-            if not sys.is_finalizing() and leaving.regularly(sys._getframe(1)):
+            if not sys or sys.is_finalizing():
+                raise
+            if leaving.regularly(script := sys._getframe().f_back):
                 self._leave()
-            self._loop.left()
+            if self._loop.unwinds(script):
+                self._loop.left()
             raise
         # Without its last checkpoint the run would count as finished and its result be lost.
         if (failure := self._save_for_certain()) is not None:
@@ -386,9 +386,9 @@ class Session:
 
     def _last_word(self) -> None:
         """At the end of a process without a supervisor, which would say it."""
-        kept = self._saves.kept()
-        if kept < self._completed:
-            output.say(f"steps {kept + 1} to {self._completed} are in no checkpoint")
+        still = self._loop.step is not None
+        done = self._completed + (still and self._updates.complete)
+        alone.last_word(self._saves.kept(), done, still=still)
         if self._saves.failure(self._id()) is not None:
             alone.end_badly()
 
