@@ -9,11 +9,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeAlias
 
-from autoglm_resume.checkpoint.format.document import Json, JsonNode, compact
+from autoglm_resume.checkpoint.format.document import Json, JsonNode, columns, compact
 
 Member: TypeAlias = "str | tuple[int, ...]"
 """A parameter of an optimizer: its name, or, where no tracked module has it, its shape."""
 Group: TypeAlias = "tuple[Member, ...]"
+Spec: TypeAlias = "tuple[str, tuple[int, ...]]"
+"""Type and shape of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,10 @@ class Parameters:
     """And of what is not trained any more."""
     buffers: tuple[str, ...] = ()
     """Names of what else modules with parameters hold, such as the running mean of a BatchNorm."""
+    modes: Mapping[str, bool] = field(default_factory=dict)
+    """Whether those modules train whose mode is, or was at the start, not that of their model."""
+    reshaped: Mapping[str, Spec | None] = field(default_factory=dict)
+    """What tensors of modules are now that were others at the start; None where they are gone."""
 
     @cached_property
     def text(self) -> bytes:
@@ -50,6 +56,8 @@ class Parameters:
             },
             thawed=tuple(map(present, self.thawed)),
             frozen=tuple(map(present, self.frozen)),
+            modes={present(name): mode for name, mode in self.modes.items()},
+            reshaped={present(name): spec for name, spec in self.reshaped.items()},
         )
 
     def to_json(self) -> Json:
@@ -62,6 +70,11 @@ class Parameters:
             "thawed": list(self.thawed),
             "frozen": list(self.frozen),
             "buffers": list(self.buffers),
+            "modes": dict(self.modes),
+            "reshaped": {
+                name: None if spec is None else [spec[0], list(spec[1])]
+                for name, spec in self.reshaped.items()
+            },
         }
 
     @classmethod
@@ -81,7 +94,22 @@ class Parameters:
             tuple(name.text() for name in node["thawed"].items()),
             tuple(name.text() for name in node["frozen"].items()),
             tuple(name.text() for name in node["buffers"].items()),
+            {name: mode.flag() for name, mode in _optional(node["modes"]).items()},
+            {name: _spec(each) for name, each in _optional(node["reshaped"]).items()},
         )
+
+
+def _optional(node: JsonNode) -> Mapping[str, JsonNode]:
+    """Members of what older checkpoints do not have."""
+    found = node.optional()
+    return found.members() if found is not None else {}
+
+
+def _spec(node: JsonNode) -> Spec | None:
+    if node.optional() is None:
+        return None
+    dtype, shape = columns(node, 2)
+    return dtype.text(), shape.whole_numbers()
 
 
 def _to_json(member: Member) -> Json:

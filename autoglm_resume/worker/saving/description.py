@@ -183,6 +183,7 @@ def _seen(parts: Parts | None) -> Seen | None:
 _HOOKS = operator.attrgetter("_state_dict_hooks", "_state_dict_pre_hooks")
 _NAMED = operator.attrgetter("_parameters", "_buffers", "_modules")
 _HIDDEN = operator.attrgetter("_non_persistent_buffers_set")
+_MODE = operator.attrgetter("training")
 _VALUES = operator.methodcaller("values")
 
 _ASKED = ("state_dict", "_save_to_state_dict", "get_extra_state")
@@ -208,7 +209,9 @@ def _module_parts(modules: Collection[torch.nn.Module]) -> Parts | None:
         return None
     named = list(chain.from_iterable(map(_NAMED, modules)))
     hidden = map(tuple, map(sorted, filter(None, map(_HIDDEN, modules))))
-    names = [*chain.from_iterable(named), *hidden]
+    root = next(iter(modules)).training
+    modes = map(operator.is_not, map(_MODE, modules), repeat(root))
+    names = [*chain.from_iterable(named), *hidden, *modes]
     objects = _with_shards(list(chain.from_iterable(map(_VALUES, named))))
 
     def looks() -> Mapping[Look, list[torch.Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,16 +11,16 @@ import torch
 
 from autoglm_resume import output
 from autoglm_resume.checkpoint.format import renaming
-from autoglm_resume.checkpoint.format.parameters import Group, Parameters
+from autoglm_resume.checkpoint.format.parameters import Group, Parameters, Spec
 from autoglm_resume.checkpoint.format.structure import Structure, differences
 from autoglm_resume.checkpoint.state.restore import RestoredPart
 from autoglm_resume.errors import ModelMismatch, ObjectMismatch
 from autoglm_resume.events import PartlyRestored
 from autoglm_resume.worker.base.settings import Settings
-from autoglm_resume.worker.state import data_parallel, optimizers
+from autoglm_resume.worker.state import data_parallel, optimizers, reshaping
 from autoglm_resume.worker.state.grouping import listed
 from autoglm_resume.worker.state.optimizers import Regrouping
-from autoglm_resume.worker.state.parameters import NamedParameters
+from autoglm_resume.worker.state.parameters import NamedParameters, named_modules
 from autoglm_resume.worker.state.pending_gradients import GRADIENTS
 from autoglm_resume.worker.state.restoring import RNG
 
@@ -28,6 +28,10 @@ _ITS_PARAMETERS = (
     "give it the parameters that it had, in the same groups, or set checkpoint.strict: false to go"
     " on without the state of the optimizer"
 )
+
+
+_REFUSALS = (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError)
+"""What a `load_state_dict` raises for a state of another object."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,10 @@ class Loading:
     """Of parameters, when they were saved."""
     trained: Mapping[str, bool] = field(default_factory=dict)
     """Parameters that training unfroze or froze."""
+    modes: Mapping[str, bool] = field(default_factory=dict)
+    """Whether those modules train whose mode training changed."""
+    reshaped: Mapping[str, Spec | None] = field(default_factory=dict)
+    """Tensors of modules that training made others."""
     untracked: tuple[str, ...] = ()
     """Objects in the checkpoint that the script does not track."""
 
@@ -56,7 +64,14 @@ class Loading:
         return any((self.fit.skipped, self.fit.missing, self.without_state, self.absent))
 
     def into(self, objects: Mapping[str, Any]) -> None:
-        """Load. Raises ObjectMismatch naming an object that would not take its state."""
+        """Load. Raises ObjectMismatch naming an object that would not take its state, and
+        ModelMismatch naming tensors that are not what was saved then.
+        """
+        modules = {name: obj for name, obj in objects.items() if isinstance(obj, torch.nn.Module)}
+        reshaping.reshape(self.reshaped, modules)
+        parts = named_modules(objects) if self.modes else {}
+        for name in self.modes.keys() & parts.keys():
+            parts[name].training = self.modes[name]
         for name, trained in self.trained.items():
             if name.partition(".")[0] not in objects:
                 continue
@@ -66,12 +81,14 @@ class Loading:
                 continue
             try:
                 self._load(name, obj)
-            except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
+            except _REFUSALS as error:
                 raise ObjectMismatch(
                     f"{name}: {type(obj).__name__}.load_state_dict() would not take what the"
                     f" checkpoint has: {type(error).__name__}: {error}",
                     hint=f"track the {name} that was tracked before, or start over with --fresh",
                 ) from error
+        if lines := reshaping.different(self.reshaped, modules):
+            raise _made_otherwise("the checkpoint", lines)
 
     def _load(self, name: str, obj: Any) -> None:
         if name in self.without_state:
@@ -154,14 +171,19 @@ def fitted(
                 f"{id}: model hash: expected {model.hash} (this model), found {theirs.hash} in the "
                 f"checkpoint{after}: " + "; ".join(found)
             )
-        if not strict:
-            fit = renaming.fit(theirs, model)
     named = NamedParameters.of(objects)
 
     def present(name: str) -> str:
         return named.one_name(renaming.renamed(name, rename))
 
     known = restored.part.parameters.renamed(present) if restored.part.parameters else None
+    reshaped = known.reshaped if known else {}
+    if lines := reshaping.unfit(reshaped, modules) if strict else ():
+        raise _made_otherwise(id, lines)
+    if theirs is not None and model is not None and not strict:
+        fit = renaming.fit(reshaping.changed(theirs, reshaped), model)
+    if strict and (why := optimizers.misplaced(objects, states, known, named)):
+        raise ObjectMismatch(f"{id}: {why}", hint=_ITS_PARAMETERS)
     regroupings = optimizers.regroupings(objects, states, known, named)
     unfit = {name: why for name, why in regroupings.items() if isinstance(why, str)}
     if unfit and strict:
@@ -180,7 +202,16 @@ def fitted(
         named,
         optimizers.strides_of(restored.part, named, present),
         _trained(known, named) if strict else {},
+        known.modes if known else {},
+        reshaped if strict else {},
         tuple(n for n in states if n not in objects and n not in (RNG, GRADIENTS)),
+    )
+
+
+def _made_otherwise(id: str, lines: Iterable[str]) -> ModelMismatch:
+    return ModelMismatch(
+        f"{id}: training had made other tensors than this script begins with: {'; '.join(lines)}",
+        hint="have the script begin with the model as it is trained, or start over with --fresh",
     )
 
 

@@ -18,7 +18,10 @@ from autoglm_resume.checkpoint.state.sharding import is_sharded
 from autoglm_resume.checkpoint.state.strides import in_c_order
 from autoglm_resume.worker.state import grouping
 from autoglm_resume.worker.state.grouping import Order
-from autoglm_resume.worker.state.parameters import NamedParameters, optimizers_of
+from autoglm_resume.worker.state.parameters import NamedParameters, all_optimizers_of, optimizers_of
+
+_LOOKED_AT = 64
+"""Members of a list that are: the states of optimizers are not further behind in one."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,40 @@ def regroupings(
             else:
                 found[name] = _by_name(saved, now, known.began_with.get(name), named)
     return found
+
+
+def misplaced(
+    objects: Mapping[str, Any],
+    states: Mapping[str, Any],
+    known: Parameters | None,
+    named: NamedParameters,
+) -> str:
+    """Which optimizer in an object of the script's own would give parameters the state of others,
+    because that is by number and these are not where they were; empty if none.
+    """
+    for name, optimizer in all_optimizers_of(objects):
+        saved = known.optimizers.get(name) if known else None
+        holder = name.partition(".")[0]
+        if saved is None or name in objects or not _numbered(states.get(holder)):
+            continue
+        now = named.groups(optimizer)
+        # With other numbers of them it is for the object to say whether it takes that.
+        if saved != now and list(map(len, saved)) == list(map(len, now)):
+            lines = grouping.differences(saved, now)
+            why = "; ".join(lines) or "its parameters are in another order now"
+            return f"{name}: {why}; the state of {holder} knows them by number only"
+    return ""
+
+
+def _numbered(state: Any) -> bool:
+    """Whether there is an optimizer's state in it that knows parameters by number."""
+    if isinstance(state, Mapping):
+        groups = state.get("param_groups")
+        if isinstance(groups, list) and groups:
+            members = [group.get("params") for group in groups if isinstance(group, Mapping)]
+            return any(isinstance(each, int) for some in members for each in some or ())
+        return any(map(_numbered, state.values()))
+    return isinstance(state, list | tuple) and any(map(_numbered, state[:_LOOKED_AT]))
 
 
 def _by_name(

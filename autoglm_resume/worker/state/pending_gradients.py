@@ -160,6 +160,8 @@ class _Use:
             return set()
         if len(gradients) != len(self._gradients):
             return set(map(id, parameters))
+        if len(versions) != len(self._versions) or not versions:
+            versions, self._versions = [0] * len(gradients), [0] * len(gradients)
         both = zip(gradients, versions, self._gradients, self._versions, strict=True)
         return {
             id(parameter)
@@ -212,13 +214,14 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
 def _look(parameters: list[torch.nn.Parameter]) -> tuple[list[int], list[int]]:
     """The gradients by `id`, and how often each was changed in place."""
     gradients = list(map(_GRADIENT, parameters))
-    return list(map(id, gradients)), list(map(_version, gradients))
+    try:
+        versions = [0 if gradient is None else gradient._version for gradient in gradients]
+    except RuntimeError:  # nobody counts changes of tensors that are made in inference mode
+        versions = []
+    return list(map(id, gradients)), versions
 
 
-def _version(gradient: torch.Tensor | None) -> int:
-    if gradient is None:
-        return 0
-    # Who counts changes of a tensor made in inference mode is told an error.
+def _version(gradient: torch.Tensor) -> int:
     return 0 if gradient.is_inference() else gradient._version
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import Module
 from torch.utils.data import DataLoader
 
 from autoglm_resume import files
@@ -28,6 +30,7 @@ from autoglm_resume.worker.saving.description import (
 from autoglm_resume.worker.state.fitting import Loading
 from autoglm_resume.worker.state.parameters import ParameterWatch, has_parameters
 from autoglm_resume.worker.state.pending_gradients import GRADIENTS, PendingGradients
+from autoglm_resume.worker.state.reshaping import reshaped
 from autoglm_resume.worker.state.restoring import RNG
 from autoglm_resume.worker.state.within import Trained, unwrapped, within
 
@@ -49,6 +52,8 @@ class TrackedObjects:
         self._trained: tuple[tuple[frozenset[int], ...], frozenset[int]] = ((), frozenset())
         self._watch = ParameterWatch(self.objects)
         self._tables: list[capture.TensorTable] = []
+        self._began: Structure | None = None
+        """Of the modules, as the script makes them."""
         self._parameters: Parameters | None = None
         """Of a state of these tables."""
         self._followers: dict[str, Follower] = {}
@@ -103,7 +108,9 @@ class TrackedObjects:
             now is not before for now, before in zip(tables, self._tables, strict=True)
         ):
             self._tables = tables
-            self._parameters = self._watch.parameters()
+            modules = {n: found[n] for n, o in self.objects.items() if isinstance(o, Module)}
+            others = reshaped(self._began, modules) if self._began is not None else {}
+            self._parameters = replace(self._watch.parameters(), reshaped=others)
             self.gradients.changed()
 
     def unwatched(self) -> list[Trained]:
@@ -191,7 +198,8 @@ class TrackedObjects:
             for key, value in model.state_dict().items()
         }
         config = {path: digest(files.read(Path(path), LARGEST_CONFIG)) for path in config_files}
-        return capture.structure_of(tensors, config)
+        self._began = capture.structure_of(tensors, config)
+        return self._began
 
 
 def never_free(obj: object) -> None:
