@@ -11,6 +11,7 @@ import bisect
 import dis
 import functools
 import weakref
+from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any
 
@@ -18,7 +19,8 @@ import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from autoglm_resume.errors import UsageError
-from autoglm_resume.worker.state.pending_gradients import PendingGradients
+from autoglm_resume.worker.state.strangers import Strangers
+from autoglm_resume.worker.state.tracked import TrackedObjects
 
 _NEXT = "FOR_ITER"
 _REGULAR = frozenset({"POP_TOP", "POP_ITER", "END_FOR", _NEXT})
@@ -159,10 +161,11 @@ class Updates:
     Any optimizer counts where none is tracked: it may be in an object of the script's own.
     """
 
-    def __init__(self, gradients: PendingGradients) -> None:
+    def __init__(self, tracked: TrackedObjects, say: Callable[[str], None]) -> None:
         self.seen = False
         """Whether a tracked optimizer has stepped since the last step was complete."""
-        self._gradients = gradients
+        self._gradients = tracked.gradients
+        self._strangers = Strangers(tracked.objects, say)
         self._passes = 0
         """For training, before the last step was complete."""
         self._silent: int | None = None
@@ -188,7 +191,11 @@ class Updates:
 
     def _stepped(self, optimizer: Optimizer) -> None:
         tracked = self._tracked
-        self.seen |= not tracked or any(optimizer is each for each in tracked)
+        if not any(optimizer is each for each in tracked):
+            self._strangers.stepped(optimizer)
+            self.seen |= not tracked
+        else:
+            self.seen = True
         self._gradients.stepped(optimizer)
 
     def begin(self) -> None:
@@ -203,6 +210,8 @@ class Updates:
         else:
             self._silent = (self._silent or 0) + 1
         self._passing |= passed and not self.seen
+        known = len(self._tracked)
+        self._strangers.step_done(tracked=known, stepped=self.seen and known > 0)
         self._gradients.step_done()
         self.begin()
 

@@ -80,7 +80,7 @@ class Session:
         self._saved_step = -1
         self._again = 0
         """Saves that were begun at this step before."""
-        self._updates = leaving.Updates(self._tracked.gradients)
+        self._updates = leaving.Updates(self._tracked, self._warn)
         self._loop = leaving.Loop()
         self._wanted = False
         """Whether the script wants a save once this step is complete."""
