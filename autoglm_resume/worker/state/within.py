@@ -15,6 +15,8 @@ _KNOWN = (torch.nn.Module, torch.optim.Optimizer)
 _DEEPEST = 4
 _MOST = 64
 """Members of a list or dict that are looked at: a log of a million losses holds no model."""
+_ALL = 2048
+"""Values that are looked at in one tracked object: this is done at every save."""
 
 
 def within(objects: Mapping[str, Any]) -> dict[str, Trained]:
@@ -24,7 +26,7 @@ def within(objects: Mapping[str, Any]) -> dict[str, Trained]:
     for name, obj in objects.items():
         # A scheduler has its optimizer at hand, and saves nothing of it.
         if not isinstance(obj, (*_KNOWN, LRScheduler)):
-            for place, inner in _members(name, obj, _DEEPEST):
+            for place, inner in _members(name, obj, _DEEPEST, iter(range(_ALL))):
                 if id(unwrapped(inner)) not in seen:
                     seen.add(id(unwrapped(inner)))
                     found[place] = inner
@@ -49,13 +51,15 @@ def unwrapped(obj: Any) -> Any:
             return obj
 
 
-def _members(name: str, obj: Any, depth: int) -> Iterator[tuple[str, Trained]]:
-    for key, value in _parts(obj):
+def _members(
+    name: str, obj: Any, depth: int, budget: Iterator[int]
+) -> Iterator[tuple[str, Trained]]:
+    for (key, value), _ in zip(_parts(obj), budget, strict=False):
         place = f"{name}.{key}"
         if isinstance(value, _KNOWN):
             yield place, value
         elif depth and (isinstance(value, dict | list | tuple) or _is_stateful(value)):
-            yield from _members(place, value, depth - 1)
+            yield from _members(place, value, depth - 1, budget)
 
 
 def _parts(obj: Any) -> Iterator[tuple[Any, Any]]:
