@@ -318,8 +318,8 @@ def test_evaluation_does_not_beat_as_training() -> None:
     model = torch.nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     passes: list[None] = []
-    watch(model, pulse, lambda: passes.append(None), lambda optimizer: None)
-    watch(optimizer, pulse, lambda: passes.append(None), lambda optimizer: None)
+    watch(model, pulse, lambda: passes.append(None))
+    watch(optimizer, pulse, lambda: passes.append(None))
     pulse.completed(1)
 
     def phase() -> Phase:
