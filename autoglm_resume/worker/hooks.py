@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from autoglm_resume.protocol.heartbeats import Phase, Pulse
+from autoglm_resume.worker.feed.fetching import Work
 
 
 def watch(obj: Any, pulse: Pulse, on_forward: Callable[[], None]) -> None:
@@ -56,6 +57,7 @@ class _Training:
 
     def __call__(self, module: torch.nn.Module, *_: Any) -> None:
         if not torch.compiler.is_compiling() and module.training and torch.is_grad_enabled():
+            Work.more()
             self._tell()
 
     def __reduce__(self) -> tuple[Any, ...]:

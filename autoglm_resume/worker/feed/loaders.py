@@ -39,51 +39,6 @@ def is_loader(obj: Any) -> bool:
     return any("DataLoader" in c.__name__ or c.__name__ == "Loader" for c in type(obj).__mro__)
 
 
-def hear_of_inexact(step: int, tracked: bool, say: Callable[[str], None]) -> None:
-    """Say once, of whatever DataLoader is iterated, what a resume cannot know of it.
-
-    `step` is where the run goes on; `tracked` is whether anything is tracked that deals data.
-    """
-    said: set[Callable[..., str]] = set()
-
-    def hear(iterator: Any) -> None:
-        for look in (_own_generator,) if tracked else (_own_generator, _untracked):
-            if look not in said and (text := look(iterator, step)):
-                said.add(look)
-                say(text)
-
-    fetching.hear_of(hear)
-
-
-def _own_generator(iterator: Any, _: int) -> str:
-    data = iterator._dataset
-    if hasattr(data, "state_dict") or not (found := rng.held_by(data)):
-        return ""
-    return (
-        f"{found} is a generator of its own, which no checkpoint has: after a resume it would"
-        " repeat or skip draws; let the data set draw from the global generators"
-    )
-
-
-def _untracked(iterator: Any, step: int) -> str:
-    if any(isinstance(sampler, ResumableSampler) for sampler in fetching.samplers_of(iterator)):
-        return (
-            "a loader's ResumableSampler is not tracked, so every resume would begin at its first"
-            " batch: session.track(sampler=sampler)"
-        )
-    try:
-        epoch = len(iterator)
-    except TypeError:
-        epoch = 0
-    if not step or (epoch and step % epoch == 0):
-        return ""  # at the beginning of an epoch, as it should be
-    return (
-        f"the run goes on at step {step}, and its data with the first batch of a DataLoader"
-        " of which nothing is tracked; give it an"
-        " autoglm.ResumableSampler as batch_sampler=, and track that"
-    )
-
-
 class Follower:
     """What a session knows of an iterable that it tracks as `name`.
 
@@ -117,6 +72,11 @@ class Follower:
         self._dealt_before = 0
         """By the end of the first step."""
         self._latest: weakref.ref[Pass] | None = None
+        self._looked_for_cycle = False
+        self._handed_out = -1
+        """By all loaders, up to the last step."""
+        self._without = 0
+        """Steps since then."""
         self.noise = fetching.Noise()
         if isinstance(obj, DataLoader):
             fetching.number(obj, self.noise)
@@ -207,9 +167,38 @@ class Follower:
                     hint="take a batch in the step that trains on it, or use a ResumableSampler",
                 )
 
+        self._hear_of_repeats()
+
+    def _hear_of_repeats(self) -> None:
+        """Say once that steps train on nothing that any loader deals, after a pass is over."""
+        at = self._latest() if self._latest is not None else None
+        over = self._passes > 0 and is_loader(self._obj) and (at is None or at.over)
+        same = self._handed_out == fetching.Work.handed_out
+        self._handed_out = fetching.Work.handed_out
+        self._without = self._without + 1 if over and same else 0
+        if self._without == 2:
+            self._say(
+                f"{self.name}: steps go on, and no loader deals anything: if they repeat batches"
+                " that were kept, a resume would deal others; begin the loader anew for each epoch"
+            )
+
     def took(self) -> None:
         """A batch was handed out."""
         self._dealt += 1
+        fetching.Work.handed_out += 1
+
+    def ended(self, found: Pass) -> None:
+        """`found` is over. Raises UsageError where `itertools.cycle` would repeat its batches."""
+        found.over = True
+        if not self._looked_for_cycle:
+            self._looked_for_cycle = True
+            if fetching.in_cycle(found):
+                raise UsageError(
+                    f"{self.name}: itertools.cycle() repeats the batches of the first epoch, and a"
+                    " resume would deal others",
+                    hint="begin the loader anew for each epoch, as in"
+                    " `while True: yield from loader`",
+                )
 
     def was_over(self) -> bool:
         """A pass ended before it dealt anything. Whether it only ended a restored epoch."""
@@ -250,12 +239,14 @@ class Pass(Iterator[Any]):
         self._begin = begin
         self._batches = begin(anew)
         self.dealt = 0
+        self.over = False
 
     def __next__(self) -> Any:
         try:
             batch = next(self._batches)
         except StopIteration:
             if self.dealt or not self._follower.was_over():
+                self._follower.ended(self)
                 raise
             self._batches = self._begin(True)
             batch = next(self._batches)

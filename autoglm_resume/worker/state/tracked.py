@@ -19,9 +19,9 @@ from autoglm_resume.checkpoint.format.structure import Structure
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.errors import UsageError
 from autoglm_resume.worker.base import rng
-from autoglm_resume.worker.feed import fetching
-from autoglm_resume.worker.feed.loaders import Follower, deals_data, hear_of_inexact, is_iterated
+from autoglm_resume.worker.feed.loaders import Follower, deals_data, is_iterated
 from autoglm_resume.worker.feed.sampler import ResumableSampler
+from autoglm_resume.worker.feed.untracked import Untracked
 from autoglm_resume.worker.saving.description import (
     Description,
     OptimizerDescription,
@@ -59,6 +59,7 @@ class TrackedObjects:
         self._followers: dict[str, Follower] = {}
         self._watched: dict[int, Trained] = {}
         self._placed = False
+        self._untracked: Untracked | None = None
 
     def add(
         self,
@@ -141,21 +142,29 @@ class TrackedObjects:
 
     def resumed(self, step: int, say: Callable[[str], None]) -> None:
         """The run goes on at `step`."""
-        hear_of_inexact(step, self.deals_data, say)
+        for sampler in self._samplers:
+            sampler.resumed()
+        self._untracked = Untracked(step, say)
 
     def training(self) -> None:
         """It begins. Raises UsageError where that is too late for a loader that has begun."""
+        for sampler in self._samplers:
+            sampler.training()
         for follower in self._followers.values():
             follower.training()
 
     def step_done(self) -> None:
         """The position in the data moves on. Raises UsageError where that cannot be right."""
-        for obj in self.objects.values():
-            if isinstance(obj, ResumableSampler):
-                obj.step_done()
+        for sampler in self._samplers:
+            sampler.step_done()
         for follower in self._followers.values():
             follower.step_done()
-        fetching.hear_of(None)  # what is iterated from here on is for evaluation, as a rule
+        if self._untracked is not None:
+            self._untracked.step_done()
+
+    @property
+    def _samplers(self) -> list[ResumableSampler]:
+        return [obj for obj in self.objects.values() if isinstance(obj, ResumableSampler)]
 
     @property
     def deals_data(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -148,6 +149,29 @@ def test_a_followed_loader_is_still_what_it_was() -> None:
     assert isinstance(loader, CountingDataLoader)
     assert type(loader).__name__ == "CountingDataLoader"
     assert list(copy.deepcopy(loader)) == [0, 1, 2, 3, 4], "a copy is nobody's"
+
+
+def test_a_cycle_over_a_tracked_loader_is_refused_when_it_would_repeat_its_first_epoch() -> None:
+    loader = CountingDataLoader()
+    session = session_of(loader=loader)
+    session.resume()
+    batches = itertools.cycle(loader)
+    for step in range(5):
+        next(batches)
+        session.step_done(step)
+    with pytest.raises(UsageError, match=r"loader: itertools\.cycle"):
+        next(batches)
+
+
+def test_steps_that_repeat_kept_batches_of_a_tracked_loader_are_told_once(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    loader = CountingDataLoader()
+    session = session_of(loader=loader)
+    session.resume()
+    for step, _ in enumerate(itertools.chain(loader, range(5))):
+        session.step_done(step)
+    assert capfd.readouterr().err.count("steps go on, and no loader deals anything") == 1
 
 
 class Numbers(Dataset[int]):
