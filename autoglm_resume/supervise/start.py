@@ -182,7 +182,8 @@ def _kept_if_refused(run: RunDirectory, before: dict[str, Any], job: Job, told: 
     run.save_job(before)
     with suppress(UsageError):  # of another version: nobody can tell
         if told and dump(from_snapshot(before)) != dump(job):
-            reasons = [event.reason for event in said if isinstance(event, RunFailed)]
+            failed = (event.reason for event in said if isinstance(event, RunFailed))
+            reasons = [reason.partition("\n")[0] for reason in failed]
             journal = Journal(run.journal)
             journal.append(stamped(JobKept(reason="".join(reasons[-1:]))))
             journal.close()
