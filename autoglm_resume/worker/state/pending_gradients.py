@@ -199,7 +199,9 @@ class _Probe:
         left = self._left is not None and gradient is self._left()
         if left and _version(gradient) == self._version:
             return  # the step was made by another hook of this very pass
-        use.accumulated(None if self._told else left and _version(gradient) == self._version + 1)
+        # Those of a bucket count their changes together: nobody knows whether this one was zeroed.
+        stayed = left and (gradient._is_view() or _version(gradient) == self._version + 1)
+        use.accumulated(None if self._told else stayed)
         self._told = True
 
     def remove(self) -> None:

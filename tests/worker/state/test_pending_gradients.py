@@ -133,6 +133,12 @@ class Loop:
             self.tracked = {"trainer": Holder(self.model, self.optimizer, deep="deep" in kind)}
         elif "by hand" in kind:
             del self.tracked["optimizer"]
+        elif "bucket" in kind:  # as those of DistributedDataParallel
+            bucket = torch.zeros(20)
+            for parameter, part in zip(
+                self.model.parameters(), bucket.split([8, 2] * 2), strict=True
+            ):
+                parameter.grad = part.view_as(parameter)
 
     def backward(self, head: torch.nn.Module) -> None:
         head(torch.randn(3, 4)).square().mean().backward()
@@ -166,7 +172,7 @@ class Loop:
                 for parameter in parameters:
                     if parameter.grad is not None:
                         parameter.grad.mul_(0.9)
-            case "never cleared":
+            case "never cleared" | "never cleared, in a bucket":
                 self.backward(self.heads[step % 2])
                 optimizer.step()
             case "cleared first":
@@ -225,6 +231,7 @@ STATE = [
     "one head zeroed",
     "decaying",
     "never cleared",
+    "never cleared, in a bucket",
 ]
 USED = ["cleared first", "cleared between the passes", "zeroed first", "cleared at the end"]
 
