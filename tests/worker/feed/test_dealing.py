@@ -258,6 +258,22 @@ def test_every_epoch_is_dealt_in_an_order_of_its_own(loop: Loop) -> None:
         assert len(set(dealt)) >= SAMPLES - left_out
 
 
+def test_a_prefetcher_that_goes_from_epoch_to_epoch_is_dealt_each_as_a_whole() -> None:
+    def one_ahead_of_all(life: Life) -> None:
+        loader = life.loader()
+        batches = itertools.chain.from_iterable(itertools.repeat(loader))
+        present = next(batches)
+        for following in itertools.islice(batches, EPOCHS * 8):
+            life.train(present)
+            life.step_done()
+            present = following
+
+    ahead, plain = live(one_ahead_of_all, None, 0, -1), live(every_step, None, 0, -1)
+    assert ahead.trained == plain.trained
+    assert ahead.states == plain.states
+    assert not ahead.said
+
+
 def accumulated(life: Life) -> None:
     """Three batches make a step; what is left of an epoch goes into the first step of the next."""
     for _ in life.epochs():
