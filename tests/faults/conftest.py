@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -158,8 +159,13 @@ class Rehearsal:
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
             process.communicate()
+        self.kill_workers()
+
+    def kill_workers(self) -> None:
+        """Those that have not ended meanwhile."""
         for process in self.workers():
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 class Finished:

@@ -17,6 +17,7 @@ signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 pid, terminal = pty.fork()
 if pid == 0:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs these tests under nohup
     os.execvp(sys.argv[1], sys.argv[1:])
 signal.sigwait([signal.SIGUSR1])
 os.close(terminal)

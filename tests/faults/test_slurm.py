@@ -100,8 +100,7 @@ class Scheduled:
     def end(self) -> None:
         """Leave the cluster as it was."""
         subprocess.run(["scancel", "--me"], check=False, capture_output=True)
-        for process in self.rehearsal.workers():
-            process.kill()
+        self.rehearsal.kill_workers()
         if self._down:
             self.command("scontrol", "update", f"node={self._down}", "state=resume")
         deadline = soon()
