@@ -114,6 +114,20 @@ def own_state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+
+
+@pytest.fixture(autouse=True)
+def same_signals() -> Iterator[None]:
+    """Commands under test inherit what is ignored here: one test had all later ones do so."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    yield
+    changed = [n.name for n, was in zip(SIGNALS, before, strict=True) if signal.getsignal(n) != was]
+    for number, was in zip(SIGNALS, before, strict=True):
+        signal.signal(number, was)
+    assert not changed, "a test leaves these as it did not find them"
+
+
 @pytest.fixture
 def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     """A running server, with an environment that leads to it."""

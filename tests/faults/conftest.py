@@ -151,7 +151,7 @@ class Rehearsal:
     def savers(self) -> list[psutil.Process]:
         """Those of them that persist snapshots."""
         named = "autoglm_resume.savers.saver_process"
-        return [p for p in self.workers() if named in p.cmdline()]
+        return [p for p in self.workers() if named in command_of(p)]
 
     def end(self) -> None:
         """Leave nothing behind, whatever the test did."""
@@ -210,6 +210,14 @@ def finish(process: subprocess.Popen[str], within: float = PATIENCE) -> Finished
     """Wait for the end of a command."""
     out, err = process.communicate(timeout=within)
     return Finished(process.returncode, out, err)
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    """Its command line; none of one that has ended meanwhile."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def _works_for(process: psutil.Process, directory: Path) -> bool:

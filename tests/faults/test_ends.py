@@ -65,8 +65,9 @@ def test_a_job_may_have_such_a_run_restarted(job: Rehearsal) -> None:
 
 
 def test_the_steps_of_an_epoch_asked_for_again_fail_the_run(job: Rehearsal) -> None:
-    finished = job.run("epochs", "4", restart={"max_restarts": 0})
-    assert finished.code == 1, finished
+    finished = job.run("epochs", "4")
+    assert finished.code == 2, finished
+    assert len(job.events("attempt_started")) == 1, "it would be so again"
     assert "session.steps(4) was called before" in finished.err
     assert "hint: for 4 steps in each epoch: session.steps((epoch + 1) * 4)" in finished.err
 

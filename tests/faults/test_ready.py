@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from tests.faults.conftest import Rehearsal, finish
+from tests.faults.conftest import Rehearsal, command_of, finish
 
 
 @pytest.mark.parametrize("strictness", ["strict", "lenient", "off"])
@@ -36,7 +36,7 @@ def test_what_an_earlier_supervisor_left_behind_is_ended(rehearsal: Rehearsal) -
     patient = {"launcher": "torchrun", "heartbeat": {"timeout": "60s"}}
     running = rehearsal.start("--fail", "daemon", **patient, hold=("0:0:39",))
     rehearsal.wait_for("committed")
-    (daemon, *_) = (p for p in rehearsal.workers() if "1234.5" in p.cmdline())
+    (daemon, *_) = (p for p in rehearsal.workers() if "1234.5" in command_of(p))
     os.kill(rehearsal.holder(), signal.SIGKILL)
     finish(running)
     assert daemon.status() != psutil.STATUS_ZOMBIE

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,17 @@ def test_a_new_job_does_not_go_on_from_what_another_has_made(
     assert not (home / "runs/other").exists()
 
 
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """A supervisor ignores what asks it to stop once it has ended."""
+    numbers = [signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM]
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, was in zip(numbers, before, strict=True):
+        signal.signal(number, was)
+
+
+@pytest.mark.usefixtures("own_signals")
 def test_a_start_that_is_refused_for_its_job_leaves_the_run_as_it_was(home: Path) -> None:
     where = home / "runs/job/checkpoints"
     text = "script: train.py\nguards: {free_disk: 0}\n"
