@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -117,15 +118,29 @@ def own_state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 
 
+def put_back(handlers: list[Any]) -> list[str]:
+    """Have SIGNALS handled so again; returns the names of those that were not."""
+    both = list(zip(SIGNALS, handlers, strict=True))
+    changed = [number.name for number, was in both if signal.getsignal(number) != was]
+    for number, was in both:
+        signal.signal(number, was)
+    return changed
+
+
 @pytest.fixture(autouse=True)
 def same_signals() -> Iterator[None]:
     """Commands under test inherit what is ignored here: one test had all later ones do so."""
     before = [signal.getsignal(number) for number in SIGNALS]
     yield
-    changed = [n.name for n, was in zip(SIGNALS, before, strict=True) if signal.getsignal(n) != was]
-    for number, was in zip(SIGNALS, before, strict=True):
-        signal.signal(number, was)
-    assert not changed, "a test leaves these as it did not find them"
+    assert not put_back(before), "a test leaves these as it did not find them"
+
+
+@pytest.fixture
+def own_signals(same_signals: None) -> Iterator[None]:
+    """For a supervisor, which ignores what asks it to stop once it has ended."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    yield
+    put_back(before)
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -101,16 +99,6 @@ def test_a_new_job_does_not_go_on_from_what_another_has_made(
     assert f"autoglm resume {home}/runs/job" in caught.value.hint
     assert (home / where / kept).is_dir()
     assert not (home / "runs/other").exists()
-
-
-@pytest.fixture
-def own_signals() -> Iterator[None]:
-    """A supervisor ignores what asks it to stop once it has ended."""
-    numbers = [signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM]
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, was in zip(numbers, before, strict=True):
-        signal.signal(number, was)
 
 
 @pytest.mark.usefixtures("own_signals")
