@@ -28,7 +28,7 @@ def test_drills_one_after_the_other_change_nothing_in_the_result(
     rehearsal.release(22)
     finished = finish(process)
     assert finished.code == 0, finished
-    assert not [words for words in drills.values() if words not in finished.err]
+    assert not [words for words in drills.values() if words not in finished.err], finished
     assert finished.err.count("autoglm: drill:") == len(drills)
     assert len(rehearsal.events("attempt_started")) == len(drills) + 1
     assert [event["spec"] for event in rehearsal.events("drill")] == list(drills)
@@ -57,7 +57,7 @@ def test_a_rank_that_fails_by_itself_is_named_and_the_result_is_the_same(
     }
     finished = rehearsal.run("--at", "7", "--fail", ",".join(ways))
     assert finished.code == 0, finished
-    assert not [words for _, words in ways.values() if words not in finished.err]
+    assert not [words for _, words in ways.values() if words not in finished.err], finished
     kinds = [event["kind"] for event in rehearsal.events("failure")]
     assert kinds == [kind for kind, _ in ways.values()]
     assert rehearsal.final() == undisturbed

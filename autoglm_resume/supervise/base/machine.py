@@ -7,6 +7,7 @@ import errno
 import functools
 import itertools
 import os
+import signal
 import socket
 import threading
 from collections.abc import Callable
@@ -21,6 +22,9 @@ from autoglm_resume.supervise.base import nvml
 
 DRIVER_PATIENCE = 30.0
 """Seconds for the GPU driver to answer: it may have to be loaded first."""
+
+EXITING = 0x4
+"""PF_EXITING of the kernel, among the flags of a process."""
 
 T = TypeVar("T")
 
@@ -94,6 +98,23 @@ def state(pid: int) -> str:
         return str(psutil.Process(pid).status())
     except psutil.Error:
         return ""
+
+
+def is_dying(pid: int) -> bool:
+    """Whether a process is on its way out, killed or by itself, though it may not be gone yet."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        if stat[0] in "ZX" or int(stat[6]) & EXITING:
+            return True
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
+    pending = 0
+    for line in status.splitlines():
+        key, _, value = line.partition(":")
+        if key in ("SigPnd", "ShdPnd"):
+            pending |= int(value, 16)
+    return bool(pending & 1 << signal.SIGKILL - 1)
 
 
 def cpu_seconds(pid: int) -> float:

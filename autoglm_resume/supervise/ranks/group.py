@@ -54,6 +54,8 @@ class WorkerGroup:
         self.pids: dict[int, int] = {}
         self.exits: dict[int, Exit] = {}
         self.stopping = False
+        self._not_ours: set[int] = set()
+        """Ranks that were on their way out when the others were asked to end."""
 
     def add(self, rank: int, pid: int) -> None:
         """Watch `pid` as `rank`."""
@@ -84,6 +86,9 @@ class WorkerGroup:
         The processes in `linger` are given time to end by themselves after the ranks: torchrun
         reports exit codes that only it can know.
         """
+        # A killed process closes its connections a while before it is gone: on a busy machine a
+        # peer failed by that and was seen first, and the SIGKILL from outside counted as ours.
+        self._not_ours |= {rank for rank in self.alive if machine.is_dying(self.pids[rank])}
         self.stopping = True
         if grace > 0:
             for rank in self._but(linger):
@@ -142,7 +147,8 @@ class WorkerGroup:
         if fd is not None:
             self._loop.forget(fd)
             os.close(fd)
-        self.exits[rank] = Exit(code, number, time.monotonic(), len(self.exits), self.stopping)
+        by_us = self.stopping and rank not in self._not_ours
+        self.exits[rank] = Exit(code, number, time.monotonic(), len(self.exits), by_us)
         self._on_exit(rank, self.exits[rank])
 
 

@@ -53,6 +53,19 @@ def group(loop: EventLoop, ends: list[tuple[int, Exit]]) -> WorkerGroup:
     return WorkerGroup(loop, lambda rank, how: ends.append((rank, how)))
 
 
+@pytest.mark.parametrize("grace", [0.0, PATIENCE])
+def test_a_rank_that_was_dying_when_the_others_were_stopped_was_not_ended_by_us(
+    group: WorkerGroup, start: Start, grace: float
+) -> None:
+    for rank in (0, 1, 2):
+        group.add(rank, start(QUIET))
+    os.kill(group.pids[2], signal.SIGSTOP)
+    os.kill(group.pids[0], signal.SIGKILL)
+    group.stop(grace)
+    assert {rank: how.by_us for rank, how in group.exits.items()} == {0: False, 1: True, 2: True}
+    assert group.exits[0].signal == signal.SIGKILL
+
+
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
