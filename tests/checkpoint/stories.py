@@ -13,11 +13,12 @@ import torch
 from autoglm_resume import files
 from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.format.options import SaveOptions
+from autoglm_resume.checkpoint.format.part import part_file
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.replicas import mirror, repair
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.checkpoint.storage.storage import open_storage
-from autoglm_resume.checkpoint.store.commit import sweep
+from autoglm_resume.checkpoint.store.commit import commit, sweep
 from autoglm_resume.checkpoint.store.retention import KeepRules
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.part_writer import PartWriter
@@ -197,6 +198,22 @@ def recover_from_a_crash(run: Run) -> None:
     gate.clean()
 
 
+def commit_what_another_rank_has_just_put_there(run: Run) -> None:
+    """Rank 1's part has its name, which is not flushed yet, when rank 0 sees that all are there."""
+    run.savers[0].persist(TAKEN[1][0])
+    flush = files.sync_directory
+
+    def overtaken(path: Path) -> None:
+        if (path / part_file(1)).exists():
+            files.sync_directory = flush
+            assert commit(run.store, ID[1]) is not None
+        flush(path)
+
+    files.sync_directory = overtaken
+    run.savers[1].persist(TAKEN[1][1])
+    run.mark(f"saved {ID[1]}")
+
+
 STORIES = {
     story.__name__.replace("_", " "): story
     for story in (
@@ -204,5 +221,6 @@ STORIES = {
         recover_from_a_crash,
         quarantine_and_go_on,
         replicate_and_repair,
+        commit_what_another_rank_has_just_put_there,
     )
 }

@@ -86,6 +86,9 @@ def _manifest(store: Store, found: list[tuple[Part, bytes]]) -> Manifest:
 
 def _write_manifest(store: Store, directory: Path, found: list[tuple[Part, bytes]]) -> Manifest:
     manifest = _manifest(store, found)
+    # A rank whose part has its name may not have flushed that yet: without power the manifest could
+    # be all that is left.
+    files.sync_directory(directory)
     try:
         files.write(directory / MANIFEST, manifest.encode(), replace=False)
     except FileExistsError:
