@@ -13,7 +13,7 @@ from autoglm_resume.checkpoint.format.ids import checkpoint_id
 from autoglm_resume.checkpoint.state import capture
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.checkpoint.write.part_writer import PartWriter
-from tests.cli.test_app import autoglm
+from tests.cli.in_process import autoglm
 from tests.observe.runs import checkpoint, directory, killed_once
 
 ID = checkpoint_id(20, "a0")

@@ -32,6 +32,7 @@ for step in session.steps(20):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_restart_takes_its_kernels_from_the_runs_own_cache(
     rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch

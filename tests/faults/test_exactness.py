@@ -26,6 +26,7 @@ def passed(directory: Path, *words: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_twenty_random_kills_change_neither_weights_nor_samples(tmp_path: Path) -> None:
     checks = passed(tmp_path, "--count", "20")
     kills = next(check for check in checks if "kills" in check["name"])

@@ -30,7 +30,7 @@ def around(redirections: str) -> tuple[str, ...]:
     return ("bash", "-c", f'exec "$0" "$@" {redirections}')
 
 
-@pytest.mark.parametrize("fate", [">/dev/full", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("fate", [pytest.param(">/dev/full", marks=pytest.mark.thorough), "<&- >&- 2>&-"])
 def test_a_stop_exits_75_and_a_run_0_though_nothing_can_be_printed(
     rehearsal: Rehearsal, undisturbed: dict[str, str], fate: str
 ) -> None:

@@ -99,7 +99,7 @@ def ok(finished: Finished) -> None:
     assert finished.code == 0, finished
 
 
-@pytest.mark.parametrize("end", [LAUNCH, "train(setup())"])
+@pytest.mark.parametrize("end", [LAUNCH, pytest.param("train(setup())", marks=pytest.mark.thorough)])
 def test_spares_become_the_ranks_after_a_failure_with_the_same_result(
     split: Split, end: str
 ) -> None:

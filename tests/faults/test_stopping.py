@@ -15,7 +15,7 @@ SLOWLY = ("--pause", "0.04")
 """Ranks stop a quarter of a second after they are asked to: there are steps left then."""
 
 
-@pytest.mark.parametrize("launcher", ["warm", "torchrun"])
+@pytest.mark.parametrize("launcher", ["warm", pytest.param("torchrun", marks=pytest.mark.thorough)])
 def test_a_supervisor_killed_with_sigkill_leaves_no_rank_and_resume_completes_exactly(
     rehearsal: Rehearsal, undisturbed: dict[str, str], launcher: str
 ) -> None:

@@ -1,6 +1,6 @@
 """Trainings that are killed and started again, and what each of their steps was fed.
 
-    python feeding.py LOOP FEED OUT [DIE_AT …]
+    python feeding.py OUT LOOP:FEED[:DIE_AT…] …
 
 Every life is a process of its own, forked here, where torch is imported once. A life that is to die
 kills itself after the step DIE_AT, when that step's checkpoint is committed. In OUT, `undisturbed`
@@ -193,8 +193,11 @@ def live(loop: str, feed: str, out: Path, die_at: int | None) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    _, loop, feed, out, *deaths = sys.argv
-    assert live(loop, feed, Path(out, "undisturbed"), None) == 0
-    for die_at in map(int, deaths):
-        assert live(loop, feed, Path(out, "killed"), die_at) == signal.SIGKILL
-    assert live(loop, feed, Path(out, "killed"), None) == 0
+    for case in sys.argv[2:]:
+        loop, feed, *deaths = case.split(":")
+        out = Path(sys.argv[1], f"{loop}-{feed}")
+        out.mkdir()
+        assert live(loop, feed, out / "undisturbed", None) == 0, case
+        for die_at in map(int, deaths):
+            assert live(loop, feed, out / "killed", die_at) == signal.SIGKILL, case
+        assert live(loop, feed, out / "killed", None) == 0, case
