@@ -14,6 +14,7 @@ import pytest
 from autoglm_resume.checkpoint.format.ids import attempt_of, step_of
 from tests.faults.conftest import Rehearsal, fill, finish
 from tests.patience import PATIENCE
+from tests.thorough import thorough
 
 FAST = {"backoff": "10ms", "max_backoff": "50ms"}
 SLOWLY = ("--pause", "0.03")
@@ -121,7 +122,7 @@ def test_without_an_older_checkpoint_it_goes_on_from_the_one_there_is(
     assert rehearsal.final() == undisturbed
 
 
-@pytest.mark.parametrize("key", ["17", "exited", "/exited with code 1[0-9]/"])
+@pytest.mark.parametrize("key", ["17", *thorough("exited", "/exited with code 1[0-9]/")])
 def test_a_failure_that_the_job_stops_for_is_not_tried_again(
     rehearsal: Rehearsal, key: str
 ) -> None:

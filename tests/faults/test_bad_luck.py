@@ -12,6 +12,7 @@ import pytest
 from autoglm_resume import locks
 from tests.faults.conftest import Rehearsal, fill
 from tests.patience import PATIENCE
+from tests.thorough import thorough
 
 
 def test_a_script_that_never_works_is_given_up_early_with_1(rehearsal: Rehearsal) -> None:
@@ -61,7 +62,7 @@ def test_a_script_that_tracks_more_than_the_checkpoints_hold_exits_90_and_keeps_
     assert _tree(interrupted.checkpoints) == before
 
 
-@pytest.mark.parametrize("damage", ["flip", "delete", "newer"])
+@pytest.mark.parametrize("damage", ["flip", *thorough("delete", "newer")])
 def test_damage_to_the_newest_checkpoint_falls_back_to_the_one_before(
     interrupted: Rehearsal, undisturbed: dict[str, str], damage: str
 ) -> None:

@@ -63,6 +63,8 @@ def test_a_rank_that_is_asked_to_end_from_outside_was_preempted(
     assert rehearsal.final() == undisturbed
 
 
+@pytest.mark.slow
+@pytest.mark.thorough
 def test_below_torchrun_the_rank_that_torchrun_ended_is_no_suspect(
     rehearsal: Rehearsal, undisturbed: dict[str, str]
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 from autoglm_resume.checkpoint.store.store import Store
 from tests.faults.conftest import Rehearsal, fill, finish
 from tests.patience import PATIENCE
+from tests.thorough import thorough
 
 SAVES = {"every": {"steps": 5}, "on_busy": "wait"}
 TRAIN = Path(__file__).with_name("train_ends.py")
@@ -28,7 +29,7 @@ def newest(job: Rehearsal) -> int:
     return int(found.name.split(".")[0].removeprefix("step-")) if found else 0
 
 
-@pytest.mark.parametrize("how", ["break", "return", "own"])
+@pytest.mark.parametrize("how", ["break", "own", *thorough("return")])
 def test_whatever_the_loop_the_run_is_complete_with_its_last_step(job: Rehearsal, how: str) -> None:
     finished = job.run(how, "4")
     assert finished.code == 0, finished

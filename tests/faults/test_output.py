@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import Rehearsal, finish
+from tests.thorough import thorough
 
 ON_A_TERMINAL = """
 import os, pty, signal, sys
@@ -30,7 +31,7 @@ def around(redirections: str) -> tuple[str, ...]:
     return ("bash", "-c", f'exec "$0" "$@" {redirections}')
 
 
-@pytest.mark.parametrize("fate", [pytest.param(">/dev/full", marks=pytest.mark.thorough), "<&- >&- 2>&-"])
+@pytest.mark.parametrize("fate", ["<&- >&- 2>&-", *thorough(">/dev/full")])
 def test_a_stop_exits_75_and_a_run_0_though_nothing_can_be_printed(
     rehearsal: Rehearsal, undisturbed: dict[str, str], fate: str
 ) -> None:

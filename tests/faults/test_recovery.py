@@ -146,6 +146,8 @@ def test_a_module_that_starts_a_thread_when_imported_is_left_to_the_ranks(
     assert rehearsal.final() == undisturbed
 
 
+@pytest.mark.slow
+@pytest.mark.thorough
 def test_where_a_zygote_cannot_fork_ranks_start_cold(
     rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, str]
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 from autoglm_resume.supervise.base.stops import SAVE
 from tests.faults.conftest import Rehearsal, all_dead, finish
 from tests.patience import PATIENCE, soon
+from tests.thorough import thorough
 
 
 def checkpoint(steps: int = 5, **fields: Any) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def test_savers_that_hang_cost_checkpoints_but_no_step(
     assert rehearsal.final() == undisturbed
 
 
-@pytest.mark.parametrize("on_busy", ["wait", "skip"])
+@pytest.mark.parametrize("on_busy", ["wait", *thorough("skip")])
 def test_a_save_at_every_step_changes_nothing_whatever_is_done_when_it_is_late(
     rehearsal: Rehearsal, undisturbed: dict[str, str], on_busy: str
 ) -> None:
@@ -101,7 +102,7 @@ def test_a_save_at_every_step_changes_nothing_whatever_is_done_when_it_is_late(
     assert rehearsal.final() == undisturbed
 
 
-@pytest.mark.parametrize("memory", [1, 0])
+@pytest.mark.parametrize("memory", [0, *thorough(1)])
 def test_with_less_memory_the_result_is_the_same(
     rehearsal: Rehearsal, undisturbed: dict[str, str], memory: int
 ) -> None:

@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.faults.conftest import Rehearsal, finish
 
 SHARDED = str(Path(__file__).with_name("train_sharded.py"))
@@ -34,6 +36,8 @@ def test_a_killed_fsdp_run_ends_exactly_like_an_undisturbed_one(rehearsal: Rehea
     assert rehearsal.final() == calm.final()
 
 
+@pytest.mark.slow
+@pytest.mark.thorough
 def test_an_fsdp_run_goes_on_with_another_number_of_ranks(rehearsal: Rehearsal) -> None:
     samples = rehearsal.directory / "samples.jsonl"
     job = {"script": SHARDED, "guards": {"free_disk": 0, "world_size": "elastic"}}

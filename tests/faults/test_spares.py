@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import Finished, Rehearsal, finish
+from tests.thorough import thorough
 
 SPLIT = """
 import os, sys, time
@@ -99,7 +100,7 @@ def ok(finished: Finished) -> None:
     assert finished.code == 0, finished
 
 
-@pytest.mark.parametrize("end", [LAUNCH, pytest.param("train(setup())", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("end", [LAUNCH, *thorough("train(setup())")])
 def test_spares_become_the_ranks_after_a_failure_with_the_same_result(
     split: Split, end: str
 ) -> None:

@@ -10,12 +10,13 @@ import pytest
 
 from tests.faults.conftest import Rehearsal, all_dead, finish
 from tests.patience import PATIENCE
+from tests.thorough import thorough
 
 SLOWLY = ("--pause", "0.04")
 """Ranks stop a quarter of a second after they are asked to: there are steps left then."""
 
 
-@pytest.mark.parametrize("launcher", ["warm", pytest.param("torchrun", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("launcher", ["warm", *thorough("torchrun")])
 def test_a_supervisor_killed_with_sigkill_leaves_no_rank_and_resume_completes_exactly(
     rehearsal: Rehearsal, undisturbed: dict[str, str], launcher: str
 ) -> None:

@@ -24,6 +24,7 @@ from autoglm_resume.supervise.core.liveness import (
     waiting,
     without_longest,
 )
+from tests.thorough import thorough
 
 SECOND = 10**9
 LIMITS = Limits(timeout=300.0, startup=900.0)
@@ -226,7 +227,7 @@ class Simulated:
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, *thorough(2)])
 def test_thirty_minutes_of_jitter_evaluation_and_saves_raise_no_alarm_and_a_stop_is_seen_in_2_s(
     sigma: float, seed: int
 ) -> None:
