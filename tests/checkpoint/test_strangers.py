@@ -193,6 +193,13 @@ def test_whatever_stands_in_a_part_it_is_one_or_refused(data: st.DataObject) -> 
         assert Part.decode(found.encode(), "part") == found
 
 
+def test_a_figure_that_no_computer_holds_is_refused() -> None:
+    document = json.loads(part().encode())
+    document["metrics"] = {"loss": 10**400}
+    with pytest.raises(CorruptCheckpoint, match=r"metrics\.loss: expected a number"):
+        Part.decode(json.dumps(document).encode(), "part")
+
+
 def test_two_members_of_one_name_are_refused() -> None:
     twice = part().encode().replace(b'"step":30', b'"step":30,"step":30', 1)
     with pytest.raises(CorruptCheckpoint, match="two members of one name"):

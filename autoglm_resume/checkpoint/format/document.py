@@ -175,7 +175,10 @@ class JsonNode:
         for key, node in self.members().items():
             if type(node.value) not in (int, float):
                 node.fail("a number")
-            found[key] = float(node.value)
+            try:
+                found[key] = float(node.value)
+            except OverflowError:  # JSON has no largest whole number
+                node.fail("a number")
         return found
 
     def texts(self) -> dict[str, str]:
