@@ -266,7 +266,7 @@ def reachable_only(start: str) -> set[str]:
 
 
 OWN_FILES = {
-    *("files.py", "protocol/assignment.py", "protocol/shared_memory.py", "worker/rank.py"),
+    *("files.py", "protocol/assignment.py", "protocol/shared_memory.py", "worker/main_module.py"),
     *("supervise/evidence/oom.py", "supervise/evidence/stacks.py", "supervise/ranks/torchrun.py"),
     *("supervise/preflight/system.py", "supervise/ranks/fault_injector.py"),
     *("supervise/ranks/group.py", "checkpoint/storage/object_store.py"),

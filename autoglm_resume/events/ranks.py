@@ -19,6 +19,10 @@ class RankEnded(OfRank):
     code: int
 
 
+class RankFinished(OfRank):
+    """What its script had left to its exit has been done, too; not kept in the journal."""
+
+
 class StepsPlanned(OfRank, name="steps"):
     """How many the script wants; not kept in the journal."""
 

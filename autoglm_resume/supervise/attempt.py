@@ -227,7 +227,8 @@ class Attempt:
             seen.stacks = node.stacks()
         began = time.monotonic()
         try:
-            node.stop(0.0 if self._stops.hurried() else self._job.restart.grace)
+            hurried = self._stops.hurried()
+            node.stop(0.0 if hurried else self._job.restart.grace, at_once=hurried)
         except Unkillable:
             self._tell_failure(time.monotonic() - began)
             raise

@@ -67,10 +67,13 @@ class LocalNode:
         self._helpers = helpers
         self._launcher = LAUNCHERS[context.job.launcher](context, past.imports, helpers)
         self._silences = past.silences
+        self._orphans_left = False
         self._now: _Ranks | None = None
 
     def start(self, order: Order, listener: Listener) -> Launched:
         context = self._context
+        if self._orphans_left:  # by an attempt that is not complete all the same
+            self._end_orphans()
         context.run.attempt(order.number).mkdir(parents=True, exist_ok=True)
         fixed = context.job.env.get("MASTER_PORT")
         endpoint = self._launcher.rendezvous(int(fixed) if fixed else None)
@@ -136,12 +139,17 @@ class LocalNode:
         # What the victims print must not come before the first failing rank's traceback.
         self._ranks.follower.quiet = True
 
-    def stop(self, grace: float) -> None:
+    def stop(self, grace: float, *, at_once: bool) -> None:
         ranks = self._ranks
+        group, ends = ranks.group, ranks.ends
+        linger = frozenset([AGENT, *(() if at_once else ends.codes)])
         try:
-            ranks.group.stop(grace, linger=frozenset([AGENT]))
+            group.stop(grace, linger, lambda: ends.overdue(time.monotonic(), group.alive))
             self._launcher.ended()
-            end_orphans(self._launcher.own() | self._helpers())
+            # What a script that came to its good end has left running, it left on purpose.
+            self._orphans_left = self.well
+            if not self._orphans_left:
+                self._end_orphans()
         finally:
             ranks.follower.drain()
 
@@ -173,6 +181,9 @@ class LocalNode:
 
     def close(self) -> None:
         self._launcher.close()
+
+    def _end_orphans(self) -> None:
+        end_orphans(self._launcher.own() | self._helpers())
 
     def _reap(self) -> None:
         ranks = self._ranks
@@ -250,6 +261,8 @@ class _Ranks:
                 self.group.add(rank, pid)
             case events.RankEnded(code=code, mono=float(at)):
                 self.ends.add(rank, code, at)
+            case events.RankFinished(mono=float(at)):
+                self.ends.finished[rank] = at
         self._listener.heard(rank, event)
 
     def _exited(self, rank: int, how: Exit) -> None:

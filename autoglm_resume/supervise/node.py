@@ -122,8 +122,12 @@ class Node(Protocol):
         """A failure was noticed: what ranks print from now on waits until it has been told."""
         ...
 
-    def stop(self, grace: float) -> None:
-        """End the ranks: SIGTERM, and SIGKILL after `grace` seconds. Raises Unkillable."""
+    def stop(self, grace: float, *, at_once: bool) -> None:
+        """End the ranks: SIGTERM, and SIGKILL after `grace` seconds. Raises Unkillable.
+
+        Those whose scripts have ended may do first what these left to their exit, unless all are
+        to end `at_once`.
+        """
         ...
 
     def evidence(self, seen: Observed) -> Evidence:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import importlib.util
 import json
 import os
-import runpy
 import signal
 import sys
 import time
 import traceback
-import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +25,8 @@ from autoglm_resume.errors import CheckpointError, Interrupted, UsageError
 from autoglm_resume.protocol.assignment import ASSIGNMENT, STACKS, Assignment, Source
 from autoglm_resume.protocol.heartbeats import Board, Phase
 from autoglm_resume.protocol.own_path import drop_own_path
-from autoglm_resume.worker import imports
+from autoglm_resume.worker import imports, main_module
+from autoglm_resume.worker.base import forks
 from autoglm_resume.worker.base.event_log import EventLog
 from autoglm_resume.worker.refusing import is_refusal, told
 
@@ -35,7 +35,13 @@ UNDER_TORCHRUN = "--under-torchrun"
 _kept: list[TextIO] = []
 _reserve: list[int] = []
 """Descriptors for the record of a script that has used up all the others."""
-_OWN_FILES = (__file__, runpy.__file__, "<frozen runpy>")
+_OWN_FILES = (
+    __file__,
+    main_module.__file__,
+    importlib.util.__file__,  # which may be frozen, and then has two names
+    "<frozen importlib.util>",
+    "<frozen importlib._bootstrap>",
+)
 
 
 def settle(assignment: Assignment, rank: int, environment: Mapping[str, str]) -> None:
@@ -46,6 +52,7 @@ def settle(assignment: Assignment, rank: int, environment: Mapping[str, str]) ->
 
 def detach(log: Path, workdir: str) -> None:
     """Make this process one of its own: session, signals, random numbers, directory, output."""
+    forks.begin()
     if os.getsid(0) != os.getpid():
         os.setsid()  # so that the supervisor can end what the rank started, with the rank
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD):
@@ -72,7 +79,10 @@ def assume(assignment: Assignment, rank: int, environment: Mapping[str, str]) ->
         _reserve.extend(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) for _ in range(2))
     with contextlib.suppress(OSError, ValueError):
         Board.open(Path(assignment.board)).pulse(rank).phase(Phase.NONE)
-    EventLog(assignment.events(rank), rank).emit(events.RankStarted(pid=os.getpid()))
+    log = EventLog(assignment.events(rank), rank)
+    log.emit(events.RankStarted(pid=os.getpid()))
+    # Registered before the script registers anything, so it runs behind all of that.
+    forks.at_exit(lambda: log.emit(events.RankFinished()))
 
 
 def run(assignment: Assignment, rank: int) -> int:
@@ -84,17 +94,26 @@ def run(assignment: Assignment, rank: int) -> int:
 
 
 def execute(source: Source, failed: Callable[[BaseException], None]) -> int:
-    """Run the user's script and return the exit code; `failed` gets an exception that ends it."""
+    """Run the user's script and return the exit code; `failed` gets an exception that ends it.
+
+    Raises SystemExit, as the end of a script without us does, in a process that the script forked.
+    """
+    code = 0
     try:
         _execute(source)
     except SystemExit as end:
-        return _exit_code(end)
+        code = _exit_code(end)
     except BaseException as error:
-        failed(error)
-        if isinstance(error, UsageError) and is_refusal(error):
-            return error.exit_code
-        return 130 if isinstance(error, KeyboardInterrupt) else 1
-    return 0
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1
+        if forks.is_helper():
+            traceback.print_exception(type(error), error, _script_part(error))
+        else:
+            failed(error)
+            if isinstance(error, UsageError) and is_refusal(error):
+                code = error.exit_code
+    if forks.is_helper():
+        sys.exit(code)
+    return code
 
 
 def home_of(source: Source) -> str:
@@ -105,24 +124,14 @@ def home_of(source: Source) -> str:
 
 
 def _execute(source: Source) -> None:
-    if source.module is not None:
-        sys.argv = [source.module, *source.args]
-        sys.path.insert(0, home_of(source))
-        imports.begin()
-        runpy.run_module(source.module, run_name="__main__", alter_sys=True)
-        return
-    script = source.script
-    assert script is not None
-    sys.argv = [script, *source.args]
+    sys.argv = [source.script or "-m", *source.args]
     sys.path.insert(0, home_of(source))
     imports.begin()
-    # Not runpy.run_path: it takes the module away again when the script ends, while its
-    # exit handlers and threads still need it, and multiprocessing could not find __main__.
-    main = types.ModuleType("__main__")
-    main.__dict__.update(__file__=script, __builtins__=__builtins__)
-    sys.modules["__main__"] = main
-    code = compile(Path(script).read_bytes(), script, "exec")
-    exec(code, main.__dict__)
+    if source.script is not None:
+        main_module.run_script(source.script)
+    else:
+        assert source.module is not None
+        main_module.run_module(source.module)
 
 
 def record(assignment: Assignment, rank: int, error: BaseException) -> None:
@@ -176,8 +185,12 @@ def _script_part(error: BaseException) -> TracebackType | None:
     start = trace = error.__traceback__
     while start is not None and start.tb_frame.f_code.co_filename in _OWN_FILES:
         start = start.tb_next
-    # A script that does not compile has no frames of its own.
-    return start if start or isinstance(error, SyntaxError) else trace
+    if start is not None or isinstance(error, SyntaxError):
+        return start  # a script that does not compile has no frames of its own
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    none = trace is None or trace.tb_frame.f_code.co_filename == main_module.__file__
+    return None if none else error.__traceback__  # there is nothing of that name to run
 
 
 def _exit_code(end: SystemExit) -> int:

@@ -10,7 +10,6 @@ It works unchanged under autoglm, under plain torchrun, and alone with python.
 
 from __future__ import annotations
 
-import atexit
 import sys
 import threading
 import time
@@ -29,7 +28,7 @@ from autoglm_resume.errors import Interrupted, UsageError
 from autoglm_resume.protocol.assignment import Assignment
 from autoglm_resume.protocol.heartbeats import Board, Phase
 from autoglm_resume.worker import alone, hooks, imports, leaving, refusing, requests, spare
-from autoglm_resume.worker.base import settings
+from autoglm_resume.worker.base import forks, settings
 from autoglm_resume.worker.base.event_log import EventLog
 from autoglm_resume.worker.figures import Figures
 from autoglm_resume.worker.saving.save_manager import SaveManager
@@ -167,7 +166,7 @@ class Session:
                 if self._completed <= step:
                     self.step_done(step)
         except GeneratorExit:
-            if not sys or sys.is_finalizing():
+            if not sys or sys.is_finalizing() or forks.is_helper():
                 raise
             if leaving.regularly(script := sys._getframe().f_back):
                 self._leave()
@@ -338,7 +337,7 @@ class Session:
             self._settings = alone.agreed(self._settings, self._structure)
         self._saves = SaveManager(self._settings, self._assignment, self._events, self._pulse)
         if self._assignment is None:
-            atexit.register(self._last_word)
+            forks.at_exit(self._last_word)
         self._requests = requests.find(self._pulse, self._settings, self._assignment)
         if (point := self._settings.resume) is not None:
             held = self._saves.held(point.id)

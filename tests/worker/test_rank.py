@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import autoglm_resume
-from autoglm_resume.events import RankStarted
+from autoglm_resume.events import RankEnded, RankStarted
 from autoglm_resume.journal import read
 from autoglm_resume.protocol.assignment import Assignment
 from autoglm_resume.protocol.heartbeats import Board, Phase
@@ -96,7 +96,7 @@ def test_an_exception_is_recorded_as_the_script_alone_would_show_it(assign: Make
     assert ended.error["message"] == "bad \N{SNOWMAN} number"
     assert ended.error["mono"] > 0
     events = [event.event for event in read(ended.assignment.events(0))]
-    assert events == ["rank_started", "rank_ended"]
+    assert events == ["rank_started", "rank_ended", "rank_finished"]
     assert getattr(read(ended.assignment.events(0))[1], "code", None) == 1
 
 
@@ -137,7 +137,8 @@ def test_exceptions_of_all_kinds_are_recorded(assign: Make, text: str) -> None:
     assert ended.error["traceback"][-1000:].strip() in ended.log
     assert len(ended.error["traceback"]) < 200_000
     assert "autoglm_resume" not in ended.log
-    assert [event.event for event in read(ended.assignment.events(0))][-1] == "rank_ended"
+    events = [event.event for event in read(ended.assignment.events(0))]
+    assert events[-2:] == ["rank_ended", "rank_finished"]
 
 
 def test_a_syntax_error_is_shown_as_python_shows_it(assign: Make) -> None:
@@ -238,6 +239,54 @@ def test_a_module_runs_as_with_dash_m(assign: Make) -> None:
     assert last == "at exit 5"
 
 
+FORKS = """
+import atexit, os, sys
+atexit.register(lambda: print("exit handlers of", "the helper" if child == 0 else "the rank"))
+child = os.fork()
+if child == 0:
+    HELPER
+print("helper ended with", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("helper", "code"),
+    [("sys.exit(3)", 3), ("sys.exit()", 0), ("raise ValueError('helper')", 1), ("os._exit(4)", 4)],
+)
+def test_a_process_that_the_script_forks_does_not_speak_for_the_rank(
+    assign: Make, helper: str, code: int
+) -> None:
+    ended = run(assign(FORKS.replace("HELPER", helper)))
+    assert (ended.code, ended.error) == (0, None)
+    assert f"helper ended with {code}\n" in ended.log
+    alone = subprocess.run(
+        [sys.executable, str(ended.assignment.source.script)], capture_output=True, text=True
+    )
+    assert sorted(ended.log.splitlines()) == sorted((alone.stdout + alone.stderr).splitlines())
+    found = [event for event in read(ended.assignment.events(0)) if isinstance(event, RankEnded)]
+    assert [event.code for event in found] == [0]
+
+
+def test_a_helper_that_leaves_the_loop_saves_nothing(assign: Make, tmp_path: Path) -> None:
+    text = """
+import os, pathlib, sys, torch
+import autoglm_resume as autoglm
+session = autoglm.init(checkpoint_dir="checkpoints")
+session.track(model=torch.nn.Linear(2, 1))
+for step in session.steps(3):
+    if step == 1:
+        child = os.fork()
+        if child == 0:
+            break
+        assert os.waitpid(child, 0)[1] == 0
+        assert not list(pathlib.Path("checkpoints").glob("step-*"))
+"""
+    script = str(assign(text).source.script)
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "no checkpoint" not in done.stderr
+
+
 def test_output_is_in_the_log_while_the_rank_runs_and_after_sigkill(assign: Make) -> None:
     assignment = assign(
         "import os, sys, time\nprint('line')\nprint('error', file=sys.stderr)\n"
@@ -258,7 +307,7 @@ def test_a_rank_says_that_it_started_and_beats_without_a_phase(assign: Make) -> 
     assignment = assign("print('up')", world_size=2)
     process = start(assignment, rank=1)
     process.wait(PATIENCE)
-    (started, _) = read(assignment.events(1))
+    started = read(assignment.events(1))[0]
     assert isinstance(started, RankStarted)
     assert (started.rank, started.pid) == (1, process.pid)
     board = Board.open(Path(assignment.board))

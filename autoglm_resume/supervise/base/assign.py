@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from autoglm_resume.checkpoint.format.ids import Branch
@@ -36,15 +37,31 @@ def world_size(job: Job) -> int:
 
 def environment(job: Job) -> dict[str, str]:
     """What every process of the job inherits."""
+    said = _absolute(os.environ, Path.cwd())
     caches = {name: str(Path(job.run_dir) / "cache" / at) for name, at in CACHES.items()}
     inherited = {
         **caches,
         **HUGE_PAGES,
-        **os.environ,
+        **said,
         **shared_environment(world_size(job)),
-        **job.env,
+        **_of_job(job),
     }
     return {**inherited, RUN: str(job.run_dir), SUPERVISOR: str(os.getpid())}
+
+
+def _of_job(job: Job) -> dict[str, str]:
+    return _absolute(job.env, Path(job.workdir))
+
+
+def _absolute(environment: Mapping[str, str], base: Path) -> dict[str, str]:
+    """With the places of PYTHONPATH as they are seen from `base`: no process of ours begins there,
+    and Python makes them absolute where it begins.
+    """
+    found = dict(environment)
+    if "PYTHONPATH" in found:
+        places = (str(base / place) for place in found["PYTHONPATH"].split(os.pathsep))
+        found["PYTHONPATH"] = os.pathsep.join(places)
+    return found
 
 
 def source(job: Job) -> Source:
@@ -100,5 +117,5 @@ def assignment(
         check_model=job.guards.model == "strict",
         bounds=Bounds(job.guards.nan_losses, job.guards.loss_spike),
         config_files=tuple(str(path) for path in job.guards.config_files),
-        environment=dict(job.env),
+        environment=_of_job(job),
     )

@@ -80,11 +80,16 @@ class WorkerGroup:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(fd, number)
 
-    def stop(self, grace: float, linger: frozenset[int] = frozenset()) -> None:
+    def stop(
+        self,
+        grace: float,
+        linger: frozenset[int] = frozenset(),
+        overdue: Callable[[], bool] = lambda: False,
+    ) -> None:
         """End every rank: SIGTERM, and SIGKILL after `grace` seconds.
 
-        The processes in `linger` are given time to end by themselves after the ranks: torchrun
-        reports exit codes that only it can know.
+        The processes in `linger` are given time to end by themselves after the others, until they
+        are `overdue`: torchrun reports exit codes that only it can know.
         """
         # A killed process closes its connections a while before it is gone: on a busy machine a
         # peer failed by that and was seen first, and the SIGKILL from outside counted as ours.
@@ -99,7 +104,10 @@ class WorkerGroup:
         for rank in self._but(linger):
             self.signal(rank, signal.SIGKILL)
         self._await_end(lambda: not self._but(linger))
-        self._loop.wait(lambda: not self._pidfds, time.monotonic() + max(grace, REPORT))
+        self._loop.wait(
+            lambda: not self._pidfds or (AGENT not in self._pidfds and overdue()),
+            time.monotonic() + max(grace, REPORT),
+        )
         for rank in self.alive:
             self.signal(rank, signal.SIGKILL)
         self._await_end(lambda: not self._pidfds)

@@ -10,6 +10,12 @@ from autoglm_resume.supervise.ranks.observed import WELL
 CPU_NOISE = 0.05
 """Processor seconds that threads of libraries take though nothing is done."""
 
+LAST_WORDS = 10.0
+"""Seconds for what a script left to its exit: trackers and writers of logs flush their last lines
+there, some over the network."""
+TEARDOWN = 1.0
+"""Seconds for the interpreter to end after that; what it still does is to flush open files."""
+
 
 class ScriptEnds:
     """Of the ranks of one attempt.
@@ -25,6 +31,8 @@ class ScriptEnds:
         """Exit codes by rank."""
         self.stuck: set[int] = set()
         """Ranks that did not end after their scripts had."""
+        self.finished: dict[int, float] = {}
+        """Since when ranks have nothing left to do at their exit, in monotonic seconds."""
         self._ended_at: dict[int, float] = {}
         self._working: dict[int, tuple[float, float]] = {}
         """Processor seconds of those ranks' processes, and since when they have used none."""
@@ -54,6 +62,14 @@ class ScriptEnds:
         if broken_at is None or self.codes.get(rank, 0) in WELL:
             return False
         return self._ended_at[rank] <= broken_at
+
+    def overdue(self, now: float, alive: Collection[int]) -> bool:
+        """Whether all of `alive` had time enough to end by themselves after their scripts did."""
+        return all(
+            now > self._ended_at[rank] + LAST_WORDS or now > self.finished.get(rank, now) + TEARDOWN
+            for rank in alive
+            if rank in self._ended_at
+        )
 
     def all_well(self, world_size: int) -> bool:
         """Whether every script came to its good end, whatever became of its process."""
