@@ -15,7 +15,7 @@ EXAMPLES = """
 Examples:
   autoglm resume                  the newest in ./runs, or the one from here
   autoglm resume runs/quickstart
-  autoglm resume job.yaml
+  autoglm resume job.yaml         with what the file says now; the others, as they were started
   autoglm resume runs/quickstart --from 120     branches off there; newer checkpoints stay
   autoglm resume --all runs       every run there that was interrupted or died; made for cron
 """
@@ -49,8 +49,12 @@ def resume(
     from autoglm_resume.supervise import start
 
     found = target.run(run, acts=True)
-    screen = Screen(found.section("logs").get("console", "all"), json=json)
+    job = target.job(run)
+    console = job.logs.console if job else found.section("logs").get("console", "all")
+    screen = Screen(console, json=json)
     with report.afterwards(found.path, screen, json=json):
+        if job is not None:
+            return start.start(job, screen, branch_from=step)
         return start.resume(found.path, screen, step)
 
 

@@ -15,6 +15,7 @@ from autoglm_resume.supervise.base.run_list import ListedRun
 
 if TYPE_CHECKING:
     from autoglm_resume.checkpoint.store.store import Store
+    from autoglm_resume.job.spec import Job
 
 RUNS = "runs"
 MOST_NAMED = 10
@@ -30,10 +31,8 @@ def run(given: str | None, *, acts: bool = False) -> RunDirectory:
     if given is None:
         return _unnamed(acts=acts)
     path = Path(given)
-    if path.suffix in (".yaml", ".yml") and path.is_file():
-        from autoglm_resume.job.load import load
-
-        found = RunDirectory(Path(load(path).run_dir))
+    if (of := job(given)) is not None:
+        found = RunDirectory(Path(of.run_dir))
         if not found.exists:
             raise UsageError(
                 f"{given}: this job was never started ({found.path} holds no run)",
@@ -52,6 +51,15 @@ def run(given: str | None, *, acts: bool = False) -> RunDirectory:
         f"{given}: expected a run directory (with job.json) or a job file (.yaml)",
         hint="autoglm status DIR lists the runs in a directory",
     )
+
+
+def job(given: str | None) -> Job | None:
+    """That of the job file that is given, if it is one. Raises UsageError."""
+    if given is None or not given.endswith((".yaml", ".yml")) or not Path(given).is_file():
+        return None
+    from autoglm_resume.job.load import load
+
+    return load(given)
 
 
 def runs_in(given: str | None) -> list[RunDirectory]:

@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from autoglm_resume.events.base import *  # noqa: F403  one room, in three files
+from autoglm_resume.events.base import *  # noqa: F403  one room, in four files
 from autoglm_resume.events.base import TABLE, Event, Unknown
+from autoglm_resume.events.job import *  # noqa: F403
 from autoglm_resume.events.ranks import *  # noqa: F403
 from autoglm_resume.events.supervisor import *  # noqa: F403
 from autoglm_resume.records import Unfit

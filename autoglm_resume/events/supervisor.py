@@ -102,13 +102,6 @@ class RunFailed(Event):
     """What a person may do."""
 
 
-class JobKept(Event):
-    """The start before, which failed, was that of another job: the run is what it was before it."""
-
-    reason: str = ""
-    """Why it was refused."""
-
-
 class WarningGiven(OfRank, name="warning"):
     text: str = ""
 

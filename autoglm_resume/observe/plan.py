@@ -27,6 +27,7 @@ def as_json(plan: Plan) -> str:
         "verdicts": [verdict.to_json() for verdict in plan.verdicts],
         "resume": plan.resume,
         "step": plan.step,
+        "changes": list(plan.changes),
         "outlook": plan.outlook,
     }
     return jsonlib.dumps(document, indent=2) + "\n"
@@ -41,6 +42,9 @@ def as_text(plan: Plan) -> str:
         job = yaml.safe_dump(plan.job, sort_keys=False)
     comments = ["", "command of rank 0:", f"  {shlex.join(plan.command)}", "", "its environment:"]
     comments += [f"  {name}={shlex.quote(value)}" for name, value in plan.environment.items()]
+    if plan.changes:
+        comments += ["", "what is another now than when the run was started last:"]
+        comments += [f"  {change}" for change in plan.changes]
     comments += ["", *_gate(plan)]
     return job + "".join(f"# {printable(line)}".rstrip() + "\n" for line in comments)
 

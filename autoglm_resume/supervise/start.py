@@ -14,7 +14,7 @@ from autoglm_resume.checkpoint.store.commit import whole
 from autoglm_resume.checkpoint.store.gate import Choice, Verdict, superseded
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import AutoglmError, CheckpointError, NoAcceptableCheckpoint, UsageError
-from autoglm_resume.events import Event, FirstStep, JobKept, RunFailed
+from autoglm_resume.events import Event, FirstStep, JobChanged, JobKept, RunFailed
 from autoglm_resume.job import secret
 from autoglm_resume.job.load import from_snapshot
 from autoglm_resume.job.spec import Job, dump, shown
@@ -29,12 +29,16 @@ from autoglm_resume.supervise.base.gpu_exclusion import without
 from autoglm_resume.supervise.base.machine import check_directory
 from autoglm_resume.supervise.base.run_directory import RunDirectory
 from autoglm_resume.supervise.core import drill, history
-from autoglm_resume.supervise.core.command_changes import command_changes
+from autoglm_resume.supervise.core.job_changes import JobChanges, job_changes
 from autoglm_resume.supervise.gate import RunGate
 from autoglm_resume.supervise.preflight.preflight import require_storage
 from autoglm_resume.supervise.ranks.launchers import LAUNCHERS
 from autoglm_resume.supervise.supervisor import Supervisor
 
+RESTORED = (
+    "what a checkpoint restores (an optimizer's settings such as its learning rate, a scheduler)"
+    " is as it was, whatever the arguments say"
+)
 REFUSALS = (CheckpointError.exit_code, UsageError.exit_code)
 
 
@@ -54,6 +58,8 @@ class Plan:
     """What starting it would do, in one sentence."""
     code: int
     """The exit code of a start that would end at once; 0 also if it would train."""
+    changes: tuple[str, ...] = ()
+    """What is another now than when the run was started last, in words."""
 
 
 def start(
@@ -84,15 +90,15 @@ def start(
         lock = held.enter_context(run.locked())
         checkpoints = Path(job.checkpoint.dir)
         past = history.recall(run.events())
+        changes = _changes(run, job)
+        beyond: int | None = None
         if branch_from is not None:
             _require_step(Store(checkpoints), branch_from, past.branches)
         elif past.finished:
-            _require_the_same(run, job, past)
-            screen.note(
-                f"{run.path}: this run is {_finished(past)}; "
-                "`autoglm run --fresh` begins a new one and keeps this one's files"
-            )
-            return 0
+            if not changes.told:
+                screen.note(_stays_finished(run, past, changes))
+                return 0
+            beyond = _require_steps(run, job, past, changes)
         if past.run_id is not None and job.checkpoint.replicas:
             home.left(run)  # a copy and its original would write to one place there
         if past.run_id is not None:
@@ -103,11 +109,16 @@ def start(
         training = held.enter_context(locked_checkpoints(checkpoints, run.path))
         for problem in filter(None, (lock.problem, training.problem)):
             screen.note(f"{problem}: see to it yourself that nobody else trains with these files")
-        others = _others(run, job)
         before: dict[str, Any] | None = None
         with suppress(UsageError):  # there is none, or it cannot be read
             before = run.job()
         told = len(run.events())
+        if changes.all and past.run_id is not None:
+            changed = JobChanged(changes=changes.all, finished=past.finished)
+            _journal(run, changed)
+            screen.event(changed)
+            if changes.command and past.checkpointed:
+                screen.note(RESTORED)
         run.save_job(dump(job))
         run_list.add(run.path, job.name)
         code: int | None = None
@@ -121,29 +132,29 @@ def start(
                     screen,
                     branch_from,
                     fresh=fresh,
-                    others=others,
+                    beyond=beyond,
                 )
                 if (code := life.run()) is None:  # it ended only to go on without a GPU
                     past, ordered, branch_from = history.recall(run.events()), (), None
-                    others = []
         except AutoglmError as error:
             code = error.exit_code
             raise
         finally:
             if code in REFUSALS and before is not None:
-                screen.note(_kept_if_refused(run, before, job, told))
+                screen.note(_kept_if_refused(run, before, job, told, beyond))
         return code
 
 
-def _others(run: RunDirectory, job: Job) -> list[str]:
-    """What of the command of a run is another one now."""
+def _changes(run: RunDirectory, job: Job) -> JobChanges:
+    """What of the job of a run is another one now."""
     try:
-        recorded = run.recorded_job()
+        recorded = dump(from_snapshot(run.recorded_job()))
     except UsageError:  # there is none, or it cannot be read
-        return []
+        return JobChanges()
     # The script of a project that was copied with its runs is the copy.
     here = (home := home_of(recorded)) is not None and same(home, run.path)
-    return command_changes(run.job(), job, remains=here and _remains(recorded.get("script"), job))
+    remains = here and _remains(recorded["script"], job)
+    return job_changes(recorded, dump(job), remains=remains)
 
 
 def _remains(before: object, job: Job) -> bool:
@@ -156,25 +167,46 @@ def _remains(before: object, job: Job) -> bool:
         return False
 
 
-def _require_the_same(run: RunDirectory, job: Job, past: history.History) -> None:
-    """Raise UsageError if a finished run is to have been one of another command.
+def _require_steps(run: RunDirectory, job: Job, past: history.History, changes: JobChanges) -> int:
+    """The step from which a finished run goes on, its script being told otherwise now.
 
-    A loop over seeds, each with this run's name, would train the first and end well for all.
+    Raises UsageError where it has no checkpoint to go on from. Whether the script has more to do
+    is known once it has run: a loop over seeds, each with this run's name, must not train the first
+    and end well for all.
     """
-    if others := _others(run, job):
-        raise UsageError(
-            f"{run.path}: this run is {_finished(past)}, and was another command's:"
-            f" {'; '.join(others)}",
-            hint=f"give that one a run of its own: --set name={job.name}-2; or autoglm run --fresh"
-            " begins a new one here and keeps this one's files",
-        )
+    if past.checkpointed:
+        return past.checkpointed
+    raise UsageError(
+        f"{run.path}: this run is {_finished(past)}, and was another command's:"
+        f" {'; '.join(changes.told)}",
+        hint=f"give that one a run of its own: --set name={job.name}-2; or autoglm run --fresh"
+        " begins a new one here and keeps this one's files",
+    )
 
 
-def _kept_if_refused(run: RunDirectory, before: dict[str, Any], job: Job, told: int) -> str:
+def _stays_finished(run: RunDirectory, past: history.History, changes: JobChanges) -> str:
+    """That there is nothing to do, and what there may be."""
+    said = f"{run.path}: this run is {_finished(past)}"
+    if changes.settings:
+        said += f", and is not changed any more ({'; '.join(changes.settings)})"
+    if step := past.checkpointed:
+        said += f"; `autoglm resume {run.path} --from {step}` goes on if its script has more steps"
+    return f"{said}; `autoglm run --fresh` begins a new one and keeps this one's files"
+
+
+def _journal(run: RunDirectory, event: Event) -> None:
+    journal = Journal(run.journal)
+    journal.append(stamped(event))
+    journal.close()
+
+
+def _kept_if_refused(
+    run: RunDirectory, before: dict[str, Any], job: Job, told: int, beyond: int | None
+) -> str:
     """Leave the run the job that it had `before`, if it did not train with the one it got now.
 
     What `autoglm resume` goes on with is a job that has trained. `told` counts the events before
-    this start; returns what to say.
+    this start, `beyond` is given if it was finished then; returns what to say.
     """
     said = run.events()[told:]
     if any(isinstance(event, FirstStep) for event in said):
@@ -184,9 +216,10 @@ def _kept_if_refused(run: RunDirectory, before: dict[str, Any], job: Job, told: 
         if told and dump(from_snapshot(before)) != dump(job):
             failed = (event.reason for event in said if isinstance(event, RunFailed))
             reasons = [reason.partition("\n")[0] for reason in failed]
-            journal = Journal(run.journal)
-            journal.append(stamped(JobKept(reason="".join(reasons[-1:]))))
-            journal.close()
+            kept = JobKept(reason="".join(reasons[-1:]), finished=beyond is not None)
+            _journal(run, kept)
+            if beyond is not None:
+                return f"{run.path}: the run keeps the job that it had, and is finished"
             return f"{run.path}: the run keeps the job that it had: autoglm resume goes on with it"
     return ""
 
@@ -222,6 +255,7 @@ def plan(job: Job, *, fresh: bool = False, drills: Sequence[str] = ()) -> Plan:
         storage.check(replica)
     run = RunDirectory(Path(job.run_dir))
     past = history.History() if fresh else history.recall(run.events())
+    changes = JobChanges() if fresh else _changes(run, job)
     job = without(job, past.excluded)
     gate = RunGate(job, world_size(job), _ignore, past)
     choice = Choice((), None) if fresh else gate.judge(every=True)
@@ -229,10 +263,11 @@ def plan(job: Job, *, fresh: bool = False, drills: Sequence[str] = ()) -> Plan:
     code, outlook = 0, ""
     if accepted is not None:
         outlook = f"start from step {accepted.step}, checkpoint {accepted.id}"
-    if past.finished:
+    if past.finished and not changes.told:
         outlook = f"do nothing: the run is {_finished(past)}"
+    elif past.finished and not past.checkpointed:
         try:
-            _require_the_same(run, job, past)
+            _require_steps(run, job, past, changes)
         except UsageError as error:
             code, outlook = error.exit_code, f"exit {error.exit_code}: {error.message}"
     elif accepted is None:
@@ -254,6 +289,7 @@ def plan(job: Job, *, fresh: bool = False, drills: Sequence[str] = ()) -> Plan:
         accepted.step if accepted else 0,
         outlook,
         code,
+        changes.all if past.run_id is not None else (),
     )
 
 

@@ -34,7 +34,7 @@ from autoglm_resume.supervise.base.event_loop import EventLoop, Signals
 from autoglm_resume.supervise.base.gpu_exclusion import excluding
 from autoglm_resume.supervise.base.run_directory import RunDirectory
 from autoglm_resume.supervise.base.stops import ASKS, SAVE, Stops
-from autoglm_resume.supervise.core import history, policy
+from autoglm_resume.supervise.core import history, policy, result
 from autoglm_resume.supervise.core.drill import Drill
 from autoglm_resume.supervise.core.failure import Failure, Previous
 from autoglm_resume.supervise.gate import RunGate
@@ -65,13 +65,14 @@ class Supervisor:
         branch_from: int | None = None,
         *,
         fresh: bool = False,
-        others: Sequence[str] = (),
+        beyond: int | None = None,
     ) -> None:
         """`branch_from` is the step to go back to, leaving newer checkpoints behind; a `fresh` run
-        takes nothing from replicas. `others` is what of the command is another one now.
+        takes nothing from replicas. `beyond` is the step at which the run was finished, if it is to
+        train further than that.
         """
         self._fresh = fresh
-        self._others = others
+        self._beyond = beyond
         self._run = run
         self._lock = lock
         self._job = job
@@ -190,6 +191,8 @@ class Supervisor:
                 return self._interrupted(persistence, outcome)
             outcome = self._try(node, resume)
             self._gate.reached(outcome.checkpointed)
+            if self._beyond is not None and outcome.step <= self._beyond:
+                result.require_more(outcome.failure, self._beyond, self._run.path, self._job.name)
             if outcome.completed:
                 persistence.flush()
                 self._tell(
@@ -285,11 +288,6 @@ class Supervisor:
                 resumed=self._past.run_id is not None,
             )
         )
-        if self._others:
-            changed = "; ".join(self._others)
-            text = f"the command is another one now: {changed}; what a checkpoint restores (an"
-            text += " optimizer's settings, a scheduler) is as it was"
-            self._tell(events.WarningGiven(text=text))
         if self._branch_from is not None:
             self._answers.forget()
             self._previous = None

@@ -131,7 +131,9 @@ def test_a_start_that_is_refused_for_its_job_leaves_the_run_as_it_was(home: Path
     assert not resumable.of(run.events()).goes_on, "another job does not make it better"
 
 
-def test_a_finished_run_is_not_taken_for_one_of_another_command(home: Path) -> None:
+def test_a_finished_run_without_a_checkpoint_is_not_taken_for_one_of_another_command(
+    home: Path,
+) -> None:
     (home / "job.yaml").write_text("script: train.py\nargs: [--seed, 0]\n")
     job = load(home / "job.yaml")
     over = [RunStarted(run_id="abc"), RunCompleted(step=9)]

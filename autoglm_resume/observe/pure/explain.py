@@ -23,6 +23,7 @@ NOTICED = (
     *(events.ZygoteLost, events.ColdStart, events.ReplicaBehind, events.Repaired),
     *(events.RepairFailed, events.Quarantined, events.Resharded, events.NotifyFailed),
     *(events.PartlyRestored, events.SpareFailed, events.SaveCutOff, events.JobKept),
+    events.JobChanged,
 )
 """Events that belong to the story of an attempt without ending it."""
 MOST_NOTICED = 8

@@ -135,6 +135,9 @@ def _of_the_run(event: Event) -> str:
             return f"stop requested by {by}"
         case events.WarningGiven(text=text):
             return short(text)
+        case events.JobChanged(changes=changes, finished=finished):
+            what = "the finished run goes on" if finished else "the job is another one now"
+            return short(f"{what}: {'; '.join(changes)}")
         case events.JobKept(reason=reason):
             return f"a start with another job was refused, the run keeps its own: {short(reason)}"
         case events.RunCompleted(step=step):

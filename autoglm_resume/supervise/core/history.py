@@ -106,14 +106,18 @@ def recall(journal: Iterable[Event]) -> History:
     for event in journal:
         if isinstance(event, events.SupervisorStarted):
             before = past
-        past = _unspoilt(past, before) if isinstance(event, events.JobKept) else _after(event, past)
+        if isinstance(event, events.JobKept):
+            past = _unspoilt(past, before, finished=event.finished)
+        else:
+            past = _after(event, past)
     return past
 
 
-def _unspoilt(past: History, before: History) -> History:
+def _unspoilt(past: History, before: History, *, finished: bool) -> History:
     """`past`, with its failures as they were `before` a supervisor was given another job."""
     return replace(
         past,
+        finished=past.finished or finished,
         ended=before.ended,
         previous=before.previous,
         excluded=before.excluded,
@@ -157,6 +161,8 @@ def _after(event: Event, past: History) -> History:
             return replace(past, previous=None, ended=(), excluded=(), pending=None)
         case events.RunCompleted():
             return replace(past, finished=True)
+        case events.JobChanged(finished=True):
+            return replace(past, finished=False)
     return past
 
 

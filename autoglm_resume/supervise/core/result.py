@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
+
+from autoglm_resume.errors import UsageError
 from autoglm_resume.failures import Kind
 from autoglm_resume.supervise.core import patterns
 from autoglm_resume.supervise.core.failure import Failure
@@ -34,6 +37,21 @@ def missing(
         )
         return Failure(Kind.NO_RESULT, None, summary, step, place="the number of steps")
     return None
+
+
+def require_more(failure: Failure | None, finished: int, run: PurePath, name: str) -> None:
+    """Of a run that was finished at that step, and has come no further though it was to go on.
+
+    Raises UsageError unless there is another `failure` than that the script has no more steps.
+    """
+    if failure is None or failure.kind is Kind.NO_RESULT:
+        raise UsageError(
+            f"{run}: this run is finished at step {finished}, and the script asks for no more"
+            " steps, as it is told now",
+            hint="ask for more (they count from the start of the run); or give the other command a"
+            f" run of its own: --set name={name}-2; or autoglm run --fresh begins a new one here"
+            " and keeps this one's files",
+        )
 
 
 NO_SAVE = "session.save() at its end, called in every rank, keeps them"

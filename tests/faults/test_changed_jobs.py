@@ -1,0 +1,31 @@
+"""A job file that was edited: what changed is said, and taken."""
+
+from __future__ import annotations
+
+from tests.faults.conftest import Rehearsal, finish
+
+
+def test_a_finished_run_that_is_asked_for_more_steps_goes_on(rehearsal: Rehearsal) -> None:
+    assert rehearsal.run("--steps", "10", nproc_per_node=1).code == 0
+    more = rehearsal.run("--steps", "20", nproc_per_node=1)
+    assert more.code == 0, more
+    assert "the finished run goes on: --steps: 10 then, 20 now" in more.err
+    assert [event["step"] for event in rehearsal.events("attempt_started")] == [0, 10]
+    assert rehearsal.events("run_completed")[-1]["step"] == 20
+    again = rehearsal.run("--steps", "20", "--pause", "0", nproc_per_node=1)
+    assert again.code == 2, again
+    assert "this run is finished at step 20, and the script asks for no more steps" in again.err
+    assert "--set name=job-2" in again.err
+    assert rehearsal.resume().code == 0, "it is what it was"
+    assert len(rehearsal.events("attempt_started")) == 3
+
+
+def test_a_run_goes_on_with_the_job_file_that_is_named(interrupted: Rehearsal) -> None:
+    job = interrupted.write("--steps", "20", restart={"backoff": "20ms", "max_backoff": "50ms"})
+    resumed = finish(interrupted.command("resume", str(job)))
+    assert resumed.code == 0, resumed
+    assert (
+        "the job is another one now: --steps: not given then, 20 now; restart.backoff: 10ms then, "
+        "20ms now"
+    ) in resumed.err
+    assert interrupted.events("run_completed")[-1]["step"] == 20
