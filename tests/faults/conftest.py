@@ -60,7 +60,7 @@ class Rehearsal:
         process = subprocess.Popen(
             [*self.around, sys.executable, "-m", "autoglm_resume.cli", *words],
             cwd=self.directory,
-            env={**os.environ, "HOLD": " ".join(hold)},
+            env={**os.environ, "REHEARSAL": str(self.directory), "HOLD": " ".join(hold)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
