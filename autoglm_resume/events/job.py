@@ -13,6 +13,8 @@ class JobChanged(Event):
     """What is another now, in words, without what is secret."""
     finished: bool = False
     """Whether the run was finished, and goes on because the script is told otherwise now."""
+    skip: tuple[str, ...] = unsaid(())
+    """What is new in `checkpoint.skip`: checkpoints so far do not give it back any more."""
 
 
 class JobKept(Event):

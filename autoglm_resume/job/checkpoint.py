@@ -164,6 +164,13 @@ class Checkpoint(Section):
         "model's; false loads those that fit by name and shape and lists the others. Where there "
         "are others, the state of optimizers, which know parameters by number only, is not loaded.",
     )
+    skip: Annotated[tuple[Word, ...], BeforeValidator(as_list)] = Field(
+        default=(),
+        description="Objects, by the names they are tracked under, that start as the script makes "
+        "them when a run goes on from a checkpoint of the time before this was asked for: "
+        "`scheduler`; of an optimizer `optimizer.settings` is its learning rate and the like "
+        "without its moments.",
+    )
     replicas: Annotated[
         tuple[Annotated[str, BeforeValidator(as_replica)], ...], BeforeValidator(as_list)
     ] = Field(

@@ -82,6 +82,8 @@ class Checkpointing:
     options: SaveOptions = field(default_factory=SaveOptions)
     rename: dict[str, str] = field(default_factory=dict)
     strict: bool = True
+    skip: tuple[str, ...] = ()
+    """What this attempt does not take from its checkpoint."""
     branches: tuple[Branch, ...] = ()
     """(step, attempt) where the run left newer checkpoints behind on purpose."""
 
@@ -90,7 +92,8 @@ class Checkpointing:
         """What `dataclasses.asdict` made of it."""
         keep, options = KeepRules.from_json(data["keep"]), SaveOptions(**data["options"])
         branches = tuple(Branch(step, attempt) for step, attempt in data["branches"])
-        return cls(**{**data, "keep": keep, "options": options, "branches": branches})
+        known = {"keep": keep, "options": options, "branches": branches}
+        return cls(**{**data, **known, "skip": tuple(data["skip"])})
 
 
 @dataclass(frozen=True)

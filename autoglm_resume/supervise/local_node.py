@@ -19,7 +19,7 @@ from autoglm_resume.supervise.base import machine
 from autoglm_resume.supervise.base.assign import assignment
 from autoglm_resume.supervise.base.context import RunContext
 from autoglm_resume.supervise.core.evidence import Evidence
-from autoglm_resume.supervise.core.history import History, Silences, added
+from autoglm_resume.supervise.core.history import History, Silences, added, skipped
 from autoglm_resume.supervise.core.liveness import Limits, Look
 from autoglm_resume.supervise.evidence import stacks
 from autoglm_resume.supervise.evidence.collect import Witness, agent_said, gather
@@ -66,6 +66,7 @@ class LocalNode:
         self._persistence = persistence
         self._helpers = helpers
         self._launcher = LAUNCHERS[context.job.launcher](context, past.imports, helpers)
+        self._past = past
         self._silences = past.silences
         self._orphans_left = False
         self._now: _Ranks | None = None
@@ -84,10 +85,11 @@ class LocalNode:
             self._run_id,
             order.number,
             endpoint,
-            order.resume,
+            resume := order.resume,
             f"/proc/{os.getpid()}/fd/{fd}",
             self._persistence.names,
             order.branches,
+            skipped(self._past, context.job.checkpoint.skip, resume.id if resume else None),
         )
         self._now = ranks = _Ranks(context, task, board, fd, self._silences, listener)
         self._lock.describe(task.board)

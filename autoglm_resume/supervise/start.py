@@ -37,7 +37,8 @@ from autoglm_resume.supervise.supervisor import Supervisor
 
 RESTORED = (
     "what a checkpoint restores (an optimizer's settings such as its learning rate, a scheduler)"
-    " is as it was, whatever the arguments say"
+    " is as it was, whatever the arguments say; to go on with the script's:"
+    " checkpoint.skip: [optimizer.settings, scheduler]"
 )
 REFUSALS = (CheckpointError.exit_code, UsageError.exit_code)
 
@@ -114,10 +115,10 @@ def start(
             before = run.job()
         told = len(run.events())
         if changes.all and past.run_id is not None:
-            changed = JobChanged(changes=changes.all, finished=past.finished)
+            changed = JobChanged(changes=changes.all, finished=past.finished, skip=changes.skip)
             _journal(run, changed)
             screen.event(changed)
-            if changes.command and past.checkpointed:
+            if changes.command and not job.checkpoint.skip and past.checkpointed:
                 screen.note(RESTORED)
         run.save_job(dump(job))
         run_list.add(run.path, job.name)

@@ -21,11 +21,15 @@ def test_a_finished_run_that_is_asked_for_more_steps_goes_on(rehearsal: Rehearsa
 
 
 def test_a_run_goes_on_with_the_job_file_that_is_named(interrupted: Rehearsal) -> None:
-    job = interrupted.write("--steps", "20", restart={"backoff": "20ms", "max_backoff": "50ms"})
+    how = {**interrupted.job["checkpoint"], "skip": ["optimizer.settings"]}
+    fails = ("--fail", "well,exit", "--at", "10")
+    job = interrupted.write("--steps", "20", *fails, checkpoint=how)
     resumed = finish(interrupted.command("resume", str(job)))
     assert resumed.code == 0, resumed
-    assert (
-        "the job is another one now: --steps: not given then, 20 now; restart.backoff: 10ms then, "
-        "20ms now"
-    ) in resumed.err
+    assert "the job is another one now: --steps: not given then, 20 now;" in resumed.err
+    assert "; checkpoint.skip: not given then, [optimizer.settings] now" in resumed.err
     assert interrupted.events("run_completed")[-1]["step"] == 20
+    assert interrupted.events("attempt_started")[-1]["resume"] == "step-0000000015.a1"
+    said = "optimizer: goes on with the settings that the script gives it (checkpoint.skip)"
+    warned = [e for e in interrupted.events("warning") if e["text"] == said]
+    assert [event["attempt"] for event in warned] == [1], "the next one is from its own"

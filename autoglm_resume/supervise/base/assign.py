@@ -70,7 +70,9 @@ def source(job: Job) -> Source:
     return Source(script, job.module, tuple(job.args), str(job.workdir))
 
 
-def checkpointing(job: Job, branches: tuple[Branch, ...] = ()) -> Checkpointing:
+def checkpointing(
+    job: Job, branches: tuple[Branch, ...] = (), skip: tuple[str, ...] = ()
+) -> Checkpointing:
     """What a rank and its saver need to know of the job's `checkpoint`."""
     asked = job.checkpoint
     return Checkpointing(
@@ -83,6 +85,7 @@ def checkpointing(job: Job, branches: tuple[Branch, ...] = ()) -> Checkpointing:
         options=SaveOptions(asked.compress, asked.keyframe_every, asked.timeout),
         rename=dict(asked.rename),
         strict=asked.strict,
+        skip=skip,
         branches=branches,
     )
 
@@ -97,6 +100,7 @@ def assignment(
     board: str,
     savers: tuple[str, ...] = (),
     branches: tuple[Branch, ...] = (),
+    skip: tuple[str, ...] = (),
 ) -> Assignment:
     """What the ranks of attempt `number` are told."""
     return Assignment(
@@ -111,7 +115,7 @@ def assignment(
         directory=str(run.attempt(number)),
         board=board,
         source=source(job),
-        checkpoint=checkpointing(job, branches),
+        checkpoint=checkpointing(job, branches, skip),
         resume=resume,
         savers=savers,
         check_model=job.guards.model == "strict",

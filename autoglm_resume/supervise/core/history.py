@@ -65,6 +65,8 @@ class History:
     run_id: str | None = None
     attempts: int = 0
     finished: bool = False
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """What the job's `checkpoint.skip` names, and how many attempts there were before it did."""
     ended: tuple[Ended, ...] = ()
     """Failed attempts since the run was last given up, oldest first."""
     checkpointed: int = 0
@@ -161,8 +163,9 @@ def _after(event: Event, past: History) -> History:
             return replace(past, previous=None, ended=(), excluded=(), pending=None)
         case events.RunCompleted():
             return replace(past, finished=True)
-        case events.JobChanged(finished=True):
-            return replace(past, finished=False)
+        case events.JobChanged(finished=goes_on, skip=names):
+            skipped = {**past.skipped, **dict.fromkeys(names, past.attempts)}
+            return replace(past, finished=past.finished and not goes_on, skipped=skipped)
     return past
 
 
@@ -250,6 +253,17 @@ def _branched(event: events.Branched, past: History) -> History:
 
 def _done(pending: Pending | None) -> Pending | None:
     return pending and replace(pending, done=True)
+
+
+def skipped(past: History, asked: Iterable[str], checkpoint: str | None) -> tuple[str, ...]:
+    """Which of the names in `checkpoint.skip` a checkpoint does not give back.
+
+    One that was made since has them as the script made them then.
+    """
+    if checkpoint is None:
+        return ()
+    made = attempt_of(checkpoint)
+    return tuple(name for name in asked if made < past.skipped.get(name, 0))
 
 
 def added(silences: Silences, more: Mapping[int, Mapping[int, Mapping[int, int]]]) -> Silences:

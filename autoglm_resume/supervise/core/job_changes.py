@@ -24,6 +24,8 @@ class JobChanges:
     variables: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
     """All else."""
+    skip: tuple[str, ...] = ()
+    """What is new in `checkpoint.skip`."""
 
     @property
     def told(self) -> tuple[str, ...]:
@@ -57,8 +59,12 @@ def job_changes(
         values = f"{shown[0]} then, {shown[1]} now"
         text = f"{'.'.join(keys)}: {values if shown[0] != shown[1] else 'another one now (hidden)'}"
         (variables if keys[0] == "env" else settings).append(text)
+    skip, known = now["checkpoint"]["skip"], before["checkpoint"]["skip"]
     return JobChanges(
-        tuple(_command(before, now, remains=remains)), tuple(variables), tuple(settings)
+        tuple(_command(before, now, remains=remains)),
+        tuple(variables),
+        tuple(settings),
+        tuple(name for name in skip if name not in known),
     )
 
 

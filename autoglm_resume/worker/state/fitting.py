@@ -30,6 +30,7 @@ _ITS_PARAMETERS = (
 )
 
 
+_SETTINGS = ".settings"
 _REFUSALS = (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError)
 """What a `load_state_dict` raises for a state of another object."""
 
@@ -57,6 +58,10 @@ class Loading:
     """Tensors of modules that training made others."""
     untracked: tuple[str, ...] = ()
     """Objects in the checkpoint that the script does not track."""
+    fresh: tuple[str, ...] = ()
+    """Objects that the job has start as the script makes them."""
+    own_settings: tuple[str, ...] = ()
+    """Optimizers whose settings are to be as the script makes them."""
 
     @property
     def partial(self) -> bool:
@@ -77,7 +82,7 @@ class Loading:
                 continue
             self.named.by_name[name].requires_grad_(trained)
         for name, obj in objects.items():
-            if name in self.absent:
+            if name in self.absent or name in self.fresh:
                 continue
             try:
                 self._load(name, obj)
@@ -91,6 +96,13 @@ class Loading:
             raise _made_otherwise("the checkpoint", lines)
 
     def _load(self, name: str, obj: Any) -> None:
+        if name in self.own_settings:
+            with optimizers.settings_kept(obj):
+                self._load_all(name, obj)
+        else:
+            self._load_all(name, obj)
+
+    def _load_all(self, name: str, obj: Any) -> None:
         if name in self.without_state:
             optimizers.load_settings(obj, self.states[name])
         elif name in self.regroupings:
@@ -124,6 +136,10 @@ class Loading:
         """What a person should know though what is tracked has all that it had."""
         if self.untracked:
             yield f"in the checkpoint, and not tracked by this script: {listed(self.untracked)}"
+        for name in self.fresh:
+            yield f"{name}: starts as the script makes it (checkpoint.skip)"
+        for name in self.own_settings:
+            yield f"{name}: goes on with the settings that the script gives it (checkpoint.skip)"
         for name, regrouping in self.regroupings.items():
             if regrouping.moved:
                 yield f"{name}: its parameters are in another order now; told by their names"
@@ -148,14 +164,16 @@ def fitted(
     ObjectMismatch if it does not fit, unless the job's `checkpoint.strict` is false.
     """
     strict, rename = settings.checkpoint.strict, settings.checkpoint.rename
-    absent = tuple(name for name in objects if name not in restored.states)
+    fresh, own_settings = _skipped(id, objects, settings.checkpoint.skip)
+    given = {name: state for name, state in restored.states.items() if name not in fresh}
+    absent = tuple(name for name in objects if name not in given and name not in fresh)
     if absent and strict:
         raise ObjectMismatch(
             f"{id}: holds {', '.join(sorted(restored.states))}; this script also tracks "
             f"{', '.join(absent)}",
             hint="track the same objects as before, or start over with --fresh",
         )
-    theirs, states = restored.part.model, dict(restored.states)
+    theirs, states = restored.part.model, dict(given)
     modules = {n: o for n, o in objects.items() if isinstance(o, torch.nn.Module) and n in states}
     if theirs is None or model is None or theirs.tensors == model.tensors:
         rename = {}
@@ -205,7 +223,32 @@ def fitted(
         known.modes if known else {},
         reshaped if strict else {},
         tuple(n for n in states if n not in objects and n not in (RNG, GRADIENTS)),
+        fresh,
+        own_settings,
     )
+
+
+def _skipped(
+    id: str, objects: Mapping[str, Any], names: Iterable[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(objects that are not restored, optimizers that are, but for their settings).
+
+    Raises ObjectMismatch for what is neither.
+    """
+    fresh, own_settings = [], []
+    for name in names:
+        holder = name.removesuffix(_SETTINGS)
+        if name in objects:
+            fresh.append(name)
+        elif holder != name and hasattr(objects.get(holder), "param_groups"):
+            own_settings.append(holder)
+        else:
+            raise ObjectMismatch(
+                f"{id}: checkpoint.skip: expected objects that the script tracks, which are "
+                f"{', '.join(objects)}, found {name!r}",
+                hint="of an optimizer, optimizer.settings is its learning rate and the like",
+            )
+    return tuple(fresh), tuple(name for name in own_settings if name not in fresh)
 
 
 def _made_otherwise(id: str, lines: Iterable[str]) -> ModelMismatch:

@@ -5,7 +5,8 @@ An older checkpoint does not say which those were; then their number and order a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,6 +173,19 @@ def load_settings(optimizer: Any, state: Any) -> None:
         for group, saved in zip(optimizer.param_groups, groups, strict=True):
             kept = {"params", "param_names"}
             group.update({key: value for key, value in saved.items() if key not in kept})
+
+
+@contextmanager
+def settings_kept(optimizer: Any) -> Iterator[None]:
+    """Whatever state is loaded: the settings of the groups that are there already."""
+    kept = {"params", "param_names"}
+    own = [
+        {key: value for key, value in group.items() if key not in kept}
+        for group in optimizer.param_groups
+    ]
+    yield
+    for group, settings in zip(optimizer.param_groups, own, strict=False):
+        group.update(settings)
 
 
 def strides_of(

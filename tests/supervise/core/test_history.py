@@ -19,6 +19,7 @@ from autoglm_resume.supervise.core.history import (
     heard,
     model_of,
     recall,
+    skipped,
 )
 from autoglm_resume.supervise.core.policy import Ended
 
@@ -85,6 +86,28 @@ def test_a_start_that_was_refused_for_its_job_spoils_nothing() -> None:
     assert before.ended
     assert (past.ended, past.previous) == (before.ended, before.previous)
     assert past.excluded == before.excluded
+
+
+def test_a_finished_run_goes_on_with_another_job_unless_that_is_refused() -> None:
+    over = [event("run_started", run_id="abc"), event("run_completed", step=10)]
+    changed = [*over, event("job_changed", finished=True), event("supervisor_started")]
+    assert not recall(changed).finished
+    assert recall(
+        [*changed, event("run_failed", code=2), event("job_kept", finished=True)]
+    ).finished
+    assert recall([*changed, event("run_completed", step=20)]).finished
+
+
+def test_what_is_skipped_is_so_of_the_checkpoints_that_were_there() -> None:
+    began = [event("run_started", run_id="abc"), event("attempt_started", attempt=0, step=0)]
+    past = recall([*began, event("job_changed", skip=["scheduler"])])
+    asked = ("scheduler", "optimizer.settings")
+    assert skipped(past, asked, checkpoint_id(10, "a0")) == ("scheduler",)
+    assert skipped(past, asked, checkpoint_id(12, "a1")) == ()
+    assert skipped(past, asked, None) == ()
+    assert skipped(past, (), checkpoint_id(10, "a0")) == ()
+    alone = checkpoint_id(10, "imported")
+    assert skipped(recall(began), asked, alone) == asked, "it was no attempt's"
 
 
 def test_a_run_that_was_given_up_gets_a_new_budget() -> None:

@@ -67,6 +67,14 @@ def test_everything_is_told_with_both_values() -> None:
     assert found.all == (*found.variables, *found.settings)
 
 
+def test_what_is_new_in_skip_is_told_by_itself() -> None:
+    before, now = (
+        job(checkpoint={**NOW["checkpoint"], "skip": skip}) for skip in (["a"], ["a", "b"])
+    )
+    assert job_changes(before, now).skip == ("b",)
+    assert job_changes(now, before).skip == ()
+
+
 def test_what_is_secret_is_told_without_its_values() -> None:
     before, now = (
         job(

@@ -174,3 +174,40 @@ def test_a_model_that_fits_is_loaded_whole_though_it_need_not(
     objects = objects_of(Net(first=4, second=3))
     assert not loaded(restored, objects, strict=False).partial
     assert objects["optimizer"].state_dict()["state"][0]["step"] == 1
+
+
+def test_what_the_job_skips_is_as_the_script_makes_it(
+    trained: tuple[Net, restore.RestoredPart],
+) -> None:
+    old, restored = trained
+    objects = objects_of(Net(first=4, second=3), lr=0.25)
+    loading = loaded(restored, objects, skip=("optimizer.settings",))
+    assert torch.equal(objects["model"].first.weight, old.first.weight)  # type: ignore[arg-type]
+    assert objects["optimizer"].state_dict()["state"][0]["step"] == 1
+    assert objects["optimizer"].param_groups[0]["lr"] == 0.25
+    assert [*loading.remarks()] == [
+        "optimizer: goes on with the settings that the script gives it (checkpoint.skip)"
+    ]
+    objects = objects_of(Net(first=4, second=3), lr=0.25)
+    loading = loaded(restored, objects, skip=("optimizer",))
+    assert objects["optimizer"].state_dict()["state"] == {}
+    assert [*loading.remarks()] == ["optimizer: starts as the script makes it (checkpoint.skip)"]
+    assert not loading.partial
+
+
+def test_what_is_skipped_need_not_be_in_the_checkpoint(
+    trained: tuple[Net, restore.RestoredPart],
+) -> None:
+    _, restored = trained
+    objects = objects_of(Net(first=4, second=3))
+    objects["scheduler"] = torch.optim.lr_scheduler.ConstantLR(objects["optimizer"])
+    with pytest.raises(ObjectMismatch, match="also tracks scheduler"):
+        loaded(restored, objects)
+    assert loaded(restored, objects, skip=("scheduler",)).fresh == ("scheduler",)
+
+
+def test_what_is_skipped_must_be_tracked(trained: tuple[Net, restore.RestoredPart]) -> None:
+    _, restored = trained
+    for name in ("schedular", "model.settings"):
+        with pytest.raises(ObjectMismatch, match=f"are model, optimizer, found '{name}'"):
+            loaded(restored, objects_of(Net(first=4, second=3)), skip=(name,))
