@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from autoglm_resume import files
+from autoglm_resume import files, output
 from autoglm_resume.errors import RunLocked
 
 CHECKPOINTS = ".lock"
@@ -230,7 +230,7 @@ def _refusal(directory: Path, who: Holder) -> RunLocked:
         )
     return RunLocked(
         f"{directory}: another supervisor has it: {who}",
-        hint="wait for it, or end it with: autoglm stop",
+        hint=f"wait for it, or end it with: {output.command('stop', who.run or directory)}",
     )
 
 

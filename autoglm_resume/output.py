@@ -12,9 +12,11 @@ import json
 import os
 import re
 import select
+import shlex
 import signal
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TextIO, cast
 
 PIECE = 4096
@@ -170,6 +172,29 @@ def say(text: str) -> None:
     # Not through its buffer: what cannot be written would stay there, and Python, which tries again
     # at its end, would then exit with 120.
     _written(fd, said.encode("utf-8", "backslashreplace"), PATIENCE)
+
+
+def ask(question: str) -> bool | None:
+    """Whether the person at the terminal says yes; None where nobody can be asked."""
+    try:
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            return None
+        _written(sys.stderr.fileno(), f"{lines(question)} [y/N] ".encode(), PATIENCE)
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+    except (AttributeError, OSError, ValueError):  # closed, or something that is no file
+        return None
+
+
+def command(*words: object) -> str:
+    """The command line `autoglm WORDS`, to be pasted into a shell."""
+    return shlex.join(["autoglm", *map(str, words)])
+
+
+def near(path: Path) -> Path:
+    """As short as it can be typed from here."""
+    with suppress(FileNotFoundError):  # the working directory itself is gone
+        return path.relative_to(cwd) if path.is_relative_to(cwd := Path.cwd()) else path
+    return path
 
 
 def flush() -> None:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autoglm_resume import output
 from autoglm_resume.output import Lossy, lines, printable
 from tests.patience import PATIENCE
 
@@ -201,3 +202,31 @@ def test_what_prints_in_the_background_of_a_terminal_is_not_stopped() -> None:
     code = "from autoglm_resume import output; output.begin(); output.show('x'); output.flush()"
     words = [sys.executable, "-c", IN_THE_BACKGROUND, code]
     assert subprocess.run(words, timeout=PATIENCE).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("y", True), ("YES", True), ("", False), ("n", False)]
+)
+def test_a_question_is_answered_at_the_terminal(
+    typed: str, meant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    person, terminal = pty.openpty()
+    with os.fdopen(terminal) as stdin, open(os.ttyname(terminal), "w") as stderr:  # noqa: PTH123
+        monkeypatch.setattr(sys, "stdin", stdin)
+        monkeypatch.setattr(sys, "stderr", stderr)
+        os.write(person, f"{typed}\n".encode())
+        assert output.ask("really?") is meant
+    os.close(person)
+
+
+def test_where_nobody_can_be_asked_there_is_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "answers").open("w+") as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        assert output.ask("really?") is None
+    assert output.ask("really?") is None, "it is closed"
+
+
+def test_a_command_can_be_pasted() -> None:
+    assert output.command("stop", Path("my runs/a"), 3) == "autoglm stop 'my runs/a' 3"

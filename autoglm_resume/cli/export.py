@@ -24,7 +24,7 @@ def export(
         typer.Argument(
             metavar="CKPT",
             show_default=False,
-            help="A checkpoint, a directory of them, or a run directory (then the newest).",
+            help="A checkpoint, a directory of them, or a run (then the newest).",
         ),
     ],
     out: Annotated[
@@ -59,12 +59,13 @@ def export(
     """
     from pathlib import Path
 
+    from autoglm_resume.cli import target as targets
     from autoglm_resume.errors import UsageError
     from autoglm_resume.observe import inspection
     from autoglm_resume.observe.progress import Progress
     from autoglm_resume.observe.pure.say import size
 
-    found = inspection.find(Path(what))
+    found = inspection.find(targets.checkpoints(what))
     if not found.paths:
         raise UsageError(f"{found.store.root}: no checkpoint there yet")
     path, target = found.paths[0], Path(out)

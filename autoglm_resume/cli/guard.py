@@ -23,7 +23,10 @@ def guarded(command: Callable[P, int]) -> Callable[P, None]:
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        code = _code(command, *args, **kwargs)
+        try:
+            code = tried(lambda: command(*args, **kwargs))
+        except KeyboardInterrupt:
+            code = died_by_signal(2)
         output.flush()
         if reason := output.lost():
             output.say(f"standard output: {reason}; not all of it could be written")
@@ -32,20 +35,18 @@ def guarded(command: Callable[P, int]) -> Callable[P, None]:
     return run
 
 
-def _code(command: Callable[P, int], *args: P.args, **kwargs: P.kwargs) -> int:
+def tried(act: Callable[[], int]) -> int:
+    """What `act` returns, or the exit code of the error of a person's making, which is said."""
     try:
-        code = command(*args, **kwargs)
+        return act()
     except AutoglmError as error:
         complain(error)
         return error.exit_code
-    except KeyboardInterrupt:
-        return died_by_signal(2)
     except OSError as error:
         if error.filename is None:
             raise
         complain(AutoglmError(f"{error.filename}: {error.strerror}"))
         return AutoglmError.exit_code
-    return code
 
 
 def complain(error: AutoglmError) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -37,6 +36,7 @@ def ckpt(
     Exits 90 if a check fails. PATH is a checkpoint, a directory of checkpoints, or a run directory
     (then the newest). Nothing is unpickled, so it is safe on files from anywhere.
     """
+    from autoglm_resume.cli import target as targets
     from autoglm_resume.observe import inspection
     from autoglm_resume.observe.progress import Progress
 
@@ -44,7 +44,7 @@ def ckpt(
         raise UsageError(
             f"expected one PATH, found {len(context.args)}", hint="autoglm inspect ckpt --help"
         )
-    target = inspection.find(Path(context.args[0]))
+    target = inspection.find(targets.checkpoints(context.args[0]))
     if not target.paths:
         raise UsageError(f"{target.store.root}: no checkpoint there yet")
     expected = inspection.expectation(target.run)

@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 from autoglm_resume import output
-from autoglm_resume.cli.arguments import Run
+from autoglm_resume.cli.arguments import LivingRuns, Yes
 from autoglm_resume.errors import AutoglmError
 
 EXAMPLES = """
 \b
 Examples:
-  autoglm save                    the newest in ./runs, or the one from here
+  autoglm save                    the only running one from here
   autoglm save runs/quickstart && autoglm ckpts runs/quickstart
+  autoglm save runs --yes         all that are running there
 """
 
 
 def save(
-    run: Run = None,
+    runs: LivingRuns = None,
+    yes: Yes = False,
 ) -> int:
-    """Ask a run to save and go on, and wait for the commit."""
-    from autoglm_resume.cli import target
+    """Ask runs to save and go on, and wait for the commits."""
+    from autoglm_resume.cli import several
     from autoglm_resume.control import saving
+    from autoglm_resume.supervise.base.run_directory import RunDirectory
 
-    found = target.run(run, acts=True)
-    holder = found.holder()
-    if holder is None:
-        raise AutoglmError(
-            f"{found.path}: not running, so there is nothing to save",
-            hint=f"autoglm ckpts {found.path} lists what is saved",
-        )
-    saved = saving.save(found, holder)
-    output.show(f"{found.path}: saved at step {saved.step} ({saved.id})")
-    return 0
+    def ask(run: RunDirectory) -> None:
+        holder = run.holder()
+        if holder is None:
+            raise AutoglmError(
+                f"{run.path}: not running, so there is nothing to save",
+                hint=f"{output.command('ckpts', run.path)} lists what is saved",
+            )
+        saved = saving.save(run, holder)
+        output.show(f"{run.path}: saved at step {saved.step} ({saved.id})")
+
+    found = several.living(runs or (), "save", sure=yes)
+    if not found:
+        raise AutoglmError("not saved: there is nothing to save where nothing runs")
+    return several.each(found, ask)

@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 from autoglm_resume import output
-from autoglm_resume.cli.arguments import Run
+from autoglm_resume.cli.arguments import LivingRuns, Yes
 
 EXAMPLES = """
 \b
 Examples:
-  autoglm stop                    the newest in ./runs, or the one from here
+  autoglm stop                    the only running one from here
   autoglm stop runs/quickstart
+  autoglm stop runs               all that are running there, after a question
   autoglm resume runs/quickstart  goes on from there
 """
 
 
 def stop(
-    run: Run = None,
+    runs: LivingRuns = None,
+    yes: Yes = False,
 ) -> int:
-    """Ask a run to save and stop, and wait until it has."""
-    from autoglm_resume.cli import target
-    from autoglm_resume.control import stopping
+    """Ask runs to save and stop, and wait until they have."""
+    from contextlib import ExitStack
 
-    found = target.run(run, acts=True)
-    holder = found.holder()
-    if holder is None:
-        output.show(f"{found.path}: not running")
-        return 0
-    stopping.stop(found, holder)
-    output.show(stopping.outcome(found))
-    return 0
+    from autoglm_resume.cli import several
+    from autoglm_resume.control import stopping
+    from autoglm_resume.supervise.base.run_directory import RunDirectory
+
+    found = several.living(runs or (), "stop", sure=yes)
+    with ExitStack() as held:
+        ending = []
+
+        def ask(run: RunDirectory) -> None:
+            holder = run.holder()
+            if holder is None:
+                output.show(f"{run.path}: not running")
+            else:
+                ending.append((run, held.enter_context(stopping.asked(run, holder))))
+
+        code = several.each(found, ask)
+        for run, process in ending:
+            stopping.wait(process)
+            output.show(stopping.outcome(run))
+    return code

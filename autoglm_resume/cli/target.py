@@ -1,7 +1,8 @@
-"""Which run, or which checkpoint, a person means."""
+"""Which run, which runs, or which checkpoint a person means."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,14 +23,17 @@ MOST_NAMED = 10
 
 
 def run(given: str | None, *, acts: bool = False) -> RunDirectory:
-    """A run directory, the run of a job file, or, unnamed, the newest run from here.
+    """A run directory, the run of a job file or of a name, or, unnamed, the newest run from here.
 
     That is one in ./runs, or one that was started from the working directory or below; a command
-    that `acts` on a run takes the latter only where no other run lives. Raises UsageError if there
-    is none, or one has to be named.
+    that `acts` on a run takes it only where no other of them lives. Raises UsageError if there is
+    none, or one has to be named.
     """
     if given is None:
-        return _unnamed(acts=acts)
+        candidates = from_here()
+        if acts and any(lives(candidates[1:])):
+            raise ambiguous(candidates, "and not only the newest is running")
+        return _first(candidates)
     path = Path(given)
     if (of := job(given)) is not None:
         found = RunDirectory(Path(of.run_dir))
@@ -42,9 +46,11 @@ def run(given: str | None, *, acts: bool = False) -> RunDirectory:
     found = RunDirectory(path.absolute())
     if found.exists:
         return found
+    if (named := _named(given)) is not None:
+        return named
     if not path.exists():
         raise UsageError(
-            f"{given}: no such run directory or job file",
+            f"{given}: no such run, run directory or job file",
             hint="`autoglm runs` lists all runs that you started",
         )
     raise UsageError(
@@ -73,7 +79,8 @@ def checkpoints(given: str | None, *, acts: bool = False) -> Path:
     """Where the checkpoints are that `given` means; a path that is no job file means itself."""
     if given is None or given.endswith((".yaml", ".yml")):
         return run(given, acts=acts).path
-    return Path(given)
+    named = None if Path(given).exists() else _named(given)
+    return named.path if named is not None else Path(given)
 
 
 def to_import_into(given: str) -> tuple[Store, RunDirectory | None]:
@@ -108,81 +115,101 @@ def to_import_into(given: str) -> tuple[Store, RunDirectory | None]:
     return Store(path), None
 
 
-def _unnamed(*, acts: bool) -> RunDirectory:
+def from_here() -> list[RunDirectory]:
+    """The runs in ./runs and those that were started from here or lie here, the newest first.
+
+    Raises UsageError if there is none.
+    """
     here = runs(Path(RUNS))
     paths = {run.path.resolve(): run for run in here}
     listed = run_list.read()
-    elsewhere, silent = _present([run for run in listed if run.path not in paths])
-    if here:
-        starts = {run.path: run.started for run in listed}
-        begun = max(starts.get(path, _last_active(run)) for path, run in paths.items())
-        if not elsewhere or begun >= elsewhere[0].started:
-            return here[0]
-    if not elsewhere:
+    elsewhere = _present([run for run in listed if run.path not in paths])
+    if not here and not elsewhere:
         raise UsageError(
             f"{Path.cwd()}: no run there: none in ./{RUNS}, none that was started from here",
             hint="name a run directory or a job file, or start one with: autoglm run JOB.yaml; "
             "`autoglm runs` lists those started elsewhere",
         )
-    others = [*(run.path for run in elsewhere[1:]), *(run.path for run in here)]
-    if acts and _any_lives(others):
-        raise _ambiguous([elsewhere[0].path, *others])
-    newest = elsewhere[0]
-    if newest in silent:
-        raise AutoglmError(
-            f"{newest.path}: no answer within {bounded.PATIENCE:.0f} s; is its file system there?",
-            hint="`autoglm runs` lists the others",
-        )
-    output.say(f"the {'' if acts else 'newest '}run from here: {_near(newest.path)}")
-    return RunDirectory(newest.path)
+    starts = {run.path: run.started for run in listed}
+    begun = max((starts.get(path, _last_active(run)) for path, run in paths.items()), default=0.0)
+    others = [RunDirectory(run.path) for run in elsewhere]
+    in_front = bool(elsewhere) and (not here or elsewhere[0].started > begun)
+    return [*others, *here] if in_front else [*here, *others]
 
 
-def _present(listed: Sequence[ListedRun]) -> tuple[list[ListedRun], list[ListedRun]]:
-    """(those of the working directory that are not gone, those of them that do not answer)."""
+def _first(found: Sequence[RunDirectory]) -> RunDirectory:
+    """The newest of those from here, saying which it is where that is not plain to see."""
+    newest = found[0]
+    if newest.path.parent != Path(RUNS).absolute():
+        if 0 not in bounded.ask(_is_there, [newest]):
+            raise AutoglmError(
+                f"{newest.path}: no answer within {bounded.PATIENCE:.0f} s; is its file system "
+                "there?",
+                hint="`autoglm runs` lists the others",
+            )
+        output.say(f"the newest run from here: {output.near(newest.path)}")
+    return newest
+
+
+def _named(name: str) -> RunDirectory | None:
+    """The run that is called so in ./runs or by `autoglm runs`, those from here first.
+
+    None if there is none. Raises UsageError if there are several.
+    """
+    if "/" in name:
+        return None
+    here = RunDirectory(Path(RUNS, name).absolute())
+    if here.exists:
+        return here
+    listed = [run for run in run_list.read() if run.name == name]
+    there = bounded.ask(_is_there, [RunDirectory(run.path) for run in listed])
+    called = [run for number, run in enumerate(listed) if there.get(number, True)]
+    near = [run for run in called if run.is_of(Path.cwd())] or called
+    if len(near) > 1:
+        raise ambiguous([RunDirectory(run.path) for run in near], f"all of them are called {name}")
+    return RunDirectory(near[0].path) if near else None
+
+
+def _present(listed: Sequence[ListedRun]) -> list[ListedRun]:
+    """Those of the working directory that are not gone, also where they do not answer."""
     with suppress(FileNotFoundError):  # nothing was started from a directory that is gone
         cwd = Path.cwd()
         listed = [run for run in listed if run.is_of(cwd)]
-        there = bounded.ask(_is_there, listed)
+        there = bounded.ask(_is_there, [RunDirectory(run.path) for run in listed])
         for number, run in enumerate(listed):
             if there.get(number) is False:
                 run_list.forget(run)
-        present = [run for number, run in enumerate(listed) if there.get(number) is not False]
-        return present, [run for number, run in enumerate(listed) if number not in there]
-    return [], []
+        return [run for number, run in enumerate(listed) if there.get(number) is not False]
+    return []
 
 
-def _any_lives(runs: Sequence[Path]) -> bool:
-    """Whether a supervisor has one of them; of one that does not answer it must be supposed."""
-    found = bounded.ask(_lives, runs)
-    return any(found.get(number, True) for number in range(len(runs)))
+def lives(runs: Sequence[RunDirectory]) -> list[bool]:
+    """Whether a supervisor has each; of one that does not answer it must be supposed."""
+    found = bounded.ask(lambda run: run.holder() is not None, runs)
+    return [found.get(number, True) for number in range(len(runs))]
 
 
-def _lives(run: Path) -> bool:
-    return RunDirectory(run).holder() is not None
-
-
-def _is_there(run: ListedRun) -> bool:
-    try:
-        return RunDirectory(run.path).exists
-    except OSError:  # whoever reads it will hear what is wrong
-        return True
-
-
-def _ambiguous(candidates: Sequence[Path]) -> UsageError:
-    named = "".join(f"\n  {_near(path)}" for path in candidates[:MOST_NAMED])
+def ambiguous(candidates: Sequence[RunDirectory], why: str) -> UsageError:
+    """To be raised where a person has to say which of `candidates` is meant."""
+    named = "".join(f"\n  {shown(run)}" for run in candidates[:MOST_NAMED])
     more = len(candidates) - MOST_NAMED
     rest = f"\n  and {more} more, see: autoglm runs" if more > 0 else ""
     return UsageError(
-        f"expected the name of a run, because {len(candidates)} are from here, and not only the "
-        f"newest may be running:{named}{rest}",
+        f"expected the name of a run, because there are {len(candidates)}, {why}:{named}{rest}",
         hint="name the one that is meant",
     )
 
 
-def _near(path: Path) -> str:
-    """As short as it can be typed from here."""
-    cwd = Path.cwd()
-    return str(path.relative_to(cwd)) if path.is_relative_to(cwd) else str(path)
+def shown(run: RunDirectory) -> str:
+    """Its directory, to be pasted into a shell here."""
+    return shlex.quote(str(output.near(run.path)))
+
+
+def _is_there(run: RunDirectory) -> bool:
+    try:
+        return run.exists
+    except OSError:  # whoever reads it will hear what is wrong
+        return True
 
 
 def runs(directory: Path) -> list[RunDirectory]:

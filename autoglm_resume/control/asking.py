@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from autoglm_resume import output
 from autoglm_resume.errors import AutoglmError, UsageError
 from autoglm_resume.locks import Holder
 from autoglm_resume.supervise.base.run_directory import RunDirectory
@@ -25,7 +26,7 @@ def supervisor(run: RunDirectory, holder: Holder, command: str) -> Iterator[int 
         raise UsageError(
             f"{run.path}: its supervisor is process {holder.pid} on {holder.host}, "
             f"this is {socket.gethostname()}",
-            hint=f"run it there: autoglm {command} {run.path}",
+            hint=f"run it there: {output.command(command, run.path)}",
         )
     try:
         process = os.pidfd_open(holder.pid)

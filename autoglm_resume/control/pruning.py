@@ -31,7 +31,8 @@ def rules(target: Inspected, asked: KeepRules | None = None) -> KeepRules:
     if keep is None:
         raise UsageError(
             f"{target.store.root}: no run beside these checkpoints says which to keep",
-            hint=f"say it, as in a job file: autoglm prune {target.store.root} --keep 3",
+            hint="say it, as in a job file: "
+            + output.command("prune", target.store.root, "--keep", 3),
         )
     return keep
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+from collections.abc import Iterator
 
 from autoglm_resume.control.asking import send, supervisor
 from autoglm_resume.locks import Holder
@@ -11,16 +13,23 @@ from autoglm_resume.observe.pure.goodput import summarize
 from autoglm_resume.supervise.base.run_directory import RunDirectory
 
 
-def stop(run: RunDirectory, holder: Holder) -> None:
-    """Send SIGTERM to the supervisor `holder`, and return when it has ended.
+@contextlib.contextmanager
+def asked(run: RunDirectory, holder: Holder) -> Iterator[int | None]:
+    """Send SIGTERM to the supervisor `holder`; yields its pidfd, None if it has ended already.
 
     Raises UsageError if it is on another host, AutoglmError if it is not ours to signal.
     """
     with supervisor(run, holder, "stop") as process:
         if process is not None:
             send(process, signal.SIGTERM)
-            with Waiting("saving and stopping") as waiting:
-                waiting.until(process)
+        yield process
+
+
+def wait(process: int | None) -> None:
+    """Return when a supervisor has ended that was `asked` to stop."""
+    if process is not None:
+        with Waiting("saving and stopping") as waiting:
+            waiting.until(process)
 
 
 def outcome(run: RunDirectory) -> str:

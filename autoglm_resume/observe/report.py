@@ -31,6 +31,8 @@ def afterwards(run_dir: Path, screen: Screen, *, json: bool) -> Iterator[None]:
         output.hurry()
     summary = summarize(journal.read(Path(run_dir) / "events.jsonl"))
     show(summary, sys.stdout, json=json)
+    if summary.state == "interrupted":
+        output.say(f"continue with: {output.command('resume', output.near(Path(run_dir)))}")
 
 
 def show(summary: Summary, stream: TextIO, *, json: bool = False) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autoglm_resume import output
 from autoglm_resume.checkpoint.format.ids import Branch, step_of
 from autoglm_resume.checkpoint.storage import storage
 from autoglm_resume.checkpoint.store.commit import whole
@@ -221,7 +222,8 @@ def _kept_if_refused(
             _journal(run, kept)
             if beyond is not None:
                 return f"{run.path}: the run keeps the job that it had, and is finished"
-            return f"{run.path}: the run keeps the job that it had: autoglm resume goes on with it"
+            on = output.command("resume", run.path)
+            return f"{run.path}: the run keeps the job that it had: {on} goes on with it"
     return ""
 
 
@@ -317,5 +319,5 @@ def _require_step(store: Store, step: int, branches: Iterable[Branch]) -> None:
     raise UsageError(
         f"{store.root}: no checkpoint of step {step}; "
         + (f"{which} steps {steps}" if there else "there is none at all"),
-        hint="`autoglm ckpts` says more about each" if there else "",
+        hint=f"{output.command('ckpts', store.root)} says more about each" if there else "",
     )

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import autoglm_resume
-from autoglm_resume import events, linux
+from autoglm_resume import events, linux, output
 from autoglm_resume.cluster import slurm
 from autoglm_resume.errors import (
     AutoglmError,
@@ -157,7 +157,8 @@ class Supervisor:
             reason = f"{error.filename or self._run.path}: {error.strerror}"
             self._tell(events.RunFailed(code=AutoglmError.exit_code, reason=reason))
             raise AutoglmError(
-                reason, hint="autoglm resume continues when that is mended"
+                reason,
+                hint=f"{output.command('resume', self._run.path)} continues when that is mended",
             ) from error
         finally:
             if self._limit is not None:

@@ -97,11 +97,7 @@ def test_a_run_is_found_where_it_was_started_from_or_lies_and_not_elsewhere(
     assert target.run(None).path == run
     assert target.run(None, acts=True).path == run
     assert target.checkpoints(None) == run
-    assert capsys.readouterr().err == (
-        "autoglm: the newest run from here: jobs/runs/a\n"
-        "autoglm: the run from here: jobs/runs/a\n"
-        "autoglm: the newest run from here: jobs/runs/a\n"
-    )
+    assert capsys.readouterr().err == ("autoglm: the newest run from here: jobs/runs/a\n" * 3)
     for place in (tmp_path, run.parents[2], run):
         monkeypatch.chdir(place)
         assert target.run(None).path == run
@@ -119,7 +115,7 @@ def test_to_look_at_the_newest_is_no_guess_but_to_act_on_it_is(
     assert target.run(None).path == b
     assert str(b) in capsys.readouterr().err
     assert target.run(None, acts=True).path == b, "the other one is over"
-    named = f"may be running:\n  {b}\n  jobs/runs/a"
+    named = f"not only the newest is running:\n  {b}\n  jobs/runs/a"
     with RunDirectory(a).locked(), pytest.raises(UsageError, match=named) as refused:
         target.run(None, acts=True)
     assert refused.value.exit_code == 2
@@ -151,6 +147,37 @@ def test_the_runs_of_the_directory_itself_come_first(
     named = "jobs/runs/a\n  runs/new\n  runs/old"
     with RunDirectory(old).locked(), pytest.raises(UsageError, match=named):
         target.run(None, acts=True)
+    shutil.rmtree(elsewhere)
+    with RunDirectory(old).locked(), pytest.raises(UsageError, match="runs/new\n  runs/old"):
+        target.run(None, acts=True)
+
+
+def test_a_name_that_autoglm_runs_shows_is_a_run(started: Started, tmp_path: Path) -> None:
+    run = started("jobs/runs/a")
+    assert target.run("a").path == run
+    assert target.checkpoints("a") == run
+    with pytest.raises(UsageError, match="b: no such run"):
+        target.run("b")
+    shutil.rmtree(run)
+    with pytest.raises(UsageError, match="a: no such run"):
+        target.run("a")
+
+
+def test_of_several_of_one_name_the_one_from_here_is_meant_and_no_other_is_guessed(
+    started: Started, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far = started("../far/runs/a").resolve()
+    near = started("jobs/runs/a")
+    monkeypatch.chdir(tmp_path / "here" / "jobs")
+    assert target.run("a").path == near
+    monkeypatch.chdir(tmp_path / "state")
+    with pytest.raises(UsageError, match=f"called a:\n  {near}\n  {far}"):
+        target.run("a")
+
+
+def test_what_is_to_be_pasted_is_short_and_quoted(tmp_path: Path) -> None:
+    assert target.shown(RunDirectory(Path.cwd() / "my runs" / "a")) == "'my runs/a'"
+    assert target.shown(RunDirectory(tmp_path / "a")) == str(tmp_path / "a")
 
 
 def test_a_link_in_place_of_runs_makes_no_run_two(started: Started, tmp_path: Path) -> None:

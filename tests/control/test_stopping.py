@@ -41,15 +41,20 @@ def test_the_supervisor_gets_sigterm_and_is_waited_for(tmp_path: Path) -> None:
     supervisor = held(run.path)
     holder = run.holder()
     assert holder
-    stopping.stop(run, holder)
+    with stopping.asked(run, holder) as process:
+        stopping.wait(process)
     supervisor.join(PATIENCE)
     assert supervisor.exitcode == 75
     assert run.holder() is None
 
 
 def test_a_run_of_another_host_cannot_be_stopped_here(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="elsewhere"):
-        stopping.stop(RunDirectory(tmp_path), Holder(os.getpid(), "elsewhere", 0.0))
+    there = Holder(os.getpid(), "elsewhere", 0.0)
+    with (
+        pytest.raises(UsageError, match="elsewhere"),
+        stopping.asked(RunDirectory(tmp_path), there),
+    ):
+        pass
 
 
 def test_a_number_that_another_process_has_now_is_never_signalled(tmp_path: Path) -> None:
@@ -59,11 +64,12 @@ def test_a_number_that_another_process_has_now_is_never_signalled(tmp_path: Path
     assert holder
     # This very process: were it signalled, the tests would end here.
     stale = Holder(os.getpid(), holder.host, 0.0)
-    with pytest.raises(AutoglmError, match="just starting"):
-        stopping.stop(run, stale)
+    with pytest.raises(AutoglmError, match="just starting"), stopping.asked(run, stale):
+        pass
     supervisor.terminate()
     supervisor.join(PATIENCE)
-    stopping.stop(run, stale)
+    with stopping.asked(run, stale) as process:
+        assert process is None
 
 
 def test_a_supervisor_that_is_gone_already_is_no_error(tmp_path: Path) -> None:
@@ -71,7 +77,9 @@ def test_a_supervisor_that_is_gone_already_is_no_error(tmp_path: Path) -> None:
     process.start()
     process.join(PATIENCE)
     assert process.pid
-    stopping.stop(RunDirectory(tmp_path), Holder(process.pid, os.uname().nodename, 0.0))
+    gone = Holder(process.pid, os.uname().nodename, 0.0)
+    with stopping.asked(RunDirectory(tmp_path), gone) as found:
+        stopping.wait(found)
 
 
 def test_the_outcome_says_what_is_saved(tmp_path: Path) -> None:

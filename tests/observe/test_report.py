@@ -79,6 +79,16 @@ def test_the_report_comes_after_the_run(tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out.startswith("training\n\nTimeline of demo")
 
 
+def test_after_an_interrupted_run_the_command_that_continues_it_can_be_pasted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    events = Script().life().attempt(0).say("run_interrupted", code=75, reason="stopped").events
+    run = directory(tmp_path / "my demo", events)
+    with report.afterwards(run, Screen(), json=False):
+        pass
+    assert capsys.readouterr().err == f"autoglm: continue with: autoglm resume '{run}'\n"
+
+
 def test_a_run_that_could_not_start_has_no_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,6 +74,9 @@ def message(event: Event, before: Context) -> Message | None:
             return _message("paused", sentence(event) or "paused", event, before)
         case events.Straggler():
             return _message("straggler", sentence(event) or "a rank is slow", event, before)
+        case events.RunInterrupted():
+            what = f"{sentence(event)}; continue with: {_resume(before)}"
+            return _message("interrupted", what, event, before)
         case _ if type(event) in ENDS:
             return _message(ENDS[type(event)], sentence(event) or event.event, event, before)
         case _:
@@ -85,7 +89,7 @@ def died(context: Context, now: float) -> Message | None:
         return None
     saved = context.checkpoint
     goes_on = "the beginning" if saved is None else f"step {saved}"
-    text = f"its supervisor died; `autoglm resume` continues from {goes_on}"
+    text = f"its supervisor died; `{_resume(context)}` continues from {goes_on}"
     return _message("died", text, events.Unknown(time=now, said={}), context)
 
 
@@ -110,6 +114,10 @@ def after(event: Event, before: Context) -> Context:
             return replace(before, ended=True)
         case _:
             return before
+
+
+def _resume(context: Context) -> str:
+    return shlex.join(["autoglm", "resume", context.run])
 
 
 def _message(on: str, what: str, event: Event, context: Context) -> Message:

@@ -145,7 +145,7 @@ def _of_the_run(event: Event) -> str:
             at = "" if step == -1 else f" at step {_or_unknown(step)}"
             return f"run completed{at} in {seconds(event.seconds)}"
         case events.RunInterrupted(reason=reason):
-            return f"interrupted: {reason or 'asked to stop'}; continue with: autoglm resume"
+            return f"interrupted: {reason or 'asked to stop'}"
         case events.RunFailed(reason=reason, hint=hint):
             text = f"run failed: {short(reason or '?')}"
             return f"{text} (hint: {hint})" if hint else text

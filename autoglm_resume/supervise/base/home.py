@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+from autoglm_resume import output
 from autoglm_resume.errors import UsageError
 from autoglm_resume.events import RunStarted
 from autoglm_resume.protocol.relocation import home_of, same
@@ -48,8 +49,9 @@ def require_own(run: RunDirectory, checkpoints: Path) -> None:
     raise UsageError(
         f"{checkpoints}: expected checkpoints of {run.path}, or none, found those of the run in"
         f" {directory}",
-        hint="give each job a checkpoint.dir of its own; or go on with that run: autoglm resume"
-        f" {directory}; or, to go on from there as another run, move that directory away",
+        hint="give each job a checkpoint.dir of its own; or go on with that run: "
+        f"{output.command('resume', directory)}; or, to go on from there as another run, move that"
+        " directory away",
     )
 
 
@@ -65,7 +67,7 @@ def left(run: RunDirectory) -> Path | None:
     if (own := _id(run)) and _id(RunDirectory(home)) == own:
         raise UsageError(
             f"{run.path}: this is a copy of the run in {home}, which is still there",
-            hint=f"continue that one: autoglm resume {home}; or move it away first",
+            hint=f"continue that one: {output.command('resume', home)}; or move it away first",
         )
     checkpoints(run)
     return home

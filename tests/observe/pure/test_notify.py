@@ -78,7 +78,7 @@ def test_a_recovery_counts_from_the_first_of_several_failures() -> None:
         (
             {"event": "run_interrupted", "code": 75, "reason": "stopped"},
             "interrupted",
-            "demo on node-7: interrupted: stopped; continue with: autoglm resume",
+            "demo on node-7: interrupted: stopped; continue with: autoglm resume /runs/demo",
         ),
     ],
 )
@@ -102,7 +102,10 @@ def test_a_supervisor_that_is_gone_is_told_with_where_it_goes_on() -> None:
     _, context = told(Script().life().attempt(0).save(0, 40).events)
     last = died(context, 12.0)
     assert last
-    text = "demo on node-7: its supervisor died; `autoglm resume` continues from step 40 (step 40)"
+    text = (
+        "demo on node-7: its supervisor died; `autoglm resume /runs/demo` continues from step 40"
+        " (step 40)"
+    )
     assert (last.body["text"], last.body["time"]) == (text, 12.0)
 
 
