@@ -28,7 +28,7 @@ from autoglm_resume.cli import (
     verify,
 )
 from autoglm_resume.cli.guard import guarded
-from autoglm_resume.cli.light import Command, CommandGroup
+from autoglm_resume.cli.light import Command, CommandGroup, PassingCommand
 
 app = typer.Typer(
     name="autoglm",
@@ -77,7 +77,7 @@ _inspect.command(
 _slurm = typer.Typer(cls=CommandGroup, help="Run a job under Slurm.", no_args_is_help=True)
 _slurm.command("submit", cls=Command, epilog=slurm.EXAMPLES)(guarded(slurm.submit))
 
-app.command("run", cls=Command, epilog=run.EXAMPLES)(guarded(run.run))
+app.command("run", cls=PassingCommand, epilog=run.EXAMPLES)(guarded(run.run))
 app.command("resume", cls=Command, epilog=resume.EXAMPLES)(guarded(resume.resume))
 app.command("status", cls=Command, epilog=status.EXAMPLES)(guarded(status.status))
 app.command("runs", cls=Command, epilog=runs.EXAMPLES)(guarded(runs.runs))

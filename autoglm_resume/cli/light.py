@@ -20,6 +20,24 @@ class Command(TyperCommand):
         return _false_by_default(super().get_help_option(ctx))
 
 
+REST = "autoglm.rest"
+"""Where the context of a `PassingCommand` has what stood behind `--`."""
+
+
+class PassingCommand(Command):
+    """A command that passes on what stands behind `--`, and only that."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """All else as ever."""
+        at = args.index("--") if "--" in args else len(args)
+        ctx.meta[REST] = args[at + 1 :]
+        return super().parse_args(ctx, args[:at])
+
+    def collect_usage_pieces(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        """`[-- ARGUMENTS]`."""
+        return [*super().collect_usage_pieces(ctx), "[-- ARGUMENTS]"]
+
+
 class CommandGroup(TyperGroup):
     """A group of commands that imports nothing for its flags."""
 

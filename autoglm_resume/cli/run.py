@@ -12,6 +12,8 @@ EXAMPLES = """
 Examples:
   autoglm run job.yaml
   autoglm run job.yaml --set checkpoint.every.steps=50 --set nproc_per_node=2
+  autoglm run job.yaml -- --lr 0.1
+  autoglm run train.py -- --lr 0.1
   autoglm run job.yaml --dry-run
   autoglm run job.yaml --drill kill:rank=1,step=30
   autoglm run job.yaml --drill random:seed=7,every=20s
@@ -19,10 +21,21 @@ Examples:
 
 
 def run(
-    job_file: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")],
+    context: typer.Context,
+    job_file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="JOB.yaml",
+            help="The job file; or the script alone, which then runs from here as train.py does.",
+        ),
+    ],
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a field; repeatable."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Override a field (args.1=0.2: in a list); repeatable.",
+        ),
     ] = None,
     drills: Annotated[
         list[str] | None,
@@ -42,13 +55,17 @@ def run(
         bool, typer.Option("--json", help="End with one JSON document on standard output.")
     ] = False,
 ) -> int:
-    """Train: start the job, or continue it where it stopped."""
+    """Train: start the job, or continue it where it stopped.
+
+    What stands behind -- is given to the script, behind the arguments that the job has.
+    """
+    from autoglm_resume.cli.light import REST
     from autoglm_resume.job.load import load
     from autoglm_resume.observe import plan, report
     from autoglm_resume.observe.live import Screen
     from autoglm_resume.supervise import start
 
-    job = load(job_file, overrides or ())
+    job = load(job_file, overrides or (), context.meta[REST])
     if dry_run:
         return plan.show(start.plan(job, fresh=fresh, drills=drills or ()), json=json)
     screen = Screen(job.logs.console, json=json)

@@ -35,7 +35,7 @@ def run(given: str | None, *, acts: bool = False) -> RunDirectory:
             raise ambiguous(candidates, "and not only the newest is running")
         return _first(candidates)
     path = Path(given)
-    if (of := job(given)) is not None:
+    if (of := _job_of(path)) is not None:
         found = RunDirectory(Path(of.run_dir))
         if not found.exists:
             raise UsageError(
@@ -60,12 +60,19 @@ def run(given: str | None, *, acts: bool = False) -> RunDirectory:
 
 
 def job(given: str | None) -> Job | None:
-    """That of the job file that is given, if it is one. Raises UsageError."""
-    if given is None or not given.endswith((".yaml", ".yml")) or not Path(given).is_file():
+    """That of the job file that is given, if it is one. Raises UsageError.
+
+    A script says where its run is, and not with which arguments.
+    """
+    return None if given is None or given.endswith(".py") else _job_of(Path(given))
+
+
+def _job_of(path: Path) -> Job | None:
+    if path.suffix not in (".yaml", ".yml", ".py") or not path.is_file():
         return None
     from autoglm_resume.job.load import load
 
-    return load(given)
+    return load(path)
 
 
 def runs_in(given: str | None) -> list[RunDirectory]:

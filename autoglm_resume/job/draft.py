@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -69,8 +70,15 @@ class Draft:
             raise UsageError(f"{start}: expected a mapping of keys such as `script: train.py`")
         self.data = _Conversion(self, self.source).mapping(node, ())
 
+    def take_script(self, path: Path) -> None:
+        """Make the job that runs this script."""
+        self.data = {"script": str(path.absolute()).replace("$", "$$")}
+        self.places[()] = Location((1, 1), self.source, self.source)
+
     def override(self, text: str, label: str = "") -> None:
-        """Apply `KEY.KEY=VALUE`, the value read as YAML; `label` says whose it is in refusals."""
+        """Apply `KEY.KEY=VALUE`, the value read as YAML; a number is a place in a list, and the one
+        behind its last appends. `label` says whose it is in refusals.
+        """
         label = label or f"--set {text}"
         self.overrides += 1
         order = (sys.maxsize, self.overrides)
@@ -84,16 +92,53 @@ class Draft:
         except UsageError as error:
             self.problems[error.message] = order
             return
+        at = self._holder(keys, Location(order, label, label))
+        if at is not None:
+            holder, place = at
+            found = _Conversion(self, None).value(node, place) if node else None
+            if isinstance(holder, list) and place[-1] == len(holder):
+                holder.append(found)
+            else:
+                holder[place[-1]] = found
+
+    def append_arguments(self, arguments: Sequence[str]) -> None:
+        """Give the script these, behind its `args`."""
+        given = self.data.get("args")
+        if given is None:
+            given = self.data["args"] = []
+        for argument in arguments if isinstance(given, list) else ():
+            where = f"-- {argument}"
+            self.places["args", len(given)] = Location((sys.maxsize, sys.maxsize), where, where)
+            given.append(argument)
+
+    def _holder(self, words: Sequence[str], location: Location) -> tuple[Any, Keys] | None:
+        """What the value at these keys is to be put into, made if need be, and where it is then;
+        a number is a place in a list. None where there is no such place, which is noted.
+        """
+        inner: Any = self.data
+        keys: Keys = ()
+        for word in words:
+            if keys and not isinstance(inner[keys[-1]], dict | list):
+                inner[keys[-1]] = {}
+                self.places[keys] = location
+            inner = inner[keys[-1]] if keys else inner
+            if not isinstance(inner, list):
+                inner.setdefault(word, None)
+                keys = (*keys, word)
+                continue
+            last = len(words) == len(keys) + 1
+            if not (word.isdecimal() and int(word) < len(inner) + last):
+                counted = f"0 to {len(inner) - 1}" if inner else "none"
+                self.problems[
+                    f"{location.key}: {'.'.join(map(str, keys))} is a list: expected the number of "
+                    f"one of its entries ({counted}), found {word!r}"
+                ] = location.order
+                return None
+            keys = (*keys, int(word))
         for place in [place for place in self.places if place[: len(keys)] == keys]:
             del self.places[place]
-        self.places[keys] = Location(order, label, label)
-        inner = self.data
-        for n, key in enumerate(keys[:-1], start=1):
-            if not isinstance(inner.get(key), dict):
-                inner[key] = {}
-                self.places[keys[:n]] = self.places[keys]
-            inner = inner[key]
-        inner[keys[-1]] = _Conversion(self, None).value(node, keys) if node else None
+        self.places[keys] = location
+        return inner, keys
 
 
 def similar_file(path: Path) -> str:

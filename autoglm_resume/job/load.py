@@ -26,19 +26,27 @@ T = TypeVar("T")
 _SECTIONS: Final = sections()
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Job:
-    """The job in the file `path` with `overrides` such as `checkpoint.every.steps=50` applied.
+def load(path: str | Path, overrides: Sequence[str] = (), arguments: Sequence[str] = ()) -> Job:
+    """The job in the file `path` with `overrides` such as `checkpoint.every.steps=50` applied, and
+    its script given the further `arguments`.
 
-    Its paths are absolute. Raises UsageError with one line per problem, all of them at once.
+    A Python script is the job that has it for `script`, and everything else by default; it runs
+    where this is called, and has its runs there. Paths are absolute. Raises UsageError with one
+    line per problem, all of them at once.
     """
     file = Path(path)
-    draft = Draft(str(path))
-    draft.read_file(file)
+    draft, home = Draft(str(path)), file.parent.resolve()
+    if file.suffix == ".py":
+        draft.take_script(file)
+        home = Path.cwd()
+    else:
+        draft.read_file(file)
     for override in overrides:
         draft.override(override)
     if draft.data.get("name") is None:
         draft.data["name"] = file.stem
-    Paths(draft, file.parent.resolve()).check()
+    Paths(draft, home).check()
+    draft.append_arguments(arguments)
     return _validated(draft)
 
 
