@@ -20,6 +20,14 @@ LARGEST_FILE: Final = 1 << 20
 MOST_VALUES: Final = 10_000
 DEEPEST: Final = 20
 
+HINTS: Final = {
+    "unknown key": "`autoglm schema` prints every key.",
+    "is not set": "a default for a variable: ${NAME:-default}; a $ that begins none: $$",
+}
+ASIDE: Final = "x-"
+"""So begin keys beside those of a job: a place for what aliases stand for."""
+_MERGE: Final = "tag:yaml.org,2002:merge"
+
 # Where a number stands for its text: `007` and `1.50` are passed on as they were written.
 _TEXTS: Final = ("name", "args", "env")
 
@@ -45,11 +53,8 @@ class Draft:
 
     def refusal(self) -> UsageError:
         lines = sorted(self.problems, key=lambda line: self.problems[line])
-        unknown = any("unknown key" in line for line in lines)
-        return UsageError(
-            "\n".join(lines),
-            hint="`autoglm schema` prints every key." if unknown else "",
-        )
+        hint = next((HINTS[what] for what in HINTS if any(what in line for line in lines)), "")
+        return UsageError("\n".join(lines), hint=hint)
 
     def refuse(self, keys: Keys, what: str, *, at_key: bool = False) -> None:
         """Note that `what` is wrong with the value at `keys`, or with its key."""
@@ -225,17 +230,34 @@ class _Conversion:
 
     def mapping(self, node: yaml.MappingNode, keys: Keys) -> dict[str, Any]:
         result: dict[str, Any] = {}
+        given: set[str] = set()
         for key, value in node.value:
+            if key.tag == _MERGE:
+                result = {**self._merged(value, keys), **result}
+        for key, value in node.value:
+            if key.tag == _MERGE:
+                continue
             if not isinstance(key, yaml.ScalarNode):
                 self.draft.refuse(keys, "expected every key to be a word")
                 continue
             inner = (*keys, key.value)
-            if key.value in result:
+            if key.value in given:
                 first = self.draft.places[inner].key
                 self._remember(key, value, inner)
                 self.draft.refuse(inner, f"given twice, first at {first}", at_key=True)
+            given.add(key.value)
             result[key.value] = self._entry(key, value, inner)
-        return result
+        return {key: value for key, value in result.items() if keys or not key.startswith(ASIDE)}
+
+    def _merged(self, node: yaml.Node, keys: Keys) -> dict[str, Any]:
+        """What stands for `<<`: a mapping, or several, of which the first counts most."""
+        found: dict[str, Any] = {}
+        for each in reversed(node.value) if isinstance(node, yaml.SequenceNode) else [node]:
+            value = self.value(each, keys) if isinstance(each, yaml.MappingNode) else None
+            if value is None:
+                self.draft.refuse(keys, "<<: expected an alias of a mapping, or a list of them")
+            found.update(value or {})
+        return found
 
     def _entry(self, key: yaml.Node, value: yaml.Node, keys: Keys) -> Any:
         self._remember(key, value, keys)

@@ -2,8 +2,8 @@
 
 Each problem is one line, `job.yaml:12:3: checkpoint.evry: unknown key, did you mean 'every'?`, so
 that editors and people jump to it. Paths are relative to the directory of the job file, `script`
-to `workdir`; `~` and `$VARIABLES` in them are expanded, and `$$` is a `$`. What an override holds
-is read as if it stood in the file, paths included.
+to `workdir`; `~` and `$VARIABLES` are expanded in them, in `args` and in `env`, and `$$` is a `$`.
+What an override holds is read as if it stood in the file.
 """
 
 from __future__ import annotations

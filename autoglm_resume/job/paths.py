@@ -1,4 +1,7 @@
-"""The paths and modules of a job: made absolute, and found before anything starts."""
+"""The paths and modules of a job: made absolute, and found before anything starts.
+
+Variables in them, and in what the script is given, become what they are where the job is read.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,36 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from autoglm_resume.job.draft import Draft, Keys, similar_file
 
-_VARIABLE = re.compile(r"\$(?:\$|(\w+)|\{(\w+)\})")
+_VARIABLE = re.compile(r"\$(?:\$|([A-Za-z_]\w*)|\{([A-Za-z_]\w*)(?::-([^}]*))?\})")
+_HOME = re.compile(r"\A~(?=/|\Z)")
+_EXPANDED = ("script", "workdir", "run_dir", "args", "env", "checkpoint", "guards")
 
 
-def literal(path: str) -> str:
-    """`path` as a job file has to write it for it to mean itself."""
-    return path.replace("$", "$$")
+def literal(text: str) -> str:
+    """`text` as a job file has to write it, where variables are expanded, to mean itself."""
+    return text.replace("$", "$$")
+
+
+def as_written(dumped: Mapping[str, Any]) -> dict[str, Any]:
+    """A dumped job as a job file has to have it."""
+
+    def written(value: Any) -> Any:
+        if isinstance(value, str):
+            return literal(value)
+        if isinstance(value, list | tuple):
+            return [written(each) for each in value]
+        if isinstance(value, Mapping):
+            return {key: written(each) for key, each in value.items()}
+        return value
+
+    return {key: written(value) if key in _EXPANDED else value for key, value in dumped.items()}
 
 
 @dataclass
@@ -34,6 +54,8 @@ class Paths:
 
     def check(self) -> None:
         data, home = self.draft.data, self.home
+        for key in ("args", "env"):
+            self._texts(key)
         workdir = self._absolute(("workdir",), data, home, default=home)
         run_dir = self._absolute(
             ("run_dir",), data, home, default=home / "runs" / str(data["name"])
@@ -70,15 +92,35 @@ class Paths:
         return path
 
     def _expanded(self, keys: Keys, text: str) -> str | None:
-        names = [plain or braced for plain, braced in _VARIABLE.findall(text)]
-        for name in filter(None, names):  # none in `$$`
-            if name not in os.environ:
+        return self._replaced(keys, os.path.expanduser(text))  # noqa: PTH111
+
+    def _replaced(self, keys: Keys, text: str) -> str | None:
+        """With what `$NAME`, `${NAME}` and `${NAME:-default}` stand for, and `$` for `$$`."""
+
+        def value(found: re.Match[str]) -> str:
+            name = found[1] or found[2]
+            if not name:
+                return "$"
+            return os.environ.get(name) or found[3] or ""
+
+        for found in _VARIABLE.finditer(text):
+            name = found[1] or found[2]
+            if name and name not in os.environ and found[3] is None:
                 self.draft.refuse(keys, f"the variable {name} in {text!r} is not set")
                 return None
-        at_home = os.path.expanduser(text)  # noqa: PTH111
-        return _VARIABLE.sub(
-            lambda found: os.environ[found[1] or found[2]] if found.lastindex else "$", at_home
-        )
+        return _VARIABLE.sub(value, text)
+
+    def _texts(self, key: str) -> None:
+        """Expand what the script is given; `~` as a shell does, at the begin alone."""
+        holder: Any = self.draft.data.get(key)
+        members: list[tuple[Any, Any]] = []
+        if isinstance(holder, dict | list):
+            members = [*(holder.items() if isinstance(holder, dict) else enumerate(holder))]
+        for at, text in members:
+            if isinstance(text, str):
+                own = _HOME.sub(lambda _: os.path.expanduser("~"), text)  # noqa: PTH111
+                found = self._replaced((key, at), own)
+                holder[at] = text if found is None else found
 
     def _replicas(self, entries: Any) -> None:
         for n, entry in enumerate(entries if isinstance(entries, list) else ()):

@@ -21,6 +21,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from autoglm_resume.job import secret, units
 from autoglm_resume.job.answers import On, Window
 from autoglm_resume.job.checkpoint import Checkpoint
+from autoglm_resume.job.draft import ASIDE
 from autoglm_resume.job.fields import (
     Count,
     CountOrZero,
@@ -337,5 +338,6 @@ def json_schema() -> JsonSchemaValue:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **schema,
         "title": "autoglm job file",
+        "patternProperties": {f"^{ASIDE}": {}},
         "oneOf": [{"required": ["script"]}, {"required": ["module"]}],
     }

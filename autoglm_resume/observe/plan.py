@@ -7,6 +7,7 @@ import shlex
 import sys
 
 from autoglm_resume.events import Judged
+from autoglm_resume.job.paths import as_written
 from autoglm_resume.observe.pure.say import rejection, short
 from autoglm_resume.output import lines, printable
 from autoglm_resume.supervise.start import Plan
@@ -37,9 +38,10 @@ def as_text(plan: Plan) -> str:
     """The job is valid YAML; what follows stands in comments, so the whole is a job file."""
     import yaml
 
-    job = yaml.safe_dump(plan.job, sort_keys=False, allow_unicode=True)
+    written = as_written(plan.job)
+    job = yaml.safe_dump(written, sort_keys=False, allow_unicode=True)
     if lines(job) != job:  # it would do something to a terminal: escaped, it is the same YAML
-        job = yaml.safe_dump(plan.job, sort_keys=False)
+        job = yaml.safe_dump(written, sort_keys=False)
     comments = ["", "command of rank 0:", f"  {shlex.join(plan.command)}", "", "its environment:"]
     comments += [f"  {name}={shlex.quote(value)}" for name, value in plan.environment.items()]
     if plan.changes:

@@ -24,6 +24,7 @@ def test_the_schema_refuses_unknown_keys_and_demands_only_something_to_run() -> 
     assert schema["$schema"].startswith("https://json-schema.org/")
     assert all(table["additionalProperties"] is False for table in tables(schema))
     assert not any("required" in table for table in tables(schema))
+    assert schema["patternProperties"] == {"^x-": {}}
     assert schema["oneOf"] == [{"required": ["script"]}, {"required": ["module"]}]
 
 
