@@ -97,7 +97,7 @@ TRAITS: Mapping[Kind, Traits] = {
     ),
     Kind.EXCEPTION: Traits("an exception that no other class claims", of_code=True, like_gpu=True),
     Kind.CODE_ERROR: Traits(
-        "the code fails at the same place each time; running it again will not help",
+        "the code failed at the same place again, and no step came between",
         "the same error as before, without progress",
     ),
     Kind.LAUNCH: Traits("the script could not be imported or started", "the script did not start"),

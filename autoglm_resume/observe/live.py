@@ -11,9 +11,11 @@ import math
 import os
 import select
 import time
+from collections.abc import Sequence
 from typing import Literal
 
-from autoglm_resume.events import Event, GatePassed
+from autoglm_resume.events import AttemptEnded, DecisionMade, Event, GatePassed
+from autoglm_resume.observe.pure.held_tracebacks import HeldTracebacks, Lines
 from autoglm_resume.observe.pure.say import sentence
 from autoglm_resume.output import PIECE, printable
 
@@ -23,6 +25,10 @@ _PATIENCE = 200
 """Milliseconds to wait for a reader who has fallen behind."""
 _QUIET = 30.0
 """Seconds between status lines where there is no terminal."""
+_NAMED = 4
+"""Ranks that are named where all might be."""
+_LAST = ("give_up", "requeue")
+"""Decisions after which the run does not go on here."""
 
 _RESET, _ERASE = "\x1b[0m", "\r\x1b[2K"
 _RED, _GREEN, _YELLOW, _MAGENTA, _DIM = (f"\x1b[{n}m" for n in (31, 32, 33, 35, 2))
@@ -124,15 +130,30 @@ class Screen:
         self._out = self._err if json else Sink(out)
         self._status = ""
         self._shown = -_QUIET
+        self._held = HeldTracebacks()
+        self._failed: tuple[int, str, list[int]] | None = None
+        """Rank and traceback of the last failure, and who else raised: to be shown."""
+        self._seen = ""
+        """The last traceback that was shown."""
 
     def worker_line(self, rank: int, text: str | bytes) -> None:
         """One line that `rank` printed."""
         if self.console == "none" or (self.console == "rank0" and rank != 0):
             return
-        self._print(self._out, _from_rank(rank, text, self._out.colors))
+        line = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+        self._lines(self._held.take(rank, line, time.monotonic()))
+
+    def tick(self) -> None:
+        """A moment has passed."""
+        self._lines(self._held.due(time.monotonic()))
 
     def event(self, event: Event) -> None:
         """What an event means to a person, if anything."""
+        match event:
+            case DecisionMade(action=action) if action not in _LAST:
+                self._show_failed()
+            case AttemptEnded():
+                self._lines(self._held.all())
         text = sentence(event)
         if text is None:
             return
@@ -150,8 +171,29 @@ class Screen:
             self._print(self._err, f"autoglm: {printable(line)}\n")
 
     def traceback(self, rank: int, text: str) -> None:
-        """What the first rank to fail recorded."""
-        self._print(self._err, f"autoglm: rank {rank} failed first:\n")
+        """What the first rank to fail recorded: shown when it is known whether the run goes on.
+
+        If it does not, `last` shows it.
+        """
+        left, raised = self._held.without(text)
+        self._lines(left)
+        self._failed = rank, text, [other for other in raised if other != rank]
+
+    def last(self) -> None:
+        """Show what people are to find at the end: why the run has failed."""
+        self._seen = ""
+        self._show_failed()
+
+    def _show_failed(self) -> None:
+        if self._failed is None:
+            return
+        (rank, text, others), self._failed = self._failed, None
+        if text == self._seen:
+            self._print(self._err, f"autoglm: rank {rank} failed first, with the same traceback\n")
+            return
+        self._seen = text
+        logs = f"; what {_ranks(others)} raised is in the logs" if others else ""
+        self._print(self._err, f"autoglm: rank {rank} failed first{logs}:\n")
         for line in text.rstrip("\n").split("\n"):
             self._print(self._err, _from_rank(rank, line, self._err.colors))
 
@@ -187,9 +229,14 @@ class Screen:
 
     def close(self) -> None:
         """Remove the live line; what follows is printed as usual."""
+        self._lines(self._held.all())
         if self._status:
             self._err.write(_ERASE)
             self._status = ""
+
+    def _lines(self, lines: Lines) -> None:
+        for rank, line in lines:
+            self._print(self._out, _from_rank(rank, line, self._out.colors))
 
     def _line(self) -> str:
         text = f"autoglm: {self._status}"[: self._err.columns - 1]
@@ -208,7 +255,15 @@ class Screen:
             sink.write(text)
 
 
-def _from_rank(rank: int, text: str | bytes, colors: bool) -> str:
+def _ranks(ranks: Sequence[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    first = ", ".join(map(str, ranks[:_NAMED]))
+    more = len(ranks) - _NAMED
+    return f"ranks {first} and {more} more" if more > 0 else f"ranks {first}"
+
+
+def _from_rank(rank: int, text: str, colors: bool) -> str:
     prefix = f"[rank {rank}]"
     if colors:
         prefix = f"{_RANKS[rank % len(_RANKS)]}{prefix}{_RESET}"

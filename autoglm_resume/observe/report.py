@@ -15,7 +15,7 @@ from autoglm_resume.observe.live import Screen
 from autoglm_resume.observe.pure.explain import reason
 from autoglm_resume.observe.pure.goodput import Summary, summarize
 from autoglm_resume.observe.pure.recovery import Recovery
-from autoglm_resume.observe.pure.say import plural, seconds
+from autoglm_resume.observe.pure.say import brief, plural, seconds
 from autoglm_resume.observe.tables import Table
 from autoglm_resume.output import printable
 
@@ -23,14 +23,17 @@ from autoglm_resume.output import printable
 @contextlib.contextmanager
 def afterwards(run_dir: Path, screen: Screen, *, json: bool) -> Iterator[None]:
     """Print the timeline of the run in `run_dir` on standard output when the block is done."""
-    try:
-        yield
-    finally:
-        screen.close()
-        # Nobody may be there to read what follows; a scheduler waits for the exit code.
-        output.hurry()
-    summary = summarize(journal.read(Path(run_dir) / "events.jsonl"))
-    show(summary, sys.stdout, json=json)
+    with contextlib.ExitStack() as after:
+        after.callback(screen.last)
+        try:
+            yield
+        finally:
+            screen.close()
+            # Nobody may be there to read what follows; a scheduler waits for the exit code.
+            output.hurry()
+        summary = summarize(journal.read(Path(run_dir) / "events.jsonl"))
+        show(summary, sys.stdout, json=json)
+        output.flush()
     if summary.state == "interrupted":
         output.say(f"continue with: {output.command('resume', output.near(Path(run_dir)))}")
 
@@ -72,7 +75,7 @@ def _table(summary: Summary) -> Table:
         mark = "drill: " if recovery.drills else ""
         table.add(
             index,
-            mark + recovery.what,
+            mark + brief(recovery.what),
             "" if recovery.detected is None else seconds(recovery.detected),
             _went_on(recovery),
             "" if recovery.total is None else seconds(recovery.total),
@@ -93,7 +96,7 @@ def details(recovery: Recovery) -> list[str]:
     found = []
     if recovery.drills:
         found.append(f"ordered by --drill {', '.join(recovery.drills)}")
-    found += [f"step {no.step} rejected: {no.reason}" for no in recovery.rejected]
+    found += [f"step {no.step} rejected: {brief(no.reason)}" for no in recovery.rejected]
     if recovery.checkpoint is not None and recovery.checks:
         newest = "the newest acceptable" if recovery.rejected else "the newest"
         found.append(
@@ -105,7 +108,7 @@ def details(recovery: Recovery) -> list[str]:
         shown = [f"{name} {seconds(took)}" for name, took in recovery.phases if took >= 5e-4]
         found.append(" + ".join(shown))
     if recovery.gave_up:
-        found.append(f"gave up: {recovery.gave_up}")
+        found.append(f"gave up: {brief(recovery.gave_up)}")
     return found
 
 
@@ -113,7 +116,7 @@ def facts(summary: Summary, step: int | None = None) -> Table:
     """The run as a whole; `step` is what is known better than from the journal."""
     step = summary.step if step is None else step
     table = Table()
-    why = reason(summary)
+    why = brief(reason(summary))
     table.add("state", f"{summary.state}: {why}" if why else summary.state)
     lost = sum(r.lost or 0 for r in summary.recoveries)
     if step is not None:

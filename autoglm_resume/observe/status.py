@@ -22,7 +22,7 @@ from autoglm_resume.observe.pure import replicas
 from autoglm_resume.observe.pure.explain import reason
 from autoglm_resume.observe.pure.goodput import Summary, summarize
 from autoglm_resume.observe.pure.replicas import Replica
-from autoglm_resume.observe.pure.say import plural, seconds, slurm_job
+from autoglm_resume.observe.pure.say import brief, plural, seconds, slurm_job
 from autoglm_resume.observe.tables import Table, width
 from autoglm_resume.protocol.heartbeats import Board
 from autoglm_resume.protocol.silences import merged
@@ -200,7 +200,7 @@ def _failures(summary: Summary) -> str:
     ordered = sum(bool(recovery.drills) for recovery in summary.recoveries)
     drills = f", {ordered} of them ordered by drills" if ordered else ""
     last = summary.recoveries[-1] if summary.recoveries else None
-    latest = f"; the last: {last.kind}, {last.what}" if last else ""
+    latest = f"; the last: {last.kind}, {brief(last.what)}" if last else ""
     return f"{len(summary.recoveries)}{drills}{latest}"
 
 
@@ -243,7 +243,7 @@ def show_all(found: Sequence[Status | Unreadable]) -> None:
             None if at is None else f"step {at}",
             seconds(summary.elapsed),
             goodput,
-            reason(summary),
+            brief(reason(summary)),
             style={"failed": "red", "dead": "red", "paused": "yellow"}.get(summary.state, ""),
         )
     columns = width(sys.stdout)

@@ -155,6 +155,7 @@ class Attempt:
         self._node.announce(self._control)
 
     def _tick(self) -> None:
+        self._context.screen.tick()
         now = time.monotonic()
         beats = self._node.beats()
         first = max(beats, key=lambda beat: beat.step)

@@ -167,10 +167,65 @@ def test_without_a_terminal_the_status_is_a_line_now_and_then(pipes: Pipes) -> N
 
 
 def test_a_traceback_is_marked_with_its_rank(pipes: Pipes) -> None:
-    pipes.screen.traceback(1, "Traceback\n  here\nValueError: no\n")
+    pipes.screen.traceback(1, TRACE)
+    pipes.screen.last()
     lines = pipes.read()[1].splitlines()
     assert lines[0] == "autoglm: rank 1 failed first:"
     assert lines[-1] == "[rank 1] ValueError: no"
+
+
+TRACE = 'Traceback (most recent call last):\n  File "train.py", line 3\nValueError: no\n'
+
+
+def fail(screen: Screen, action: str) -> None:
+    """Both ranks print the same traceback, rank 1 has failed first, and `action` is decided."""
+    for line in TRACE.splitlines():
+        for rank in (0, 1):
+            screen.worker_line(rank, line)
+    screen.worker_line(0, "the last words of rank 0")
+    screen.traceback(1, TRACE)
+    screen.event(read({"event": "decision", "action": action, "reason": "it died"}))
+
+
+def test_of_many_tracebacks_one_is_shown_and_of_a_run_that_ends_as_the_last_thing(
+    pipes: Pipes,
+) -> None:
+    fail(pipes.screen, "give_up")
+    out, err = pipes.read()
+    assert out == "[rank 0] the last words of rank 0\n"
+    assert err == "autoglm: giving up: it died\n"
+    pipes.screen.close()
+    pipes.screen.last()
+    out, err = pipes.read()
+    assert out == ""
+    head, *trace = err.splitlines()
+    assert head == "autoglm: rank 1 failed first; what rank 0 raised is in the logs:"
+    assert trace == [f"[rank 1] {line}" for line in TRACE.splitlines()]
+
+
+def test_a_run_that_goes_on_shows_a_traceback_before_that_and_the_same_one_only_once(
+    pipes: Pipes,
+) -> None:
+    fail(pipes.screen, "restart")
+    lines = pipes.read()[1].splitlines()
+    assert lines[-2:] == ["[rank 1] ValueError: no", "autoglm: restarting at once: it died"]
+    fail(pipes.screen, "restart")
+    assert pipes.read()[1].splitlines() == [
+        "autoglm: rank 1 failed first, with the same traceback",
+        "autoglm: restarting at once: it died",
+    ]
+    fail(pipes.screen, "give_up")
+    pipes.screen.last()
+    assert pipes.read()[1].endswith("[rank 1] ValueError: no\n"), "the last thing, all the same"
+
+
+def test_tracebacks_that_ended_nothing_are_shown(pipes: Pipes) -> None:
+    for line in TRACE.splitlines():
+        pipes.screen.worker_line(0, line)
+    assert pipes.read()[0] == ""
+    pipes.screen.event(read({"event": "attempt_ended", "outcome": "completed", "step": 3}))
+    shown = "".join(f"[rank 0] {line}\n" for line in TRACE.splitlines())
+    assert pipes.read()[0] == shown
 
 
 def test_a_full_disk_costs_lines_and_never_an_error() -> None:

@@ -73,7 +73,7 @@ class Structure:
         return cls(tuple(tensors), tuple(config))
 
 
-def differences(checkpoint: Structure, model: Structure, limit: int = 20) -> list[str]:
+def differences(checkpoint: Structure, model: Structure, limit: int = 4) -> list[str]:
     """Readable lines, at most `limit` and a last one that counts the rest."""
     ours = {name: f"{list(shape)} {dtype}" for name, dtype, shape in model.tensors}
     theirs = {name: f"{list(shape)} {dtype}" for name, dtype, shape in checkpoint.tensors}

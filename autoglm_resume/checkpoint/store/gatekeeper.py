@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -35,6 +35,8 @@ Repair: TypeAlias = Callable[[str, str | None], list[str]]
 """Replaces the bad files of a checkpoint, given the digest of its manifest; returns which."""
 HERE = "here"
 """The only node so far whose verdicts count."""
+_NAMED = 3
+"""Checkpoints that are named where many are alike."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,10 @@ class Gatekeeper:
         """Raise NoAcceptableCheckpoint unless there never was one, so that step 0 is right."""
         directory, fresh = self.store.root, self._ways_out.fresh
         if choice.verdicts:
-            lines = [f"  {verdict.id}: {verdict.reason}" for verdict in choice.verdicts]
+            alike: dict[str, list[str]] = {}
+            for verdict in choice.verdicts:
+                alike.setdefault(verdict.reason, []).append(verdict.id)
+            lines = [f"  {_few(ids)}: {reason}" for reason, ids in alike.items()]
             raise NoAcceptableCheckpoint(
                 f"{directory}: checkpoints are there, but none is acceptable; nothing was changed\n"
                 + "\n".join(lines),
@@ -233,3 +238,8 @@ class Gatekeeper:
             )
         else:
             self._tell(events.Quarantined(id=verdict.id, step=verdict.step, reason=verdict.reason))
+
+
+def _few(ids: Sequence[str]) -> str:
+    more = len(ids) - _NAMED
+    return ", ".join(ids[:_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -16,6 +16,12 @@ from autoglm_resume.failures import TRAITS, known
 _DIGEST = re.compile(r"\b(blake3:[0-9a-f]{12})[0-9a-f]{52}\b")
 
 
+LINE = 200
+"""Characters of a text that is to be one line."""
+SHORT = 60
+"""Characters of what is repeated rather than referred to."""
+
+
 def sentence(event: Event) -> str | None:
     """What `event` means to a person, None if nothing; several lines where it says several things.
 
@@ -59,6 +65,14 @@ def plural(count: int, thing: str) -> str:
 def short(text: str) -> str:
     """`text` with every digest cut to what the eye can compare."""
     return _DIGEST.sub(r"\1…", text)
+
+
+def brief(text: str) -> str:
+    """`text` where only one line is to be had: the first, and of a long one the beginning."""
+    first, more, _ = text.partition("\n")
+    if len(first) > LINE:
+        first, more = first[:LINE].rpartition(" ")[0] or first[:LINE], "…"
+    return f"{first.rstrip(';:, ')} …" if more else first
 
 
 def check(made: events.CheckMade) -> str:
@@ -205,13 +219,17 @@ def _of_checkpoints(event: Event) -> str:
 
 def _gate(gate: events.GatePassed) -> str:
     lines = []
+    before = ""
     for verdict in gate.verdicts:
         step = _or_unknown(verdict.step)
         if verdict.accepted:
             names = ", ".join(made.name for made in verdict.checks)
             lines.append(f"checkpoint step {step} accepted ({names})")
         else:
-            lines.append(f"checkpoint step {step} rejected: {rejection(verdict)}")
+            why = rejection(verdict)
+            said = "for the same reason" if why == before and len(why) > SHORT else why
+            lines.append(f"checkpoint step {step} rejected: {said}")
+            before = why
     if gate.verdicts and gate.accepted is None:
         lines.append(f"none of {plural(len(gate.verdicts), 'checkpoint')} is acceptable")
     return "\n".join(lines)

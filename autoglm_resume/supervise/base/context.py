@@ -20,6 +20,10 @@ class Presenter(Protocol):
         """One line that `rank` printed."""
         ...
 
+    def tick(self) -> None:
+        """A moment has passed."""
+        ...
+
     def event(self, event: Event) -> None:
         """What has just gone into the journal."""
         ...

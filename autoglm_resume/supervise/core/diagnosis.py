@@ -139,7 +139,7 @@ def _told(
     return Failure(
         cause.kind,
         root.rank,
-        f"rank {root.rank} {cause.what} {where(root.beat)}",
+        f"rank {root.rank} {cause.what} {where(root.beat)}{_line(trace, misused=misused)}",
         step,
         _cause_mono(root),
         root.error.traceback if root.error and not misused else "",
@@ -156,6 +156,11 @@ def _few(said: Sequence[str]) -> tuple[str, ...]:
     """What is said of other ranks, of which there may be hundreds."""
     left = len(said) - FEW
     return tuple(said) if left <= 1 else (*said[:FEW], f"and alike of {left} ranks more")
+
+
+def _line(trace: str, *, misused: bool) -> str:
+    line = "" if misused else code_location.of_traceback(trace)
+    return f", at {line}" if line else ""
 
 
 def _place(root: RankEvidence, error: ErrorRecord | None, trace: str) -> str:

@@ -286,3 +286,11 @@ def test_what_is_named_like_a_checkpoint_and_is_none_is_left_alone_and_said_once
     (warning,) = run.events("warning")
     assert "step-0000000003.best: named like a checkpoint" in warning["text"]
     assert "model.pt" in warning["text"]
+
+
+def test_many_that_are_unacceptable_for_one_reason_are_named_in_one_line(run: Checkpoints) -> None:
+    ids = [run.save(step, ranks=3) for step in (10, 20, 30, 40, 50)]
+    with pytest.raises(NoAcceptableCheckpoint) as refused:
+        run.gatekeeper().admit()
+    _, line = refused.value.message.splitlines()
+    assert line.startswith(f"  {ids[4]}, {ids[3]}, {ids[2]} and 2 more: rejected: world size")

@@ -186,3 +186,28 @@ def test_durations_read_well(value: float | None, text: str) -> None:
 )
 def test_sizes_read_well(value: int, text: str) -> None:
     assert say.size(value) == text
+
+
+def test_many_that_are_refused_for_one_long_reason_are_told_it_once() -> None:
+    check = {"name": "model hash", "ok": False, "expected": DIGEST, "found": DIGEST, "detail": "x"}
+    refused = [{**verdict(step, False), "checks": [check]} for step in (60, 40, 20)]
+    event = {"event": "gate", "verdicts": refused, "accepted": None}
+    first, *others, _ = (sentence(event) or "").split("\n")
+    assert first.endswith("blake3:abababababab…: x")
+    assert others == [
+        "checkpoint step 40 rejected: for the same reason",
+        "checkpoint step 20 rejected: for the same reason",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("short", "short"),
+        ("none is acceptable:\n  step 10\n  step 20", "none is acceptable …"),
+        ("word " * 100, "word " * (say.LINE // 5) + "…"),
+        ("x" * 1000, "x" * say.LINE + " …"),
+    ],
+)
+def test_what_has_one_line_is_cut_to_one(text: str, line: str) -> None:
+    assert say.brief(text) == line

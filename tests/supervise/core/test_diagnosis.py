@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoglm_resume.failures import Kind
+from autoglm_resume.failures import TRAITS, Kind
 from autoglm_resume.protocol.heartbeats import Beat, Phase
 from autoglm_resume.supervise.core.diagnosis import conclude
 from autoglm_resume.supervise.core.evidence import (
@@ -216,3 +216,15 @@ def test_what_autoglm_refused_a_rank_is_a_class_of_its_own_and_says_what_to_do()
     assert (failure.hint, failure.traceback) == ("do it", "")
     other = dataclasses.replace(refused, misused=False)
     assert conclude([gone(0, 1, error=other)]).kind is Kind.EXCEPTION
+
+
+def test_no_class_says_of_a_failure_that_is_tried_again_that_this_is_in_vain() -> None:
+    for traits in TRAITS.values():
+        assert "not help" not in traits.means
+
+
+def test_the_summary_of_an_exception_names_file_and_line() -> None:
+    trace = 'Traceback (most recent call last):\n  File "/x/train.py", line 31, in step\n'
+    found = ErrorRecord("ValueError", "bad", trace, 1.0)
+    failure = conclude([RankEvidence(0, code=1, beat=BEAT, error=found)], (), "", None)
+    assert failure.summary.endswith("at step 41, in backward, at train.py:31 in step")
