@@ -16,6 +16,7 @@ from autoglm_resume.cli import (
     import_,
     inspect,
     logs,
+    mv,
     prune,
     resume,
     run,
@@ -88,6 +89,7 @@ app.command("stop", cls=Command, epilog=stop.EXAMPLES)(guarded(stop.stop))
 app.command("doctor", cls=Command, epilog=doctor.EXAMPLES)(guarded(doctor.doctor))
 app.add_typer(_slurm, name="slurm")
 app.command("ckpts", cls=Command, epilog=ckpts.EXAMPLES)(guarded(ckpts.ckpts))
+app.command("mv", cls=Command, epilog=mv.EXAMPLES)(guarded(mv.mv))
 app.command("prune", cls=Command, epilog=prune.EXAMPLES)(guarded(prune.prune))
 app.add_typer(_inspect, name="inspect")
 app.command("verify", cls=Command, epilog=verify.EXAMPLES)(guarded(verify.verify))

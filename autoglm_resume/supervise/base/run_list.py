@@ -69,6 +69,21 @@ def add(run: Path, name: str) -> None:
         bounded.ask(lambda path: _write(path, found), [_file(where, run.resolve())])
 
 
+def moved(before: Path, to: Path) -> None:
+    """The run that was in `before` is in `to` now; both without symbolic links before that."""
+    for run in read():
+        if run.path == before and (where := directory()) is not None:
+            found = {
+                "path": str(to.resolve()),
+                "name": to.name if run.name == before.name else run.name,
+                "started_from": str(run.started_from),
+                "started": run.started,
+            }
+            with suppress(OSError):
+                _write(_file(where, to.resolve()), found)
+            forget(run)
+
+
 def read() -> list[ListedRun]:
     """The list, the last started first. What is damaged is left out."""
     where = directory()
