@@ -41,7 +41,10 @@ def submit(
         bool, typer.Option("--dry-run", help="Print the batch script, submit nothing.")
     ] = False,
 ) -> int:
-    """Submit the job: it saves before Slurm ends it, and comes back."""
+    """Submit the job: it saves before Slurm ends it, and comes back.
+
+    What is not given here is as the job file's section slurm has it.
+    """
     import sys
 
     from autoglm_resume.cluster import commands, slurm
@@ -55,8 +58,11 @@ def submit(
     if dry_run:
         output.verbatim(script)
         return 0
+    if job.slurm.output is not None and "%" not in str(job.slurm.output.parent):
+        # Slurm ends a job whose output it cannot open, and says so nowhere.
+        job.slurm.output.parent.mkdir(parents=True, exist_ok=True)
     output.show(commands.submit(script))
-    if slurm.is_array(more or ()):
+    if slurm.is_array((*job.slurm.options, *(more or ()))):
         where = f"the runs will be in {slurm.of_task(job.run_dir, 'TASK')}"
     else:
         where = f"the run will be in {job.run_dir}"

@@ -101,8 +101,11 @@ def script(
 ) -> str:
     """The batch script that runs `job` by `command`, and comes back when it was interrupted.
 
-    `more` are options of sbatch. Raises UsageError for a time limit that leaves no time to train.
+    It asks for what the job's `slurm` says, unless that is given here; `more` are options of
+    sbatch. Raises UsageError for a time limit that leaves no time to train.
     """
+    asked = job.slurm
+    time = time or asked.time
     ahead = lead(job.preemption.grace)
     limit = time_limit(time) if time else None
     if limit is not None and limit <= ahead:
@@ -111,7 +114,13 @@ def script(
             f"{MARGIN:.0f} s), which leaves no time to train",
             hint="ask for more time, or lower preemption.grace",
         )
-    named = {"time": time, "partition": partition, "gpus": gpus}
+    named = {
+        "time": time,
+        "partition": partition or asked.partition,
+        "gpus": gpus or asked.gpus,
+        "cpus-per-task": asked.cpus,
+        "output": asked.output,
+    }
     options = [
         f"--job-name={job.name}",
         f"--signal=B:USR2@{ahead:.0f}",
@@ -119,8 +128,8 @@ def script(
         *(f"--{name}={value}" for name, value in named.items() if value is not None),
     ]
     lines = [f"#SBATCH {shlex.quote(option)}" for option in options]
-    if more:
-        lines.append(f"#SBATCH {shlex.join(more)}")
+    if further := (*asked.options, *more):
+        lines.append(f"#SBATCH {shlex.join(further)}")
     return _SCRIPT.format(
         options="\n".join(lines),
         command=shlex.join(command),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from autoglm_resume.checkpoint.storage.address import AN_ADDRESS, bucket_at
@@ -209,6 +209,15 @@ _SIZE_SCHEMA: Final = {
 _DURATION_WORDS: Final = "a duration such as 500ms, 90s, 10m or 1h30m"
 
 
+def _one_machine(nodes: int) -> int:
+    if nodes > 1:
+        raise problem(
+            f"expected 1, found {nodes}: this version runs on one machine, "
+            "several nodes come with a later one"
+        )
+    return nodes
+
+
 def _duration_or_auto(value: object) -> float | Literal["auto"]:
     return "auto" if value == "auto" else _positive_duration(value)
 
@@ -218,6 +227,7 @@ def _written(period: float | Literal["auto"]) -> str | float:
 
 
 Count = Annotated[int, Field(ge=1), whole_number(1)]
+OneMachine = Annotated[Count, AfterValidator(_one_machine)]
 CountOrZero = Annotated[int, Field(ge=0), whole_number(0)]
 Duration = Annotated[
     float,

@@ -19,7 +19,7 @@ from autoglm_resume.job.draft import Draft, Keys, similar_file
 
 _VARIABLE = re.compile(r"\$(?:\$|([A-Za-z_]\w*)|\{([A-Za-z_]\w*)(?::-([^}]*))?\})")
 _HOME = re.compile(r"\A~(?=/|\Z)")
-_EXPANDED = ("script", "workdir", "run_dir", "args", "env", "checkpoint", "guards")
+_EXPANDED = ("script", "workdir", "run_dir", "args", "env", "checkpoint", "guards", "slurm")
 
 
 def literal(text: str) -> str:
@@ -66,6 +66,8 @@ class Paths:
             default = (run_dir or home) / "checkpoints"
             self._absolute(("checkpoint", "dir"), data["checkpoint"], home, default=default)
             self._replicas(data["checkpoint"].get("replicas"))
+        if isinstance(data.get("slurm"), dict):
+            self._absolute(("slurm", "output"), data["slurm"], home)
         guards = data.get("guards")
         files = guards.get("config_files") if isinstance(guards, dict) else None
         for n in range(len(files) if isinstance(files, list) else 0):

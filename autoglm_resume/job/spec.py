@@ -28,6 +28,7 @@ from autoglm_resume.job.fields import (
     Duration,
     FilePath,
     ModuleName,
+    OneMachine,
     PositiveDuration,
     Size,
     Strictness,
@@ -43,6 +44,7 @@ from autoglm_resume.job.fields import (
 )
 from autoglm_resume.job.notify import Notice
 from autoglm_resume.job.section import Section
+from autoglm_resume.job.slurm import SlurmOptions
 
 
 class Heartbeat(Section):
@@ -227,7 +229,9 @@ class Job(Section):
         default="auto",
         description="Ranks on this machine. `auto`: one per visible GPU, 1 without any.",
     )
-    nnodes: Count = Field(default=1, description="Number of machines. This version runs on one.")
+    nnodes: OneMachine = Field(
+        default=1, description="Number of machines. This version runs on one."
+    )
     launcher: Annotated[Literal["warm", "torchrun"], one_of("warm", "torchrun")] = Field(
         default="warm",
         description="`warm` forks ranks from a process that has torch imported; `torchrun` runs "
@@ -252,6 +256,9 @@ class Job(Section):
     )
     guards: Guards = Field(default_factory=Guards, description="What must hold before a start.")
     logs: Logs = Field(default_factory=Logs, description="What the console shows.")
+    slurm: SlurmOptions = Field(
+        default_factory=SlurmOptions, description="What `autoglm slurm submit` asks Slurm for."
+    )
     notify: Annotated[tuple[Notice, ...], BeforeValidator(as_list)] = Field(
         default=(), description="Who is told when the state of the run changes."
     )
@@ -274,16 +281,6 @@ class Job(Section):
         if not (port.isdecimal() and 1 <= int(port) <= 65535):
             raise problem(f"expected MASTER_PORT from 1 to 65535, found {port!r}")
         return env
-
-    @field_validator("nnodes")
-    @classmethod
-    def _one_node(cls, nnodes: int) -> int:
-        if nnodes > 1:
-            raise problem(
-                f"expected 1, found {nnodes}: this version runs on one machine, "
-                "several nodes come with a later one"
-            )
-        return nnodes
 
     @field_validator("preload", "spares")
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -254,3 +255,42 @@ def test_the_template_does_what_a_submitted_script_does(job: Job) -> None:
     _, _, template = TEMPLATE.read_text().partition(begins)
     _, _, submitted = slurm.script(job, ["autoglm"]).partition(begins)
     assert template == submitted
+
+
+def test_what_the_job_asks_for_is_asked_of_slurm_unless_something_else_is(tmp_path: Path) -> None:
+    job = made(
+        tmp_path,
+        "slurm={gpus: a100:4, cpus: 8, time: 4:00:00, partition: gpu, output: logs/%j.out}",
+        "slurm.options=[--mem=64G]",
+    )
+    lines = slurm.script(job, ["autoglm"]).splitlines()
+    asked = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")]
+    assert asked[-6:] == [
+        *("--time=4:00:00", "--partition=gpu", "--gpus=a100:4", "--cpus-per-task=8"),
+        *(f"--output={tmp_path}/logs/%j.out", "--mem=64G"),
+    ]
+    script = slurm.script(job, [], time="1:00:00", partition="low", gpus="1", more=["--mem=8G"])
+    for option in ("--time=1:00:00", "--partition=low", "--gpus=1", "--mem=64G --mem=8G"):
+        assert f"#SBATCH {option}\n" in script
+    assert "4:00:00" not in script
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("slurm.nodes=2", "expected 1, found 2: this version runs on one machine"),
+        ("slurm.options=[64G]", "expected an option of sbatch, such as --mem=64G, found '64G'"),
+        ("slurm.gpu=1", "unknown key, did you mean 'gpus'?"),
+        ("slurm.time=''", "expected a name, found ''"),
+    ],
+)
+def test_what_slurm_cannot_be_asked_for_is_refused(
+    tmp_path: Path, override: str, problem: str
+) -> None:
+    with pytest.raises(UsageError, match=re.escape(problem)):
+        made(tmp_path, override)
+
+
+def test_a_limit_of_the_job_file_that_leaves_no_time_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="leaves no time to train"):
+        slurm.script(made(tmp_path, "slurm.time=1"), [])
