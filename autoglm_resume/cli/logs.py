@@ -14,6 +14,7 @@ Examples:
   autoglm logs                       the newest attempt of the newest run, all ranks
   autoglm logs -f                    as they grow, from attempt to attempt
   autoglm logs runs/quickstart --rank 1 --attempt 0
+  autoglm logs --attempt all         from the first attempt on
 """
 
 
@@ -26,13 +27,20 @@ def logs(
         int | None, typer.Option("--rank", min=0, metavar="N", help="Only of this rank.")
     ] = None,
     attempt: Annotated[
-        int | None,
-        typer.Option("--attempt", min=0, metavar="K", help="Of this attempt, not the newest."),
+        str | None,
+        typer.Option("--attempt", metavar="K|all", help="Of this attempt, not the newest."),
     ] = None,
 ) -> int:
     """Print what the ranks printed."""
     from autoglm_resume.cli import target
+    from autoglm_resume.errors import UsageError
     from autoglm_resume.observe import logs as view
 
-    (view.follow if follow else view.show)(target.run(run), rank, attempt)
+    if attempt not in (None, "all") and not (attempt.isascii() and attempt.isdecimal()):
+        raise UsageError(f"--attempt {attempt}: expected the number of an attempt, or all")
+    found = target.run(run)
+    number = None if attempt in (None, "all") else int(attempt)
+    if attempt == "all":
+        view.show_earlier(found, rank)
+    (view.follow if follow else view.show)(found, rank, number)
     return 0

@@ -14,7 +14,15 @@ import time
 from collections.abc import Sequence
 from typing import Literal
 
-from autoglm_resume.events import AttemptEnded, DecisionMade, Event, GatePassed
+from autoglm_resume.events import (
+    AttemptEnded,
+    Committed,
+    DecisionMade,
+    Event,
+    GatePassed,
+    PartFailed,
+)
+from autoglm_resume.observe.pure.failed_saves import FailedSaves
 from autoglm_resume.observe.pure.held_tracebacks import HeldTracebacks, Lines
 from autoglm_resume.observe.pure.say import sentence
 from autoglm_resume.output import PIECE, printable
@@ -135,13 +143,32 @@ class Screen:
         """Rank and traceback of the last failure, and who else raised: to be shown."""
         self._seen = ""
         """The last traceback that was shown."""
+        self._bar = ""
+        self._failed_saves = FailedSaves()
 
     def worker_line(self, rank: int, text: str | bytes) -> None:
         """One line that `rank` printed."""
         if self.console == "none" or (self.console == "rank0" and rank != 0):
             return
         line = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+        if rank == 0:
+            self._bar = ""
         self._lines(self._held.take(rank, line, time.monotonic()))
+
+    def bar(self, rank: int, text: str) -> None:
+        """The state of a progress bar of `rank`; those of rank 0 are shown, while they move.
+
+        On a terminal it is the live line, elsewhere a line every 30 s.
+        """
+        text = printable(text)
+        if rank != 0 or self.console == "none" or not text.strip():
+            return
+        if self._err.terminal:
+            self._bar = text
+            self._err.write(_ERASE + self._line())
+        elif time.monotonic() - self._shown >= _QUIET:
+            self._shown = time.monotonic()
+            self._print(self._out, _from_rank(rank, text, self._out.colors))
 
     def tick(self) -> None:
         """A moment has passed."""
@@ -153,7 +180,14 @@ class Screen:
             case DecisionMade(action=action) if action not in _LAST:
                 self._show_failed()
             case AttemptEnded():
+                self._bar = ""
                 self._lines(self._held.all())
+            case PartFailed():
+                if self._failed_saves.again(event):
+                    return
+            case Committed():
+                if more := self._failed_saves.over():
+                    self.note(more)
         text = sentence(event)
         if text is None:
             return
@@ -230,20 +264,22 @@ class Screen:
     def close(self) -> None:
         """Remove the live line; what follows is printed as usual."""
         self._lines(self._held.all())
-        if self._status:
+        if self._status or self._bar:
             self._err.write(_ERASE)
-            self._status = ""
+            self._status = self._bar = ""
+        if more := self._failed_saves.over():
+            self.note(more)
 
     def _lines(self, lines: Lines) -> None:
         for rank, line in lines:
             self._print(self._out, _from_rank(rank, line, self._out.colors))
 
     def _line(self) -> str:
-        text = f"autoglm: {self._status}"[: self._err.columns - 1]
+        text = (self._bar or f"autoglm: {self._status}")[: self._err.columns - 1]
         return f"{_DIM}{text}{_RESET}" if self._err.colors else text
 
     def _print(self, sink: Sink, text: str) -> None:
-        if not self._status:
+        if not (self._status or self._bar):
             sink.write(text)
         elif sink is self._err:
             sink.write(_ERASE + text + self._line())

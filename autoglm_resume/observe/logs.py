@@ -113,6 +113,16 @@ def show(run: RunDirectory, rank: int | None, attempt: int | None) -> None:
     reader.finish()
 
 
+def show_earlier(run: RunDirectory, rank: int | None) -> None:
+    """Print the logs of all attempts before the newest, saying which they are."""
+    newest = choose(run, None)
+    for number in attempts(run):
+        output.flush()
+        output.say(f"attempt {number}")
+        if number < newest:
+            LogReader(run.attempt(number), rank, printer(prefix=rank is None)).finish()
+
+
 def follow(run: RunDirectory, rank: int | None, attempt: int | None) -> None:
     """Print logs as they grow, on to the next attempt, until the run (or `attempt`) ends."""
     number = choose(run, attempt)

@@ -220,8 +220,10 @@ class _Ranks:
         self.witness: Witness | None = None
         self.unknown: frozenset[int] = frozenset()
         """Children that were neither ranks nor helpers at the last look."""
-        show = context.screen.worker_line
-        self.follower = LogFollower(context.loop, task.path.parent, show, self._heard)
+        screen = context.screen
+        self.follower = LogFollower(
+            context.loop, task.path.parent, screen.worker_line, self._heard, screen.bar
+        )
 
     def watch(self) -> None:
         """The ranks run."""

@@ -105,6 +105,8 @@ def start(
             home.left(run)  # a copy and its original would write to one place there
         if past.run_id is not None:
             screen.note(f"{run.path}: continuing the run (attempt {past.attempts})")
+        else:
+            screen.note(f"{run.path}: a new run")
         require_storage(job)
         check_directory(checkpoints, job.guards.free_disk)
         # By whatever path: two runs may name one directory, and a person one in a run.

@@ -234,3 +234,51 @@ def test_a_full_disk_costs_lines_and_never_an_error() -> None:
     for _ in range(3):
         screen.worker_line(0, "hello")
     os.close(full)
+
+
+def test_a_bar_of_rank_0_is_the_live_line_until_it_is_over(terminal: Pipes) -> None:
+    terminal.screen.status(41)
+    terminal.read()
+    terminal.screen.bar(0, "\r 40%|###   |")
+    assert " 40%|###   |" in terminal.read()[0]
+    terminal.screen.bar(1, "\r 99%|##### |")
+    assert terminal.read()[0] == "", "one bar is enough"
+    terminal.screen.status(42)
+    assert " 40%|###   |" in terminal.read()[0]
+    terminal.screen.worker_line(0, "\r100%|######|")
+    shown = terminal.read()[0]
+    assert shown.index("100%|######|") < shown.index("step 42")
+
+
+def test_without_a_terminal_a_bar_is_a_line_now_and_then(pipes: Pipes) -> None:
+    for percent in range(100):
+        pipes.screen.bar(0, f"\r{percent:3}%")
+    assert pipes.read() == ["[rank 0]   0%\n", ""]
+
+
+def test_saves_that_fail_of_one_cause_are_told_once_and_counted(pipes: Pipes) -> None:
+    def fails(step: int, reason: str) -> None:
+        for rank in (0, 1):
+            event = {"event": "save_failed", "rank": rank, "step": step}
+            pipes.screen.event(read({**event, "reason": reason.format(step=step, rank=rank)}))
+
+    for step in (10, 20, 30):
+        fails(step, "/c/step-{step}/rank-{rank}.pack: No space left on device")
+    pipes.screen.event(read({"event": "committed", "rank": 0, "id": "x", "step": 40}))
+    fails(50, "/c/step-{step}/rank-{rank}.pack: No space left on device")
+    pipes.screen.close()
+    lines = pipes.read()[1].splitlines()
+    assert [line.removeprefix("autoglm: ").partition(":")[0] for line in lines] == [
+        "rank 0 could not save step 10",
+        "2 more saves had failed of the same cause",
+        "checkpoint step 40 committed",
+        "rank 0 could not save step 50",
+    ]
+
+
+def test_the_first_ctrl_c_says_what_a_second_does(pipes: Pipes) -> None:
+    pipes.screen.event(read({"event": "stop_requested", "by": "SIGINT"}))
+    pipes.screen.event(read({"event": "stop_requested", "by": "SIGTERM"}))
+    first, other = pipes.read()[1].splitlines()
+    assert "a second Ctrl-C stops at once" in first
+    assert "Ctrl-C" not in other

@@ -90,3 +90,13 @@ def test_following_goes_on_to_the_next_attempt_and_ends_with_the_run(
     expected = [b"[rank 0] a1 r0", b"[rank 1] a1 r1", b"[rank 0] half line", b"[rank 1] next"]
     assert out.splitlines() == expected
     assert b"attempt 2" in err
+
+
+def test_all_attempts_are_shown_one_after_the_other(
+    run: RunDirectory, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    logs.show_earlier(run, 0)
+    logs.show(run, 0, None)
+    out, err = capfdbinary.readouterr()
+    assert out.splitlines() == [b"a0 r0", b"a1 r0"]
+    assert err == b"autoglm: attempt 0\nautoglm: attempt 1\n"

@@ -16,6 +16,7 @@ from autoglm_resume.failures import TRAITS, known
 _DIGEST = re.compile(r"\b(blake3:[0-9a-f]{12})[0-9a-f]{52}\b")
 
 
+_SECOND = ": saving after this step, then stopping; a second Ctrl-C stops at once, without a save"
 LINE = 200
 """Characters of a text that is to be one line."""
 SHORT = 60
@@ -146,7 +147,7 @@ def _of_the_run(event: Event) -> str:
         case events.SaveInterval(reason=reason):
             return f"saving {reason or '?'}"
         case events.StopRequested(by=by):
-            return f"stop requested by {by}"
+            return f"stop requested by {by}{_SECOND if by == 'SIGINT' else ''}"
         case events.WarningGiven(text=text):
             return short(text)
         case events.JobChanged(changes=changes, finished=finished):

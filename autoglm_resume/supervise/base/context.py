@@ -20,6 +20,10 @@ class Presenter(Protocol):
         """One line that `rank` printed."""
         ...
 
+    def bar(self, rank: int, text: str) -> None:
+        """The state of a line that `rank` writes anew again and again."""
+        ...
+
     def tick(self) -> None:
         """A moment has passed."""
         ...

@@ -73,7 +73,16 @@ class Notifier:
         """Begin; without `notify` in the job, nothing happens here or later."""
         self._about |= {"run_id": run_id, "host": socket.gethostname()}
         if self._targets:
+            self._warn()
             self._start()
+
+    def _warn(self) -> None:
+        """Say now which address is missing, not when there is something to tell."""
+        for target in self._targets:
+            name = str(target["webhook"] or "").strip("${}")
+            if (target["webhook"] or "").startswith("$") and not self._environment.get(name):
+                text = f"notify: {target['webhook']} is not set, so nobody will be told through it"
+                self._tell(events.WarningGiven(text=text))
 
     def event(self, event: Event) -> None:
         """Pass it on, if it is one that people may want to be told of."""

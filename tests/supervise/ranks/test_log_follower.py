@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from autoglm_resume.events import PartSaved, WarningGiven
 from autoglm_resume.journal import encode, stamped
+from autoglm_resume.output import printable
 from autoglm_resume.supervise.base.event_loop import EventLoop
 from autoglm_resume.supervise.ranks.log_follower import AT_ONCE, LONGEST_LINE, LogFollower
 from tests.patience import soon
@@ -23,11 +24,13 @@ class Heard:
     def __init__(self, loop: EventLoop, directory: Path) -> None:
         self.lines: list[tuple[int, str]] = []
         self.events: list[tuple[int, str]] = []
+        self.bars: list[tuple[int, str]] = []
         self.follower = LogFollower(
             loop,
             directory,
             lambda rank, text: self.lines.append((rank, text)),
             lambda rank, event: self.events.append((rank, event.event)),
+            lambda rank, text: self.bars.append((rank, text)),
         )
 
 
@@ -149,3 +152,42 @@ def test_however_writes_are_cut_every_line_comes_once_and_whole(
         heard.follower.drain()
     heard.follower.close()
     assert heard.lines == [(3, line) for line in lines]
+
+
+def test_a_progress_bar_is_told_state_by_state_and_is_a_line_when_it_is_over(
+    heard: Heard, tmp_path: Path
+) -> None:
+    log = tmp_path / "rank-0.log"
+    for state in (b"\r 10%|#  |", b"\r 20%|## |\r 30%|## |", b"\r 40%|### |\r"):
+        append(log, state)
+        heard.follower.drain()
+    assert [printable(text) for _, text in heard.bars] == [" 10%|#  |", " 30%|## |", " 40%|### |"]
+    assert heard.lines == []
+    append(log, b"\r100%|####|\nsaved\n")
+    heard.follower.close()
+    assert [printable(text) for _, text in heard.lines] == ["100%|####|", "saved"]
+
+
+def test_a_bar_below_another_does_not_make_a_line_of_every_state(
+    heard: Heard, tmp_path: Path
+) -> None:
+    log = tmp_path / "rank-0.log"
+    append(log, b"\router 0%")
+    for step in range(100):
+        append(log, b"\n\rinner %d%%\x1b[A\router 1%%" % step)
+        heard.follower.drain()
+    append(log, b"\n\n")
+    heard.follower.close()
+    assert len(heard.lines) <= 2
+    assert printable(heard.bars[-1][1]) == "outer 1%"
+
+
+def test_the_longest_bar_takes_no_memory(heard: Heard, tmp_path: Path) -> None:
+    log = tmp_path / "rank-0.log"
+    append(log, b"".join(b"\r%6d of 1000000" % n for n in range(10_000)))
+    heard.follower.drain()
+    assert len(heard.bars) == 1
+    assert heard.lines == []
+    append(log, b"\n")
+    heard.follower.close()
+    assert [printable(text) for _, text in heard.lines] == ["  9999 of 1000000"]

@@ -136,7 +136,7 @@ def test_a_variable_that_is_not_set_is_journaled_by_its_name(told: Any) -> None:
     run = told({"webhook": "$NO_SUCH_HOOK"})
     run.say("run_failed", code=1, reason="spent")
     run.close()
-    (said,) = run.journal
+    said = run.journal[-1]
     assert said["target"] == "$NO_SUCH_HOOK"
     assert "expected the variable $NO_SUCH_HOOK" in said["reason"]
 
@@ -341,3 +341,16 @@ def test_the_end_waits_longer_than_the_process_does() -> None:
     from autoglm_resume.messenger import process
 
     assert process.FLUSH_SECONDS < FLUSH_SECONDS
+
+
+def test_an_address_that_no_variable_holds_is_said_at_the_start(
+    tmp_path: Path, loop: EventLoop
+) -> None:
+    targets = [{"webhook": f"${name}"} for name in ("SET", "{MISSING}", "EMPTY")]
+    told = Told(tmp_path, loop, *targets, {"command": "true"}, SET="http://x", EMPTY="")
+    told.close()
+    warned = [said["text"] for said in told.journal if said["event"] == "warning"]
+    assert [text.split(", so")[0] for text in warned] == [
+        "notify: ${MISSING} is not set",
+        "notify: $EMPTY is not set",
+    ]
