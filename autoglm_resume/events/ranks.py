@@ -103,6 +103,13 @@ class ModulesImported(OfRank, name="imports"):
     """Whether the script can become a spare."""
 
 
+class StartedOver(OfRank):
+    """Begun again with nothing imported ahead: the script would have imported another `module`."""
+
+    module: str
+    reason: str
+
+
 class SaveSkipped(OfRank):
     step: int | None = None
     reason: str = "?"

@@ -139,6 +139,8 @@ class ZygoteReady(Event):
 
 class ZygoteLost(Event):
     reason: str = "?"
+    module: str = ""
+    """After whose import it could not fork, if that was it."""
 
 
 class ColdStart(Event):

@@ -34,6 +34,17 @@ SUPERVISOR = "AUTOGLM_SUPERVISOR"
 be told from others'."""
 
 
+ALWAYS = (
+    "torch",
+    "torch.distributed",
+    "torch.nn.parallel",
+    "torch._dynamo",  # torch.optim.AdamW() imports it, for as long as torch itself takes
+    "torch.utils.data",
+    "autoglm_resume.worker.session",
+)
+"""What every zygote imports ahead."""
+
+
 @dataclass(frozen=True)
 class Source:
     """What to run."""

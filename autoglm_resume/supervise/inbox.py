@@ -101,6 +101,9 @@ class Inbox:
             case events.ModulesImported(modules=modules, own=own, staged=staged):
                 assert self._node is not None  # a rank says this
                 self._node.learn(StartUp(modules, own, staged))
+            case events.StartedOver(module=module):
+                assert self._node is not None
+                self._node.unlearn(module)
             case events.PartSaved(blocked=float(blocked), seconds=float(seconds)):
                 self._save_timer.saved(blocked, seconds)
             case events.SaveFelt(seconds=float(seconds)):

@@ -34,7 +34,7 @@ from autoglm_resume.supervise.ranks.group import (
     reap,
 )
 from autoglm_resume.supervise.ranks.hang_detector import HangDetector
-from autoglm_resume.supervise.ranks.launcher import StartUp
+from autoglm_resume.supervise.ranks.launcher import KnownImports, StartUp
 from autoglm_resume.supervise.ranks.launchers import LAUNCHERS
 from autoglm_resume.supervise.ranks.log_follower import LogFollower
 from autoglm_resume.supervise.ranks.observed import WELL, Observed
@@ -65,7 +65,9 @@ class LocalNode:
         self._run_id = run_id
         self._persistence = persistence
         self._helpers = helpers
-        self._launcher = LAUNCHERS[context.job.launcher](context, past.imports, helpers)
+self._launcher = LAUNCHERS[context.job.launcher](
+            context, KnownImports(past.imports, past.imports_end), helpers
+        )
         self._past = past
         self._silences = past.silences
         self._orphans_left = False
@@ -102,6 +104,9 @@ class LocalNode:
 
     def learn(self, seen: StartUp) -> None:
         self._launcher.learn(seen)
+
+    def unlearn(self, module: str) -> None:
+        self._launcher.unlearn(module)
 
     @property
     def _ranks(self) -> _Ranks:

@@ -85,6 +85,10 @@ class Node(Protocol):
         """What a rank did to come to its first step: have it ready for the next attempt."""
         ...
 
+    def unlearn(self, module: str) -> None:
+        """A rank has started over: from `module` on, nothing is to be imported ahead."""
+        ...
+
     @property
     def alive(self) -> Sequence[int]:
         """Ranks whose processes have not ended."""

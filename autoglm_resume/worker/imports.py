@@ -12,9 +12,8 @@ import sysconfig
 from pathlib import Path
 
 from autoglm_resume.events import ModulesImported
+from autoglm_resume.worker import environment_reads
 
-RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK")
-_asked: list[str] = []
 _HERE = str(Path(__file__).parents[1]) + os.sep
 # Asked once: sysconfig takes 0.2 ms to say it, and half a second for the modules of one script.
 _STDLIB = sysconfig.get_path("stdlib") + os.sep
@@ -36,31 +35,6 @@ def imported_since_start() -> list[str]:
     ]
 
 
-class _Watched(os._Environ):  # type: ignore[type-arg]
-    """os.environ, which remembers who asked for what no process knows yet."""
-
-    def __getitem__(self, name: str) -> str:
-        if name in RANKS:
-            _asked.append(name)
-        return str(super().__getitem__(name))
-
-
-def asked_for_rank() -> str:
-    """Which variable that tells a rank was read since `watch_environment`; empty if none was."""
-    return _asked[0] if _asked else ""
-
-
-def watch_environment() -> None:
-    """From now on, notice who asks for a rank: whoever does must not be prepared ahead of it."""
-    _asked.clear()
-    os.environ.__class__ = _Watched
-
-
-def trust_environment() -> None:
-    """The rank is known, or nobody is left to ask: undo `watch_environment`."""
-    os.environ.__class__ = os._Environ
-
-
 def own_since_start() -> list[str]:
     """Names of the project's own modules, in the order in which they were imported.
 
@@ -70,10 +44,14 @@ def own_since_start() -> list[str]:
 
 
 def said(*, staged: bool) -> ModulesImported:
-    """All of them; `staged`: the script can become a spare."""
-    return ModulesImported(
-        modules=tuple(imported_since_start()), own=tuple(own_since_start()), staged=staged
-    )
+    """All of them, up to one that read a variable that the script has set, which a process where
+    it is not set would import otherwise; `staged`: the script can become a spare.
+    """
+    modules = imported_since_start()
+    if other := environment_reads.read_by(modules, environment_reads.changed()):
+        modules = modules[: modules.index(other)]
+    environment_reads.stop()
+    return ModulesImported(modules=tuple(modules), own=tuple(own_since_start()), staged=staged)
 
 
 def own_files() -> list[str]:
@@ -93,5 +71,16 @@ def _is_installed(module: object) -> bool:
     origin = getattr(getattr(module, "__spec__", None), "origin", None)
     if not isinstance(origin, str):
         return False
-    packages = {"site-packages", "dist-packages"} & set(Path(origin).parts)
-    return bool(packages) or origin in ("built-in", "frozen") or origin.startswith(_STDLIB)
+    return origin in ("built-in", "frozen") or origin.startswith(_STDLIB) or _is_packaged(origin)
+
+
+def is_of_python(module: object) -> bool:
+    """Whether it is of the standard library."""
+    origin = getattr(getattr(module, "__spec__", None), "origin", None)
+    if not isinstance(origin, str) or origin in ("built-in", "frozen"):
+        return True
+    return origin.startswith(_STDLIB) and not _is_packaged(origin)
+
+
+def _is_packaged(origin: str) -> bool:
+    return bool({"site-packages", "dist-packages"} & set(Path(origin).parts))

@@ -18,14 +18,14 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from autoglm_resume import events, files, linux, output
 from autoglm_resume.errors import CheckpointError, Interrupted, UsageError
-from autoglm_resume.protocol.assignment import ASSIGNMENT, STACKS, Assignment, Source
+from autoglm_resume.protocol.assignment import ASSIGNMENT, HOME, STACKS, Assignment, Source
 from autoglm_resume.protocol.heartbeats import Board, Phase
 from autoglm_resume.protocol.own_path import drop_own_path
-from autoglm_resume.worker import imports, main_module
+from autoglm_resume.worker import ahead, environment_reads, imports, main_module
 from autoglm_resume.worker.base import forks
 from autoglm_resume.worker.base.event_log import EventLog
 from autoglm_resume.worker.refusing import is_refusal, told
@@ -69,7 +69,7 @@ def detach(log: Path, workdir: str) -> None:
 def assume(assignment: Assignment, rank: int, environment: Mapping[str, str]) -> None:
     """Make this process, which is detached, rank `rank` of an attempt."""
     _redirect(assignment.log(rank))
-    os.environ.update(environment)
+    environment_reads.assume(environment)
     faulthandler.enable(all_threads=True)
     with contextlib.suppress(OSError):
         stacks = assignment.stacks(rank).open("w")
@@ -87,10 +87,32 @@ def assume(assignment: Assignment, rank: int, environment: Mapping[str, str]) ->
 
 def run(assignment: Assignment, rank: int) -> int:
     """Run the user's script to its end and return the exit code of this process."""
+    environment_reads.watch()
+    ahead.keep(lambda module, reason: start_over(assignment, rank, module, reason))
     code = execute(assignment.source, lambda error: record(assignment, rank, error))
     # Below torchrun nobody but torchrun can reap this process and see its code.
     EventLog(assignment.events(rank), rank).emit(events.RankEnded(code=code))
     return code
+
+
+def start_over(assignment: Assignment, rank: int, module: str, reason: str) -> NoReturn:
+    """Begin the script again as the same process, with nothing imported ahead of it: `module` was,
+    and the script would not have imported the same, for `reason`.
+    """
+    log = EventLog(assignment.events(rank), rank)
+    log.emit(events.StartedOver(module=module, reason=reason))
+    distributed = sys.modules.get("torch.distributed")
+    if ahead.under_way or (distributed is not None and distributed.is_initialized()):
+        # The others have met it as it is. The next attempt imports nothing ahead.
+        record(assignment, rank, RuntimeError(reason))
+        log.emit(events.RankEnded(code=1))
+        os._exit(1)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os.chdir(HOME)
+    command = [sys.executable, "-m", "autoglm_resume.worker.rank"]
+    os.execve(sys.executable, command, environment_reads.before())
 
 
 def execute(source: Source, failed: Callable[[BaseException], None]) -> int:

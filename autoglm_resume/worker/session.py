@@ -27,7 +27,7 @@ from autoglm_resume.checkpoint.write import part_writer
 from autoglm_resume.errors import Interrupted, UsageError
 from autoglm_resume.protocol.assignment import Assignment
 from autoglm_resume.protocol.heartbeats import Board, Phase
-from autoglm_resume.worker import alone, hooks, imports, leaving, refusing, requests, spare
+from autoglm_resume.worker import ahead, alone, hooks, imports, leaving, refusing, requests, spare
 from autoglm_resume.worker.base import forks, settings
 from autoglm_resume.worker.base.event_log import EventLog
 from autoglm_resume.worker.figures import Figures
@@ -53,6 +53,7 @@ def init(
     (default every 300 s), and how many are kept.
     """
     spare.refuse_session()
+    ahead.under_way = True
     output.fill_descriptors()  # before a pack is opened under the number of standard error
     assignment = Assignment.from_environment()
     if assignment is not None:

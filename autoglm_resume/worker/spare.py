@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from autoglm_resume import events, linux
 from autoglm_resume.errors import UsageError
 from autoglm_resume.protocol.assignment import Assignment, Source
-from autoglm_resume.worker import imports, rank
+from autoglm_resume.worker import ahead, environment_reads, imports, rank
 from autoglm_resume.worker.base.event_log import EventLog
 
 Ready = TypeVar("Ready")
@@ -71,7 +71,8 @@ class Spare:
         global _waiting
         _waiting = self
         imports.begin()
-        imports.watch_environment()
+        environment_reads.watch()
+        ahead.keep(self._start_over)
         rank.detach(log, self._source.workdir)
         linux.set_group_nice(linux.GROUP_NICE)  # ranks train meanwhile
         try:
@@ -94,8 +95,7 @@ class Spare:
     def wait(self) -> None:
         """Wait for a rank, and become it. Raises Gone if none comes any more."""
         global _waiting
-        imports.trust_environment()
-        if name := imports.asked_for_rank():
+        if name := environment_reads.read_of_rank():
             raise UsageError(f"{name} was asked for before autoglm.launch() has begun")
         linux.set_group_nice(0)
         self._say(op="ready", files=_own_files(self._source))
@@ -121,6 +121,11 @@ class Spare:
         if self.identity is None:
             raise error
         rank.record(*self.identity, error)
+
+    def _start_over(self, module: str, reason: str) -> None:
+        if self.identity is None:
+            raise UsageError(reason)
+        rank.start_over(*self.identity, module, reason)
 
     def _say(self, **message: Any) -> None:
         with contextlib.suppress(OSError):

@@ -22,21 +22,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from autoglm_resume import linux, output
-from autoglm_resume.protocol.assignment import Assignment, Source
+from autoglm_resume.protocol.assignment import ALWAYS, Assignment, Source
 from autoglm_resume.protocol.own_path import drop_own_path
-from autoglm_resume.worker import imports
+from autoglm_resume.worker import ahead, environment_reads
 from autoglm_resume.worker import rank as rank_process
 from autoglm_resume.worker.spare import Spare
 
-ALWAYS = (
-    "torch",
-    "torch.distributed",
-    "torch.nn.parallel",
-    "torch._dynamo",  # torch.optim.AdamW() imports it, for as long as torch itself takes
-    "torch.utils.data",
-    "autoglm_resume.worker.session",
-)
 MESSAGE = 1 << 20
+BY_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
 
 
 class ForkedRank(NamedTuple):
@@ -126,23 +119,27 @@ def preload(modules: list[str]) -> dict[str, Any]:
     """Import `modules` in order; stops at the first that makes a fork unsafe, and names it."""
     began = time.monotonic()
     skipped = []
+    # Some modules count devices when they are imported; NVML does that without initialising CUDA.
+    by_nvml = BY_NVML not in os.environ
+    if by_nvml:
+        os.environ[BY_NVML] = "1"
     # A quarter of the time that torch takes goes to looking for garbage, of which there are 7 MB.
     gc.disable()
     try:
         for name in modules:
-            imports.watch_environment()
-            try:
-                importlib.import_module(name)
-            except Exception as error:
-                skipped.append(f"{name}: {type(error).__name__}: {error}")
-            finally:
-                imports.trust_environment()
+            with ahead.importing(name):
+                try:
+                    importlib.import_module(name)
+                except Exception as error:
+                    skipped.append(f"{name}: {type(error).__name__}: {error}")
             # A module that keeps what it found there would be wrong in every rank.
-            asked = imports.asked_for_rank()
+            asked = environment_reads.read_of_rank()
             reason = f"it asks for {asked} when it is imported" if asked else unfit()
             if reason:
                 return {"op": "unfit", "module": name, "reason": reason}
     finally:
+        if by_nvml:  # the ranks find the environment that the job has
+            del os.environ[BY_NVML]
         gc.freeze()  # a rank that looked for garbage among all this would copy its pages
         gc.enable()
     return {
@@ -261,8 +258,6 @@ def main() -> None:
     linux.die_with_parent(supervisor, signal.SIGTERM)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     drop_own_path()
-    # Some modules count devices when they are imported; NVML does that without initialising CUDA.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     with contextlib.suppress(OSError):
         control.send(json.dumps(preload([*ALWAYS, *modules])).encode())
     linux.outlive_parent()  # from here on a closed socket says it

@@ -1,14 +1,9 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
-
-from autoglm_resume.worker import imports
 
 CODE = """
 import json, sys
@@ -54,23 +49,3 @@ print(imports.imported_since_start())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "'dependency'" in done.stdout, done.stderr
-
-
-def test_who_asks_for_the_rank_is_noticed_however_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    for ask in (
-        lambda: os.environ["LOCAL_RANK"],
-        lambda: os.getenv("RANK", "-1"),
-        lambda: os.environ.get("RANK"),
-        lambda: "RANK" in os.environ,
-    ):
-        imports.watch_environment()
-        os.environ.get("HOME")
-        assert imports.asked_for_rank() == ""
-        ask()
-        imports.trust_environment()
-        assert imports.asked_for_rank() in ("RANK", "LOCAL_RANK")
-        os.environ.get("RANK")
-    imports.watch_environment()
-    imports.trust_environment()
-    assert imports.asked_for_rank() == ""

@@ -192,7 +192,7 @@ finish(alive=alive, refused=refused, told=told[1:], code=group.exits[0].code, lo
     assert answer == {
         "alive": [0],
         "refused": None,
-        "told": [["zygote_lost", {"reason": "it died by SIGKILL"}]],
+        "told": [["zygote_lost", {"reason": "it died by SIGKILL", "module": ""}]],
         "lost": [1],
         "code": 5,
     }
@@ -250,7 +250,7 @@ z.close()
     assert answer["state"] == "GONE"
     assert answer["told"] == [
         "zygote_lost",
-        {"reason": "it cannot fork safely: it has grown to 2 threads"},
+        {"reason": "it cannot fork safely: it has grown to 2 threads", "module": ""},
     ]
     assert answer["module"] is None
 
@@ -332,8 +332,11 @@ finish(forked=forked, state=z.state.name, told=told[-1][0], alive=psutil.pid_exi
 
 TORCH_RANK = """
 import os, sys
-assert "torch._dynamo" in sys.modules
-import torch
+assert "torch" not in sys.modules
+executed = []
+sys.addaudithook(lambda event, found: event == "exec" and executed.append(found[0].co_filename))
+import torch, torch._dynamo
+assert "torch._dynamo" in sys.modules and not [f for f in executed if "torch" in f], executed
 loss = torch.nn.Linear(4, 1)(torch.ones(4)).sum()
 loss.backward()
 print(float(loss))

@@ -20,8 +20,14 @@ from autoglm_resume.observe.pure.segments import Segment, attempts, mono
 
 NOTICED = (
     *(events.WarningGiven, events.PartFailed, events.SaverLost, events.Straggler),
-    *(events.ZygoteLost, events.ColdStart, events.ReplicaBehind, events.Repaired),
-    *(events.RepairFailed, events.Quarantined, events.Resharded, events.NotifyFailed),
+    *(events.ZygoteLost, events.StartedOver, events.ColdStart, events.ReplicaBehind),
+    *(
+        events.Repaired,
+        events.RepairFailed,
+        events.Quarantined,
+        events.Resharded,
+        events.NotifyFailed,
+    ),
     *(events.PartlyRestored, events.SpareFailed, events.SaveCutOff, events.JobKept),
     events.JobChanged,
 )

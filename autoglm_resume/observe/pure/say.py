@@ -138,6 +138,8 @@ def _of_the_run(event: Event) -> str:
             return f"warm launcher ready in {seconds(event.seconds)}{without}"
         case events.ZygoteLost(reason=reason):
             return f"the warm launcher is gone: {reason}"
+        case events.StartedOver(rank=0, reason=reason):
+            return f"rank 0 starts over with nothing imported ahead: {reason}"
         case events.ColdStart(reason=reason):
             return f"starting cold: {reason}"
         case events.SpareFailed(reason=reason):

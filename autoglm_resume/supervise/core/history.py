@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -76,6 +76,9 @@ class History:
     declared: Mapping[int, tuple[int, Model]] = field(default_factory=dict)
     """As each rank reported it last, and in which attempt: that may have been refused for it."""
     imports: tuple[str, ...] = ()
+    """What a zygote may import ahead, in this order."""
+    imports_end: bool = False
+    """Whether what followed them could not be imported ahead: the rest is left to the ranks."""
     announced: frozenset[str] = frozenset()
     """Ids of the checkpoints that the journal has, as far as they were not removed since."""
     objects: dict[str, str] | None = None
@@ -100,6 +103,14 @@ class History:
     """Step that the newest attempt began with."""
     began: float = 0.0
     """When, in Unix seconds."""
+
+
+def before(unfit: str, modules: Sequence[str]) -> tuple[str, ...]:
+    """The modules before the one that is unfit: what comes after it may need it, and would be found
+    out one by one.
+    """
+    at = modules.index(unfit) if unfit in modules else len(modules)
+    return tuple(modules[:at])
 
 
 def recall(journal: Iterable[Event]) -> History:
@@ -139,8 +150,10 @@ def _after(event: Event, past: History) -> History:
             return replace(past, silences=added(past.silences, silences))
         case events.ModelReported():
             return _model_reported(event, past)
-        case events.ModulesImported(modules=modules):
+        case events.ModulesImported(modules=modules) if not past.imports_end:
             return replace(past, imports=tuple(dict.fromkeys((*past.imports, *modules))))
+        case events.ZygoteLost(module=str(unfit)) | events.StartedOver(module=unfit) if unfit:
+            return replace(past, imports=before(unfit, past.imports), imports_end=True)
         case events.Committed():
             return _committed(event, past)
         case events.Pruned(id=id) | events.Quarantined(id=id):

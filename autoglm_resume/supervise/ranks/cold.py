@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 from autoglm_resume.job.spec import Job
 from autoglm_resume.protocol.assignment import HOME, Assignment, Endpoint
 from autoglm_resume.supervise.base.context import RunContext
 from autoglm_resume.supervise.base.machine import free_port
 from autoglm_resume.supervise.ranks.group import WorkerGroup
-from autoglm_resume.supervise.ranks.launcher import Preview, StartUp
+from autoglm_resume.supervise.ranks.launcher import KnownImports, Preview, StartUp
 
 
 class Cold:
     """One process per rank, with all its imports before it; nothing outlives an attempt."""
 
     def __init__(
-        self, context: RunContext, imports: Sequence[str], others: Callable[[], frozenset[int]]
+        self, context: RunContext, imports: KnownImports, others: Callable[[], frozenset[int]]
     ) -> None:
         self._environment = context.environment
         self._stops = context.stops
@@ -46,6 +46,9 @@ class Cold:
 
     def learn(self, seen: StartUp) -> None:
         """Nothing is kept between attempts."""
+
+    def unlearn(self, module: str) -> None:
+        """Nothing is imported ahead."""
 
     def ended(self) -> None:
         """Nothing is left."""

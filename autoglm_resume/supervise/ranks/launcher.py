@@ -22,6 +22,14 @@ class StartUp(NamedTuple):
     """Whether the script is split (`autoglm.launch`)."""
 
 
+class KnownImports(NamedTuple):
+    """What the script is known to import, as earlier lives have learnt."""
+
+    modules: Sequence[str] = ()
+    end: bool = False
+    """Whether what follows them could not be imported ahead, and is left to the ranks."""
+
+
 class Preview(NamedTuple):
     """What a launcher would run."""
 
@@ -35,12 +43,9 @@ class Launcher(Protocol):
     """How ranks come to be, attempt by attempt."""
 
     def __init__(
-        self, context: RunContext, imports: Sequence[str], others: Callable[[], frozenset[int]]
+        self, context: RunContext, imports: KnownImports, others: Callable[[], frozenset[int]]
     ) -> None:
-        """`imports` are modules that the script is known to import, as earlier lives have learnt.
-
-        `others` are children of this process that are no ranks.
-        """
+        """`others` are children of this process that are no ranks."""
         ...
 
     @classmethod
@@ -61,6 +66,12 @@ class Launcher(Protocol):
 
     def learn(self, seen: StartUp) -> None:
         """The script was seen to do this: have it ready for the next attempt."""
+        ...
+
+    def unlearn(self, module: str) -> None:
+        """A rank has started over: what was imported ahead is not what its script imports, from
+        `module` on.
+        """
         ...
 
     def ended(self) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from autoglm_resume.job.spec import Job
@@ -14,7 +14,7 @@ from autoglm_resume.protocol.assignment import ASSIGNMENT, HOME, Assignment, End
 from autoglm_resume.supervise.base.context import RunContext
 from autoglm_resume.supervise.base.machine import free_port
 from autoglm_resume.supervise.ranks.group import AGENT, WorkerGroup
-from autoglm_resume.supervise.ranks.launcher import Preview, StartUp
+from autoglm_resume.supervise.ranks.launcher import KnownImports, Preview, StartUp
 
 _TIED = """
 import runpy, sys
@@ -35,7 +35,7 @@ class Torchrun:
     """
 
     def __init__(
-        self, context: RunContext, imports: Sequence[str], others: Callable[[], frozenset[int]]
+        self, context: RunContext, imports: KnownImports, others: Callable[[], frozenset[int]]
     ) -> None:
         self._environment = context.environment
         self._stops = context.stops
@@ -70,6 +70,9 @@ class Torchrun:
 
     def learn(self, seen: StartUp) -> None:
         """Nothing is kept between attempts."""
+
+    def unlearn(self, module: str) -> None:
+        """Nothing is imported ahead."""
 
     def ended(self) -> None:
         """Nothing is left."""

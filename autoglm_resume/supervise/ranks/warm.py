@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from autoglm_resume import events
 from autoglm_resume.job.spec import Job
-from autoglm_resume.protocol.assignment import Assignment, Endpoint
+from autoglm_resume.protocol.assignment import ALWAYS, Assignment, Endpoint
 from autoglm_resume.supervise.base.assign import source
 from autoglm_resume.supervise.base.context import RunContext
 from autoglm_resume.supervise.base.machine import free_port
+from autoglm_resume.supervise.core.history import before
 from autoglm_resume.supervise.ranks.cold import Cold
 from autoglm_resume.supervise.ranks.group import WorkerGroup, end_orphans
-from autoglm_resume.supervise.ranks.launcher import Preview, StartUp
+from autoglm_resume.supervise.ranks.launcher import KnownImports, Preview, StartUp
 from autoglm_resume.supervise.ranks.spares import Spares
 from autoglm_resume.supervise.ranks.zygote import StoreProcess, Zygote, ZygoteState
 
@@ -29,13 +30,15 @@ class Warm:
     """Seconds for a zygote's imports, after which a cold start is tried."""
 
     def __init__(
-        self, context: RunContext, imports: Sequence[str], others: Callable[[], frozenset[int]]
+        self, context: RunContext, imports: KnownImports, others: Callable[[], frozenset[int]]
     ) -> None:
         job = context.job
         self._loop = context.loop
         self._others = others
         self._environment = context.environment
-        self._modules = [*job.preload, *imports]
+        self._modules = [*job.preload, *imports.modules]
+        self._complete = imports.end
+        """Whether nothing more is imported ahead."""
         self._log = context.run.path / "zygote.log"
         self._tell = context.tell
         self._stops = context.stops
@@ -104,7 +107,8 @@ class Warm:
 
     def learn(self, seen: StartUp) -> None:
         self._seen = seen
-        new = [name for name in seen.modules if name not in self._modules]
+        known = {*self._modules, *(seen.modules if self._complete else ())}
+        new = [name for name in seen.modules if name not in known]
         self._modules += new
         if self._zygote is not None and new:
             self._zygote.preload(new)
@@ -112,6 +116,17 @@ class Warm:
             self._zygote.open_store(0)
         if self._zygote is not None:
             self._spares.fill()
+
+    def unlearn(self, module: str) -> None:
+        if module in self._modules:
+            self._end_before(module)
+            if self._zygote is not None:
+                self._spares.forget_expected()
+                self._zygote.close()
+                self._zygote = self._spawn()
+        elif module in ALWAYS and self._zygote is not None:
+            self._zygote.close()
+            self._zygote = None
 
     def ended(self) -> None:
         if self._zygote is not None:
@@ -166,11 +181,15 @@ class Warm:
         self._spares.forget_expected()
         unfit = self._zygote.unfit_module
         if unfit in self._modules:
-            self._modules.remove(unfit)
+            self._end_before(unfit)
         elif unfit is not None or self._losses >= self.LOSSES:
             self._zygote = None
             return
         self._zygote = self._spawn()
+
+    def _end_before(self, module: str) -> None:
+        self._modules = list(before(module, self._modules))
+        self._complete = True
 
 
 def _lives(store: StoreProcess) -> bool:

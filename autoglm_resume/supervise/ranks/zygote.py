@@ -177,15 +177,17 @@ class Zygote:
     def give_up(self, reason: str) -> None:
         """End it, and say why."""
         self._end()
-        self._tell(events.ZygoteLost(reason=reason))
+        self._tell(events.ZygoteLost(reason=reason, module=self.unfit_module or ""))
         self._lost()
 
     def _end(self) -> None:
         self.state, self._asked = ZygoteState.GONE, ""
-        self._loop.forget(self._socket)
-        self._socket.close()
+        # In this order: one that sees the socket close takes the supervisor for dead, and ends what
+        # the ranks have started, and them.
         self._process.kill()
         self._process.wait()
+        self._loop.forget(self._socket)
+        self._socket.close()
 
 
 def _ending(code: int | None) -> str:
