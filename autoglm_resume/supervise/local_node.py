@@ -65,7 +65,7 @@ class LocalNode:
         self._run_id = run_id
         self._persistence = persistence
         self._helpers = helpers
-self._launcher = LAUNCHERS[context.job.launcher](
+        self._launcher = LAUNCHERS[context.job.launcher](
             context, KnownImports(past.imports, past.imports_end), helpers
         )
         self._past = past

@@ -181,7 +181,12 @@ LOOPS["epochs"] = epochs
 def live(loop: str, feed: str, out: Path, die_at: int | None) -> int:
     """One life, in a process of its own; returns its status as os.waitpid does."""
     if pid := os.fork():
-        return os.waitpid(pid, 0)[1]
+        status = os.waitpid(pid, 0)[1]
+        # Its workers look only every five seconds whether it lives, and hold its lock until then.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+        return status
+    os.setsid()
     code = 1
     with contextlib.suppress(SystemExit):
         Training.endless = loop != "epochs"

@@ -33,7 +33,7 @@ def fed(
     """
     words = [":".join([*case, *map(str, deaths)]) for case, deaths in cases.items()]
     command = [sys.executable, "-m", "tests.worker.feed.feeding", str(out), *words]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3 * PATIENCE)
     assert ended.returncode == 0, ended.stderr
     return {case: _told(out / "-".join(case)) for case in cases}
 
