@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from autoglm_resume.protocol.assignment import Beginning
 
 EXAMPLES = """
 \b
@@ -14,6 +18,7 @@ Examples:
   autoglm run job.yaml --set checkpoint.every.steps=50 --set nproc_per_node=2
   autoglm run job.yaml -- --lr 0.1
   autoglm run train.py -- --lr 0.1
+  autoglm run tune.yaml --init-from runs/pretrain --only model
   autoglm run job.yaml --dry-run
   autoglm run job.yaml --drill kill:rank=1,step=30
   autoglm run job.yaml --drill random:seed=7,every=20s
@@ -51,6 +56,21 @@ def run(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start over instead of continuing an earlier run.")
     ] = False,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--init-from",
+            metavar="CKPT",
+            help="Begin a new run, at step 0, with the objects of this checkpoint, or of the "
+            "newest of a run.",
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--only", metavar="OBJECT", help="With --init-from: this one alone; repeatable."
+        ),
+    ] = None,
     json: Annotated[
         bool, typer.Option("--json", help="End with one JSON document on standard output.")
     ] = False,
@@ -66,8 +86,27 @@ def run(
     from autoglm_resume.supervise import start
 
     job = load(job_file, overrides or (), context.meta[REST])
+    begins = _beginning(source, only or ())
     if dry_run:
-        return plan.show(start.plan(job, fresh=fresh, drills=drills or ()), json=json)
+        return plan.show(
+            start.plan(job, fresh=fresh, drills=drills or (), begins=begins), json=json
+        )
     screen = Screen(job.logs.console, json=json)
     with report.afterwards(job.run_dir, screen, json=json):
-        return start.start(job, screen, fresh=fresh, drills=drills or ())
+        return start.start(job, screen, fresh=fresh, drills=drills or (), begins=begins)
+
+
+def _beginning(source: str | None, only: Sequence[str]) -> Beginning | None:
+    from autoglm_resume.cli import target
+    from autoglm_resume.errors import UsageError
+    from autoglm_resume.observe import inspection
+    from autoglm_resume.supervise import start
+
+    if source is None:
+        if only:
+            raise UsageError("--only needs --init-from: it names what is taken from there")
+        return None
+    found = inspection.find(target.checkpoints(source))
+    if not found.paths:
+        raise UsageError(f"{found.store.root}: no checkpoint there yet")
+    return start.beginning(found.paths[0].resolve(), only)

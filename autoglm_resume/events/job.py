@@ -1,9 +1,18 @@
-"""Events of a start that was given another job than the run had. Pure."""
+"""Events of a start that was given more than a job, or another one than the run had. Pure."""
 
 from __future__ import annotations
 
 from autoglm_resume.events.base import Event
 from autoglm_resume.records import unsaid
+
+
+class BegunFrom(Event):
+    """The run has objects of a checkpoint at step 0, which was verified, as `Beginning` says."""
+
+    path: str
+    step: int = 0
+    digest: str = ""
+    only: tuple[str, ...] = ()
 
 
 class JobChanged(Event):

@@ -81,6 +81,19 @@ class ResumePoint:
 
 
 @dataclass(frozen=True)
+class Beginning:
+    """The checkpoint, mostly of another run, whose objects a run has at step 0."""
+
+    path: str
+    """Its directory."""
+    step: int
+    digest: str
+    """Of its manifest."""
+    only: tuple[str, ...] = ()
+    """The objects that come from there; without any, all."""
+
+
+@dataclass(frozen=True)
 class Checkpointing:
     """How to save and what to keep; see the job file's `checkpoint`."""
 
@@ -135,6 +148,8 @@ class Assignment:
     config_files: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     """The job's `env`."""
+    begins: Beginning | None = None
+    """Where there is nothing to resume."""
 
     def log(self, rank: int) -> Path:
         """Standard output and error of `rank`."""
@@ -166,10 +181,11 @@ class Assignment:
         """Read what `to_json` wrote."""
         data = json.loads(path.read_bytes())
         source = data.pop("source")
-        resume = data.pop("resume")
+        resume, begins = data.pop("resume"), data.pop("begins")
         return cls(
             source=Source.from_json(source),
             resume=ResumePoint(**{**resume, "seals": tuple(resume["seals"])}) if resume else None,
+            begins=Beginning(**{**begins, "only": tuple(begins["only"])}) if begins else None,
             checkpoint=Checkpointing.from_json(data.pop("checkpoint")),
             bounds=Bounds(**data.pop("bounds")),
             config_files=tuple(data.pop("config_files")),

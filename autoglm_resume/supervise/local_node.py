@@ -92,6 +92,7 @@ class LocalNode:
             self._persistence.names,
             order.branches,
             skipped(self._past, context.job.checkpoint.skip, resume.id if resume else None),
+            self._past.begins,
         )
         self._now = ranks = _Ranks(context, task, board, fd, self._silences, listener)
         self._lock.describe(task.board)

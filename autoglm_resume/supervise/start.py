@@ -12,6 +12,7 @@ from autoglm_resume import output
 from autoglm_resume.checkpoint.format.ids import Branch, step_of
 from autoglm_resume.checkpoint.storage import storage
 from autoglm_resume.checkpoint.store.commit import whole
+from autoglm_resume.checkpoint.store.examine import examine
 from autoglm_resume.checkpoint.store.gate import Choice, Verdict, superseded
 from autoglm_resume.checkpoint.store.store import Store
 from autoglm_resume.errors import AutoglmError, CheckpointError, NoAcceptableCheckpoint, UsageError
@@ -21,7 +22,7 @@ from autoglm_resume.job.load import from_snapshot
 from autoglm_resume.job.spec import Job, dump, shown
 from autoglm_resume.journal import Journal, stamped
 from autoglm_resume.locks import locked_checkpoints
-from autoglm_resume.protocol.assignment import Endpoint, shared_environment
+from autoglm_resume.protocol.assignment import Beginning, Endpoint, shared_environment
 from autoglm_resume.protocol.relocation import home_of, same
 from autoglm_resume.supervise.base import home, run_list, set_aside
 from autoglm_resume.supervise.base.assign import assignment, world_size
@@ -70,12 +71,13 @@ def start(
     fresh: bool = False,
     drills: Sequence[str] = (),
     branch_from: int | None = None,
+    begins: Beginning | None = None,
 ) -> int:
     """Begin the run of `job`, or continue it if it was begun; returns the exit code.
 
     `fresh` sets an earlier run of the same name aside first. `branch_from` goes on from the
-    checkpoint of that step, even of a finished run; newer ones stay where they are. Raises
-    AutoglmError.
+    checkpoint of that step, even of a finished run; newer ones stay where they are. A new run
+    `begins` with objects of a checkpoint, see `beginning`. Raises AutoglmError.
     """
     ordered = drill.parse(drills, world_size(job))
     for replica in job.checkpoint.replicas:
@@ -83,6 +85,11 @@ def start(
     run = RunDirectory(Path(job.run_dir))
     if history.recall(run.events()).run_id is None:
         home.require_own(run, Path(job.checkpoint.dir))
+    if fresh and begins is not None and Path(begins.path).is_relative_to(run.path.resolve()):
+        raise UsageError(
+            f"{begins.path}: it lies in the run that --fresh would set aside",
+            hint=f"go back within the run: autoglm resume {run.path} --from STEP",
+        )
     if fresh:
         files = (job.workdir, job.script, *job.guards.config_files)
         needed = [Path.cwd(), *(Path(path) for path in files if path is not None)]
@@ -92,6 +99,8 @@ def start(
         lock = held.enter_context(run.locked())
         checkpoints = Path(job.checkpoint.dir)
         past = history.recall(run.events())
+        if begins is not None:
+            _require_new(run, checkpoints, past, begins)
         changes = _changes(run, job)
         beyond: int | None = None
         if branch_from is not None:
@@ -137,6 +146,7 @@ def start(
                     branch_from,
                     fresh=fresh,
                     beyond=beyond,
+                    begins=begins,
                 )
                 if (code := life.run()) is None:  # it ended only to go on without a GPU
                     past, ordered, branch_from = history.recall(run.events()), (), None
@@ -147,6 +157,37 @@ def start(
             if code in REFUSALS and before is not None:
                 screen.note(_kept_if_refused(run, before, job, told, beyond))
         return code
+
+
+def beginning(path: Path, only: Sequence[str]) -> Beginning:
+    """The checkpoint in `path`, verified as before any start, for a run to begin with.
+
+    Raises NoAcceptableCheckpoint if it is damaged, and UsageError for objects that it has not.
+    """
+    found = examine(Store(path.parent), path)
+    if found.manifest is None or not found.integrity.ok:
+        raise NoAcceptableCheckpoint(
+            f"--init-from {path}: {found.integrity.problem}",
+            hint=f"`autoglm verify {path.parent}` tells which are good",
+        )
+    if lost := [name for name in only if name not in found.manifest.objects]:
+        there = ", ".join(sorted(found.manifest.objects))
+        raise UsageError(f"--init-from {path}: no object {lost[0]!r}; there are {there}")
+    return Beginning(str(path), found.step, found.manifest.digest, tuple(only))
+
+
+def _require_new(
+    run: RunDirectory, checkpoints: Path, past: history.History, begins: Beginning
+) -> None:
+    """Raise UsageError where a run is to begin that has begun otherwise."""
+    if past.run_id is None and not Store(checkpoints).committed():
+        return
+    if past.begins != begins:
+        what = run.path if past.run_id is not None else checkpoints
+        raise UsageError(
+            f"{what}: --init-from is for a new run, and this one has begun already",
+            hint="give the new one a name of its own: --set name=…; or start over with --fresh",
+        )
 
 
 def _changes(run: RunDirectory, job: Job) -> JobChanges:
@@ -253,13 +294,21 @@ def _require_code(job: Job) -> None:
             )
 
 
-def plan(job: Job, *, fresh: bool = False, drills: Sequence[str] = ()) -> Plan:
+def plan(
+    job: Job,
+    *,
+    fresh: bool = False,
+    drills: Sequence[str] = (),
+    begins: Beginning | None = None,
+) -> Plan:
     """What `start` would do now. Raises UsageError for drills and replicas that make no sense."""
     drill.parse(drills, world_size(job))
     for replica in job.checkpoint.replicas:
         storage.check(replica)
     run = RunDirectory(Path(job.run_dir))
     past = history.History() if fresh else history.recall(run.events())
+    if begins is not None and not fresh:
+        _require_new(run, Path(job.checkpoint.dir), past, begins)
     changes = JobChanges() if fresh else _changes(run, job)
     job = without(job, past.excluded)
     gate = RunGate(job, world_size(job), _ignore, past)
@@ -277,6 +326,8 @@ def plan(job: Job, *, fresh: bool = False, drills: Sequence[str] = ()) -> Plan:
             code, outlook = error.exit_code, f"exit {error.exit_code}: {error.message}"
     elif accepted is None:
         outlook = "start from step 0"
+        if (begins := begins or past.begins) is not None:
+            outlook += f", with {', '.join(begins.only) or 'all objects'} from {begins.path}"
         try:
             if not fresh:
                 gate.require_a_fresh_start(choice)

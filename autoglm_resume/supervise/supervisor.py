@@ -8,7 +8,7 @@ import socket
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import autoglm_resume
@@ -25,7 +25,7 @@ from autoglm_resume.job.secret import Secrets
 from autoglm_resume.job.spec import Job, dump, shown
 from autoglm_resume.journal import Journal, stamped
 from autoglm_resume.locks import Lock
-from autoglm_resume.protocol.assignment import ResumePoint
+from autoglm_resume.protocol.assignment import Beginning, ResumePoint
 from autoglm_resume.supervise.attempt import Attempt, Outcome
 from autoglm_resume.supervise.base import bounded
 from autoglm_resume.supervise.base.assign import environment, world_size
@@ -66,10 +66,11 @@ class Supervisor:
         *,
         fresh: bool = False,
         beyond: int | None = None,
+        begins: Beginning | None = None,
     ) -> None:
         """`branch_from` is the step to go back to, leaving newer checkpoints behind; a `fresh` run
         takes nothing from replicas. `beyond` is the step at which the run was finished, if it is to
-        train further than that.
+        train further than that, `begins` what a new run has at step 0.
         """
         self._fresh = fresh
         self._beyond = beyond
@@ -80,6 +81,8 @@ class Supervisor:
         self._drills = drills
         self._branch_from = branch_from
         self._past = history.recall(run.events())
+        if self._past.run_id is None and begins is not None:
+            self._past = replace(self._past, begins=begins)
         self._run_id = self._past.run_id or uuid.uuid4().hex[:12]
         self._previous: Failure | Previous | None = self._past.previous
         self._stops = Stops()
@@ -268,6 +271,8 @@ class Supervisor:
 
     def _introduce(self) -> None:
         if self._past.run_id is None:
+            if self._past.begins is not None:
+                self._tell(events.BegunFrom(**asdict(self._past.begins)))
             self._tell(
                 events.RunStarted(
                     run_id=self._run_id,
@@ -299,7 +304,7 @@ class Supervisor:
     def _bring_back(self) -> None:
         """Where no checkpoint is left, the newest that a replica has."""
         replicas, store = self._job.checkpoint.replicas, self._gate.store
-        if not replicas or self._fresh or store.committed():
+        if not replicas or self._fresh or self._past.begins or store.committed():
             return
         try:
             restored = restore(

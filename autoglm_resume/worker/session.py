@@ -340,13 +340,11 @@ class Session:
         if self._assignment is None:
             forks.at_exit(self._last_word)
         self._requests = requests.find(self._pulse, self._settings, self._assignment)
-        if (point := self._settings.resume) is not None:
-            held = self._saves.held(point.id)
-            settings, model = self._settings, self._structure
-            self._found = resuming.read(
-                point, self._store, settings, self._tracked, model, held, self._events
-            )
-            self._completed = point.step
+        settings, held = self._settings, self._saves.held
+        self._found = resuming.find(
+            settings, self._store, self._tracked, self._structure, held, self._events
+        )
+        self._completed = settings.resume.step if settings.resume else 0
         self._looked = True
 
     def _place(self) -> None:
@@ -372,6 +370,8 @@ class Session:
 
     def _restore(self, found: resuming.Found) -> None:
         found.into(self._tracked, self._events)
+        if found.begins:
+            return
         point = found.point
         self._settings = self._settings.of_the_run_of(found.restored.part.origin)
         # What is only in memory yet may never be written: if no step follows, it is saved again.

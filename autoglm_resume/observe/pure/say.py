@@ -152,6 +152,9 @@ def _of_the_run(event: Event) -> str:
             return f"stop requested by {by}{_SECOND if by == 'SIGINT' else ''}"
         case events.WarningGiven(text=text):
             return short(text)
+        case events.BegunFrom(path=path, step=step, only=only):
+            what = ", ".join(only) or "all objects"
+            return f"{what} from {path} (step {step}, verified); the run begins at step 0"
         case events.JobChanged(changes=changes, finished=finished):
             what = "the finished run goes on" if finished else "the job is another one now"
             return short(f"{what}: {'; '.join(changes)}")

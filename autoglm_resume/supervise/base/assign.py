@@ -13,6 +13,7 @@ from autoglm_resume.protocol.assignment import (
     RUN,
     SUPERVISOR,
     Assignment,
+    Beginning,
     Checkpointing,
     Endpoint,
     ResumePoint,
@@ -101,6 +102,7 @@ def assignment(
     savers: tuple[str, ...] = (),
     branches: tuple[Branch, ...] = (),
     skip: tuple[str, ...] = (),
+    begins: Beginning | None = None,
 ) -> Assignment:
     """What the ranks of attempt `number` are told."""
     return Assignment(
@@ -122,4 +124,5 @@ def assignment(
         bounds=Bounds(job.guards.nan_losses, job.guards.loss_spike),
         config_files=tuple(str(path) for path in job.guards.config_files),
         environment=_of_job(job),
+        begins=None if resume else begins,
     )

@@ -12,6 +12,7 @@ from autoglm_resume.checkpoint.format.structure import Structure, combined
 from autoglm_resume.errors import CheckpointError
 from autoglm_resume.events import Event
 from autoglm_resume.failures import Kind, known
+from autoglm_resume.protocol.assignment import Beginning
 from autoglm_resume.protocol.silences import Counts, merged
 from autoglm_resume.supervise.core.failure import Previous
 from autoglm_resume.supervise.core.policy import Ended
@@ -67,6 +68,8 @@ class History:
     finished: bool = False
     skipped: Mapping[str, int] = field(default_factory=dict)
     """What the job's `checkpoint.skip` names, and how many attempts there were before it did."""
+    begins: Beginning | None = None
+    """What it had at step 0, where that was not what its script makes."""
     ended: tuple[Ended, ...] = ()
     """Failed attempts since the run was last given up, oldest first."""
     checkpointed: int = 0
@@ -140,6 +143,8 @@ def _unspoilt(past: History, before: History, *, finished: bool) -> History:
 
 def _after(event: Event, past: History) -> History:
     match event:
+        case events.BegunFrom(path=path, step=step, digest=digest, only=only):
+            return replace(past, begins=Beginning(path, step, digest, only))
         case events.RunStarted(run_id=run_id):
             return replace(past, run_id=run_id)
         case events.AttemptStarted():

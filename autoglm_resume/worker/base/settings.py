@@ -13,7 +13,7 @@ from autoglm_resume.checkpoint.format.document import digest
 from autoglm_resume.checkpoint.format.origin import Origin
 from autoglm_resume.checkpoint.store.retention import KeepRules
 from autoglm_resume.job import secret
-from autoglm_resume.protocol.assignment import Assignment, Checkpointing, ResumePoint
+from autoglm_resume.protocol.assignment import Assignment, Beginning, Checkpointing, ResumePoint
 from autoglm_resume.protocol.loss_guard import Bounds
 
 DEFAULT_SECONDS = 300.0
@@ -37,6 +37,7 @@ class Settings:
     token: str
     """Tells this attempt's checkpoints from those of other attempts at the same step."""
     resume: ResumePoint | None
+    begins: Beginning | None = None
     bounds: Bounds = field(default_factory=Bounds)
     origin: Origin = field(default_factory=lambda: Origin(""))
     """Of the checkpoints to come."""
@@ -63,6 +64,7 @@ def supervised(assignment: Assignment) -> Settings:
         config_files=assignment.config_files,
         token=f"a{assignment.attempt}",
         resume=assignment.resume,
+        begins=assignment.begins,
         origin=command(assignment.run_id),
         bounds=assignment.bounds,
     )

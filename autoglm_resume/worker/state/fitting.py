@@ -137,9 +137,9 @@ class Loading:
         if self.untracked:
             yield f"in the checkpoint, and not tracked by this script: {listed(self.untracked)}"
         for name in self.fresh:
-            yield f"{name}: starts as the script makes it (checkpoint.skip)"
+            yield f"{name}: starts as the script makes it, not from the checkpoint"
         for name in self.own_settings:
-            yield f"{name}: goes on with the settings that the script gives it (checkpoint.skip)"
+            yield f"{name}: goes on with the settings that the script gives it"
         for name, regrouping in self.regroupings.items():
             if regrouping.moved:
                 yield f"{name}: its parameters are in another order now; told by their names"

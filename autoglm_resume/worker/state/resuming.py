@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from autoglm_resume import events, output
 from autoglm_resume.checkpoint.format.snapshot import Snapshot
 from autoglm_resume.checkpoint.format.structure import Structure
 from autoglm_resume.checkpoint.state.restore import RestoredPart
 from autoglm_resume.checkpoint.store.store import Store
-from autoglm_resume.errors import CheckpointError
+from autoglm_resume.errors import CheckpointError, ObjectMismatch
 from autoglm_resume.protocol.assignment import ResumePoint
 from autoglm_resume.worker.base.event_log import EventLog
 from autoglm_resume.worker.base.settings import Settings
@@ -30,6 +31,8 @@ class Found:
     restored: RestoredPart
     loading: fitting.Loading
     seconds: float
+    begins: bool = False
+    """Whether the run begins with these objects, rather than goes on from there."""
 
     def into(self, tracked: TrackedObjects, log: EventLog) -> ResumePoint:
         """Load, but for what was placed before, and continue the random generators."""
@@ -44,6 +47,8 @@ class Found:
         for text in loading.remarks() if rank == 0 else ():
             log.emit(events.WarningGiven(text=text))
             output.say(text)
+        if self.begins:
+            return point
         tracked.gradients.put_back(restored.states.get(GRADIENTS, {}))
         restoring.generators(restored, rank)
         if restored.part.world_size != world_size and rank == 0:
@@ -63,6 +68,39 @@ class Found:
         return point
 
 
+def find(
+    settings: Settings,
+    store: Store,
+    tracked: TrackedObjects,
+    model: Structure | None,
+    held: Callable[[str], Snapshot | None],
+    log: EventLog,
+) -> Found | None:
+    """What to go on from, or to begin with; None if that is what the script makes.
+
+    Raises CheckpointError as `read` does.
+    """
+    if (point := settings.resume) is not None:
+        return read(point, store, settings, tracked, model, held(point.id), log)
+    if (begins := settings.begins) is None:
+        return None
+    path, only = Path(begins.path), begins.only or (*tracked.objects,)
+    point = ResumePoint(path.name, begins.step, begins.digest)
+    others = tuple(name for name in tracked.objects if name not in only)
+    chosen = replace(settings, checkpoint=replace(settings.checkpoint, skip=others))
+    with _refusing(point, log):
+        if lost := [name for name in only if name not in tracked.objects]:
+            raise ObjectMismatch(
+                f"--only {lost[0]}: the script tracks {', '.join(tracked.objects) or 'nothing'}"
+            )
+        try:
+            found = _read(point, Store(path.parent), chosen, tracked, model, None)
+        except CheckpointError as error:
+            # Nobody else has another one to offer: that is for a person.
+            raise ObjectMismatch(f"--init-from {error.message}", hint=error.hint) from error
+    return replace(found, begins=True)
+
+
 def read(
     point: ResumePoint,
     store: Store,
@@ -76,18 +114,25 @@ def read(
 
     Raises CheckpointError if it is damaged or does not fit, once that is in the log.
     """
-    began = time.monotonic()
     with _refusing(point, log):
-        restored = restoring.read(
-            point,
-            store,
-            settings.rank,
-            settings.world_size,
-            tracked.objects,
-            settings.checkpoint.rename,
-            held,
-        )
-        loading = fitting.fitted(point.id, restored, tracked.objects, model, settings)
+        return _read(point, store, settings, tracked, model, held)
+
+
+def _read(
+    point: ResumePoint,
+    store: Store,
+    settings: Settings,
+    tracked: TrackedObjects,
+    model: Structure | None,
+    held: Snapshot | None,
+) -> Found:
+    began = time.monotonic()
+    rename, skip = settings.checkpoint.rename, settings.checkpoint.skip
+    wanted = {name: obj for name, obj in tracked.objects.items() if name not in skip}
+    restored = restoring.read(
+        point, store, settings.rank, settings.world_size, wanted, rename, held
+    )
+    loading = fitting.fitted(point.id, restored, tracked.objects, model, settings)
     return Found(point, settings, restored, loading, time.monotonic() - began)
 
 

@@ -185,13 +185,13 @@ def test_what_the_job_skips_is_as_the_script_makes_it(
     assert torch.equal(objects["model"].first.weight, old.first.weight)  # type: ignore[arg-type]
     assert objects["optimizer"].state_dict()["state"][0]["step"] == 1
     assert objects["optimizer"].param_groups[0]["lr"] == 0.25
-    assert [*loading.remarks()] == [
-        "optimizer: goes on with the settings that the script gives it (checkpoint.skip)"
-    ]
+    assert [*loading.remarks()] == ["optimizer: goes on with the settings that the script gives it"]
     objects = objects_of(Net(first=4, second=3), lr=0.25)
     loading = loaded(restored, objects, skip=("optimizer",))
     assert objects["optimizer"].state_dict()["state"] == {}
-    assert [*loading.remarks()] == ["optimizer: starts as the script makes it (checkpoint.skip)"]
+    assert [*loading.remarks()] == [
+        "optimizer: starts as the script makes it, not from the checkpoint"
+    ]
     assert not loading.partial
 
 
