@@ -304,7 +304,8 @@ class Supervisor:
     def _bring_back(self) -> None:
         """Where no checkpoint is left, the newest that a replica has."""
         replicas, store = self._job.checkpoint.replicas, self._gate.store
-        if not replicas or self._fresh or self._past.begins or store.committed():
+        begins = self._past.run_id is None and self._past.begins is not None
+        if not replicas or self._fresh or begins or store.committed():
             return
         try:
             restored = restore(
