@@ -374,8 +374,7 @@ serving.kill()
     assert answer["ready"][1]["skipped"] == []
     assert answer["logs"][0] == answer["logs"][1], "torch starts from its default seed, as cold"
     assert (answer["stores"], answer["parent"]) == (1, True)
-    workdir = Path(assignment.source.workdir)
-    assert {int((workdir / rank).read_text()) for rank in "01"} == {1, 2}
+    assert {int(Path(assignment.source.workdir, rank).read_text()) for rank in "01"} == {1, 2}
 
 
 def test_threads_that_a_fork_would_end_by_itself_do_not_stop_a_job_of_one_rank(
@@ -389,8 +388,7 @@ from autoglm_resume.protocol.assignment import shared_environment
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.pop(name, None)
 environment = {**os.environ, **shared_environment(1)}
-output = Path(assignment.directory) / "zygote.log"
-z = Zygote(loop, environment, ["numpy"], output,
+z = Zygote(loop, environment, ["numpy"], Path(assignment.directory) / "zygote.log",
            lambda *_, **__: None, lambda: None, stores.append, lambda *_: None)
 until(lambda: z.state is not ZygoteState.BUSY)
 fork(z)
