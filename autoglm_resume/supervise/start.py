@@ -130,7 +130,7 @@ def start(
             changed = JobChanged(changes=changes.all, finished=past.finished, skip=changes.skip)
             _journal(run, changed)
             screen.event(changed)
-            if changes.command and not job.checkpoint.skip and past.checkpointed:
+            if changes.may_be_restored and not job.checkpoint.skip and past.checkpointed:
                 screen.note(RESTORED)
         run.save_job(dump(job))
         run_list.add(run.path, job.name)
@@ -233,7 +233,7 @@ def _stays_finished(run: RunDirectory, past: history.History, changes: JobChange
     """That there is nothing to do, and what there may be."""
     said = f"{run.path}: this run is {_finished(past)}"
     if changes.settings:
-        said += f", and is not changed any more ({'; '.join(changes.settings)})"
+        said += f", and what changed is nothing to it ({'; '.join(changes.settings)})"
     if step := past.checkpointed:
         said += f"; `autoglm resume {run.path} --from {step}` goes on if its script has more steps"
     return f"{said}; `autoglm run --fresh` begins a new one and keeps this one's files"

@@ -51,6 +51,8 @@ from autoglm_resume.supervise.services.notifier import Notifier
 from autoglm_resume.supervise.services.replicator import restore
 from autoglm_resume.supervise.time_limit import TimeLimit
 
+WITHOUT_SESSION = "the script has no session of autoglm: --init-from had no effect on it"
+
 
 class Supervisor:
     """One life of a run's supervisor."""
@@ -198,6 +200,8 @@ class Supervisor:
             if self._beyond is not None and outcome.step <= self._beyond:
                 result.require_more(outcome.failure, self._beyond, self._run.path, self._job.name)
             if outcome.completed:
+                if self._past.begins is not None and outcome.step < 0:
+                    self._tell(events.WarningGiven(text=WITHOUT_SESSION))
                 persistence.flush()
                 self._tell(
                     events.RunCompleted(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -11,6 +12,10 @@ from typing import Any
 from autoglm_resume.checkpoint.format.origin import Origin, differences
 from autoglm_resume.job import secret
 
+_LENGTH = re.compile(
+    r"(-*((max|total|num|train|limit|steps?|epochs?|iters?|iterations?)[-_.]?)+"
+    r"|argument \d+: \d+ then, \d+ now$)(:.*)?"
+)
 _COMMAND = ("script", "module", "args")
 _NOT_GIVEN: tuple[object, ...] = (None, [], {}, "")
 
@@ -31,6 +36,13 @@ class JobChanges:
     def told(self) -> tuple[str, ...]:
         """What the script is told: with this changed, a finished run may have more to do."""
         return (*self.command, *self.variables)
+
+    @property
+    def may_be_restored(self) -> bool:
+        """Whether an argument changed that a checkpoint may know better, such as `--lr`: any that
+        does not just say how long to train.
+        """
+        return not all(_LENGTH.fullmatch(each) for each in self.command)
 
     @property
     def all(self) -> tuple[str, ...]:

@@ -35,6 +35,26 @@ def test_arguments_are_compared_by_what_they_mean(
     assert job_changes(job(*before), job(*now)) == JobChanges(command=found)
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "may"),
+    [
+        (("--steps", "10"), ("--steps", "20"), False),
+        (("--max-epochs=1", "--num_train_epochs", "2"), ("--max-epochs=3",), False),
+        (("trainer.max_steps=1",), ("trainer.max_steps=2",), True),
+        (("10",), ("20",), False),
+        (("0.1",), ("0.2",), True),
+        (("--lr", "1"), ("--lr", "2"), True),
+        (("--steps", "1", "--lr", "1"), ("--steps", "2", "--lr", "2"), True),
+        (("--steps-warmup", "1"), ("--steps-warmup", "2"), True),
+        ((), (), False),
+    ],
+)
+def test_what_a_checkpoint_may_know_better_is_all_but_how_long_to_train(
+    before: tuple[str, ...], now: tuple[str, ...], may: bool
+) -> None:
+    assert job_changes(job(*before), job(*now)).may_be_restored is may
+
+
 def test_another_script_is_told_and_a_moved_one_is_the_same() -> None:
     elsewhere = job(script="/elsewhere/train.py")
     assert job_changes(elsewhere, job()) == JobChanges()
