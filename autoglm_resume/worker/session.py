@@ -31,6 +31,7 @@ from autoglm_resume.worker import ahead, alone, hooks, imports, leaving, refusin
 from autoglm_resume.worker.base import forks, settings
 from autoglm_resume.worker.base.event_log import EventLog
 from autoglm_resume.worker.figures import Figures
+from autoglm_resume.worker.membership import Membership
 from autoglm_resume.worker.saving.save_manager import SaveManager
 from autoglm_resume.worker.state import resuming
 from autoglm_resume.worker.state.tracked import TrackedObjects
@@ -62,7 +63,7 @@ def init(
     return Session(settings.unsupervised(checkpoint_dir, every_steps, every_seconds, keep), None)
 
 
-class Session:
+class Session(Membership):
     """One rank's training, resumable. Made by `init`."""
 
     def __init__(self, chosen: settings.Settings, assignment: Assignment | None) -> None:
@@ -92,16 +93,6 @@ class Session:
         )
         self._figures = Figures(self._pulse, chosen.bounds)
         self._pulse.phase(Phase.START)
-
-    @property
-    def rank(self) -> int:
-        """This process's rank."""
-        return self._settings.rank
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        return self._settings.world_size
 
     @property
     def step(self) -> int:

@@ -378,3 +378,12 @@ def test_a_script_killed_by_sigkill_continues_exactly(tmp_path: Path) -> None:
             model.weight += torch.randn(3, 3)
     assert json.loads(resumed.stdout) == model.weight.tolist()
     assert steps_kept(3) == [6, 9, 10]
+
+
+def test_alone_a_session_belongs_to_no_run_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = autoglm.init(checkpoint_dir="ckpt")
+    assert (session.rank, session.world_size) == (0, 1)
+    assert (session.run_id, session.attempt) == (None, 0)
+    assert session.run_dir == Path.cwd() / "ckpt"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    assert session.attempt == 2

@@ -125,6 +125,10 @@ class ResumableSampler:
     def __iter__(self) -> Iterator[list[int]]:
         return Dealing(self)
 
+    def __len__(self) -> int:
+        """Batches of an epoch, for each rank; one that is gone on with has fewer left."""
+        return 1 + (self.size - self.world_size) // (self.batch_size * self.world_size)
+
     def follow(self, find_place: Callable[[], None], say: Callable[[str], None]) -> None:
         """Call `find_place` before the first batch of an iteration, to be where a session is.
 

@@ -314,3 +314,25 @@ def test_steps_that_take_other_numbers_of_batches_than_are_counted_are_told_once
         sampler.step_done()
     assert len(said) == (takes != counted)
     assert all(f"takes {takes} batches, and the" in text for text in said)
+
+
+@given(
+    size=st.integers(1, 200),
+    batch=st.integers(1, 20),
+    world=st.integers(1, 5),
+    endless=st.booleans(),
+)
+def test_its_length_is_the_number_of_batches_of_an_epoch(
+    size: int, batch: int, world: int, endless: bool
+) -> None:
+    assume(size >= world)
+    for rank in range(world):
+        sampler = ResumableSampler(size, batch, rank=rank, world_size=world)
+        assert len(list(sampler)) == len(sampler)
+    unending = ResumableSampler(size, batch, rank=0, world_size=world, endless=endless)
+    assert len(unending) == len(sampler)
+
+
+def test_a_progress_bar_over_its_loader_knows_how_long_that_is() -> None:
+    sampler = ResumableSampler(30, 4)
+    assert len(torch.utils.data.DataLoader(list(range(30)), batch_sampler=sampler)) == 8
