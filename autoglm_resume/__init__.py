@@ -16,15 +16,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from autoglm_resume.worker.beginning import init
     from autoglm_resume.worker.feed.sampler import ResumableSampler
-    from autoglm_resume.worker.session import Session, init
+    from autoglm_resume.worker.session import Session
     from autoglm_resume.worker.spare import launch
 
 __version__ = "0.1.0"
 __all__ = ["ResumableSampler", "Session", "__version__", "init", "launch"]
 
 _HOMES = {
-    "init": "autoglm_resume.worker.session",
+    "init": "autoglm_resume.worker.beginning",
     "Session": "autoglm_resume.worker.session",
     "launch": "autoglm_resume.worker.spare",
     "ResumableSampler": "autoglm_resume.worker.feed.sampler",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import dis
 import functools
+import sys
 import weakref
 from collections.abc import Callable
 from types import CodeType, FrameType
@@ -19,6 +20,7 @@ import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from autoglm_resume.errors import UsageError
+from autoglm_resume.worker.base import forks
 from autoglm_resume.worker.state.strangers import Strangers
 from autoglm_resume.worker.state.tracked import TrackedObjects
 
@@ -41,6 +43,8 @@ class Loop:
 
     def __init__(self) -> None:
         self.step: int | None = None
+        self.of_epochs = False
+        """Whether its bodies are epochs. Then `step` is held back until the end of one."""
         self._planned = -1
         """Steps that the script has asked for so far."""
         self._at: tuple[CodeType | None, int] = (None, -1)
@@ -67,7 +71,7 @@ class Loop:
 
     def enter(self, step: int, asked: FrameType | None) -> None:
         """The body of the loop begins with `step`, for which the frame `asked` has asked."""
-        self.step = step
+        self.step, self.of_epochs = step, False
         at = (asked.f_code, asked.f_lasti) if asked else (None, -1)
         if at == self._at:
             return
@@ -78,6 +82,12 @@ class Loop:
                 break
             self._heads.append((asked.f_code, offset))
             asked = asked.f_back
+
+    def enter_epoch(self, asked: FrameType | None) -> None:
+        """The same of a loop over epochs, in which no step runs yet."""
+        self.enter(0, asked)
+        self.left()
+        self.of_epochs = True
 
     def left(self) -> None:
         """No step runs any more."""
@@ -99,6 +109,21 @@ class Loop:
                 return True
             frame = frame.f_back
         return False
+
+
+class Watched:
+    """Around a loop in a generator: calls `dropped` with the script's frame if that drops it."""
+
+    def __init__(self, dropped: Callable[[FrameType | None], None]) -> None:
+        self._dropped = dropped
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # At the end of the interpreter modules may be gone already.
+        over = kind is not GeneratorExit or not sys or sys.is_finalizing()
+        if not over and not forks.is_helper():
+            self._dropped(sys._getframe(1).f_back)
 
 
 def regularly(frame: FrameType | None) -> bool:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import autoglm_resume
@@ -27,7 +28,7 @@ from autoglm_resume.checkpoint.write import part_writer
 from autoglm_resume.errors import Interrupted, UsageError
 from autoglm_resume.protocol.assignment import Assignment
 from autoglm_resume.protocol.heartbeats import Board, Phase
-from autoglm_resume.worker import ahead, alone, hooks, imports, leaving, refusing, requests, spare
+from autoglm_resume.worker import alone, hooks, imports, leaving, requests, spare
 from autoglm_resume.worker.base import forks, settings
 from autoglm_resume.worker.base.event_log import EventLog
 from autoglm_resume.worker.figures import Figures
@@ -40,31 +41,8 @@ LINEAGE = 8
 """Checkpoints that a checkpoint names as those before it."""
 
 
-def init(
-    *,
-    checkpoint_dir: str | None = None,
-    every_steps: int | None = None,
-    every_seconds: float | None = None,
-    keep: int = settings.DEFAULT_KEEP,
-) -> Session:
-    """Begin this process's session; call it once, in every rank.
-
-    Under autoglm the job file decides about checkpoints. The arguments are for the same script
-    under plain torchrun or alone: where checkpoints go (default `checkpoints/<script>`), how often
-    (default every 300 s), and how many are kept.
-    """
-    spare.refuse_session()
-    ahead.under_way = True
-    output.fill_descriptors()  # before a pack is opened under the number of standard error
-    assignment = Assignment.from_environment()
-    if assignment is not None:
-        return Session(settings.supervised(assignment), assignment)
-    refusing.speak_alone(alone.end_refused)
-    return Session(settings.unsupervised(checkpoint_dir, every_steps, every_seconds, keep), None)
-
-
 class Session(Membership):
-    """One rank's training, resumable. Made by `init`."""
+    """One rank's training, resumable. Made by `autoglm_resume.init`."""
 
     def __init__(self, chosen: settings.Settings, assignment: Assignment | None) -> None:
         self._settings = chosen
@@ -150,32 +128,50 @@ class Session(Membership):
             alone.require_place(self._settings)
         self._events.emit(events.StepsPlanned(total=total))
         self._tracked.training()
-        try:
+        with leaving.Watched(self._dropped):
             for step in range(start, total):
                 self._loop.enter(step, sys._getframe(1))
                 yield step
                 self._loop.left()
                 if self._completed <= step:
                     self.step_done(step)
-        except GeneratorExit:
-            if not sys or sys.is_finalizing() or forks.is_helper():
-                raise
-            if leaving.regularly(script := sys._getframe().f_back):
-                self._leave()
-            if self._loop.unwinds(script):
-                self._loop.left()
-            raise
-        # Without its last checkpoint the run would count as finished and its result be lost.
-        if (failure := self._save_for_certain()) is not None:
-            raise failure
         self._finish()
 
-    def step_done(self, step: int, **figures: Any | None) -> None:
+    def epochs(self, total: int) -> Iterator[int]:
+        """Yield the epochs still to run of the tracked ResumableSampler, and save at the end.
+
+        What a body does after its last `step_done()` belongs to that step, which is complete, and
+        saved, only when the body is: an evaluation that is cut off comes again.
+        """
+        self.resume()
+        self._tracked.training()
+        with leaving.Watched(self._dropped):
+            for epoch in range(self._tracked.epoch(), total):
+                self._loop.enter_epoch(sys._getframe(1))
+                yield epoch
+                self._release()
+        self._finish()
+
+    def step_done(self, step: int | None = None, **figures: Any | None) -> None:
         """Say that `step` (counted from 0) is complete; saves if the job's policy says so."""
         if not self._resumed:
             raise UsageError("call session.resume() before the first session.step_done()")
+        self._release()
         if figures:
             self.report(**figures)
+        step = self._completed if step is None else step
+        if self._tracked.step_done() and self._loop.of_epochs:
+            self._loop.step = step
+        else:
+            self._done(step)
+
+    def _release(self) -> None:
+        """Complete the last step of an epoch, if it was held back."""
+        if self._loop.of_epochs and (step := self._loop.step) is not None:
+            self._loop.left()
+            self._done(step)
+
+    def _done(self, step: int) -> None:
         self._complete(step)
         assert self._requests is not None
         due = self._requests.at(self._completed)
@@ -227,7 +223,6 @@ class Session(Membership):
 
     def _complete(self, step: int) -> None:
         """`step` is: everything that follows but for saves."""
-        self._tracked.step_done()
         self._figures.step_done()
         self._updates.step_done()
         self._again = 0
@@ -244,6 +239,12 @@ class Session(Membership):
         self._saves.step_done(completed)
 
     def _finish(self) -> None:
+        # Without its last checkpoint the run would count as finished and its result be lost.
+        if (failure := self._save_for_certain()) is not None:
+            raise failure
+        self._say_finished()
+
+    def _say_finished(self) -> None:
         self._pulse.phase(Phase.DONE)
         self._events.emit(events.Finished(step=self._completed))
 
@@ -251,15 +252,24 @@ class Session(Membership):
         """The script has left its loop, within a step that may be complete."""
         self._wanted = False
         if self._loop.step is not None and self._updates.complete:
+            if not self._loop.of_epochs:  # which had counted its batch before it was held back
+                self._tracked.step_done()
             self._complete(self._loop.step)
         self._loop.left()
+
+    def _dropped(self, script: FrameType | None) -> None:
+        """The iterator of the loop was dropped while the frame `script` ran."""
+        if leaving.regularly(script):
+            self._leave()
+        if self._loop.unwinds(script):
+            self._loop.left()
 
     def _leave(self) -> None:
         """The loop was left by the script's own will: that is the end of the training."""
         self._end_of_loop()
         # A failure would go nowhere from here; without a checkpoint the run will not be complete.
         if self._completed and self._save_for_certain() is None:
-            self._finish()
+            self._say_finished()
 
     def _id(self) -> str:
         return checkpoint_id(self._completed, again(self._settings.token, self._again))

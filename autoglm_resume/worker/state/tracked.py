@@ -153,14 +153,31 @@ class TrackedObjects:
         for follower in self._followers.values():
             follower.training()
 
-    def step_done(self) -> None:
-        """The position in the data moves on. Raises UsageError where that cannot be right."""
+    def epoch(self) -> int:
+        """That the data are in. Raises UsageError where nobody says it."""
+        for sampler in self._samplers:
+            if not sampler.endless:
+                return sampler.epoch
+        raise UsageError(
+            "session.epochs(): expected a tracked autoglm.ResumableSampler that is not endless: it "
+            "knows which epoch it is",
+            hint="with another loader, count epochs by hand: "
+            "for epoch in range(session.resume() // len(loader), epochs)",
+        )
+
+    def step_done(self) -> bool:
+        """The position in the data moves on; returns whether an epoch of it has ended.
+
+        Raises UsageError where that cannot be right.
+        """
+        before = [sampler.epoch for sampler in self._samplers]
         for sampler in self._samplers:
             sampler.step_done()
         for follower in self._followers.values():
             follower.step_done()
         if self._untracked is not None:
             self._untracked.step_done()
+        return before != [sampler.epoch for sampler in self._samplers]
 
     @property
     def _samplers(self) -> list[ResumableSampler]:
