@@ -40,7 +40,7 @@ ALWAYS = (
     "torch.nn.parallel",
     "torch._dynamo",  # torch.optim.AdamW() imports it, for as long as torch itself takes
     "torch.utils.data",
-    "autoglm_resume.worker.session",
+    "autoglm_resume.worker.beginning",
 )
 """What every zygote imports ahead."""
 

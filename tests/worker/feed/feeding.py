@@ -174,8 +174,18 @@ def epochs(training: Training) -> None:
     training.session.save()
 
 
+def session_epochs(training: Training) -> None:
+    session = training.session
+    for _ in session.epochs(3):
+        training.after()  # the last step of the epoch before is complete only now
+        for batch in training.data.loader:
+            training.step(session.step, batch)
+            session.step_done()
+            training.after()
+
+
 LOOPS = {f.__name__: f for f in (iterator_first, iterator_after_resume, loader_first, steps_first)}
-LOOPS["epochs"] = epochs
+LOOPS |= {"epochs": epochs, "session_epochs": session_epochs}
 
 
 def live(loop: str, feed: str, out: Path, die_at: int | None) -> int:
@@ -189,7 +199,7 @@ def live(loop: str, feed: str, out: Path, die_at: int | None) -> int:
     os.setsid()
     code = 1
     with contextlib.suppress(SystemExit):
-        Training.endless = loop != "epochs"
+        Training.endless = not loop.endswith("epochs")
         LOOPS[loop](Training(feed, out, die_at))
         code = 0
     sys.stdout.flush()

@@ -21,7 +21,7 @@ PAIRS = [
     *(("iterator_first", feed) for feed in ("main", "workers", "at-once", "at-once-main")),
     *(("iterator_first", "spawned"), ("iterator_after_resume", "workers")),
     *(("loader_first", "persistent"), ("steps_first", "main"), ("steps_first", "persistent")),
-    *(("epochs", "main"), ("epochs", "persistent")),
+    *(("epochs", "main"), ("epochs", "persistent"), ("session_epochs", "persistent")),
 ]
 
 
