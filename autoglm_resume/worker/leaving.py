@@ -45,6 +45,10 @@ class Loop:
         self.step: int | None = None
         self.of_epochs = False
         """Whether its bodies are epochs. Then `step` is held back until the end of one."""
+        self._counted: int | None = None
+        """The last step that the script said to be complete."""
+        self._skipped: int | None = None
+        """The step before the only one so far, if that was left out."""
         self._planned = -1
         """Steps that the script has asked for so far."""
         self._at: tuple[CodeType | None, int] = (None, -1)
@@ -68,6 +72,35 @@ class Loop:
         return (
             f"session.steps({total}): the checkpoint is of step {completed} already" if odd else ""
         )
+
+    def count(self, step: int, completed: int) -> str:
+        """The script says that `step` is complete; returns what is odd about that, if anything.
+
+        Raises UsageError where a resume makes that wrong.
+        """
+        before, self._counted = self._counted, step
+        if step < completed:
+            raise UsageError(
+                f"session.step_done({step}): step {completed - 1} is complete already: steps are"
+                " counted over the whole run, and each is done once",
+                hint="for an epoch of n steps: step = epoch * n + batch, and after a resume the"
+                " first is session.resume()",
+            )
+        if before is None:
+            self._skipped = completed if step == completed + 1 else None
+        elif self._skipped is not None and step == before + 1:
+            # Who leaves steps out on purpose does not do the very next one.
+            first, self._skipped = self._skipped, None
+            said = (
+                f"session.step_done({before}) was the first, and step {first} was never done: steps"
+                " are counted from 0, for step in range(session.resume(), total)"
+            )
+            if first:
+                raise UsageError(said, hint="call step_done for a step that is left out, too")
+            return f"{said}; where a loop counts from 1, every resume leaves a step out"
+        else:
+            self._skipped = None
+        return ""
 
     def enter(self, step: int, asked: FrameType | None) -> None:
         """The body of the loop begins with `step`, for which the frame `asked` has asked."""

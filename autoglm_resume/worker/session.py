@@ -53,9 +53,7 @@ class Session(Membership):
         self._completed = 0
         self._lock = threading.RLock()
         self._found: resuming.Found | None = None
-        self._looked = False
-        self._resumed = False
-        self._stepped = False
+        self._looked = self._resumed = self._stepped = False
         self._saved_step = -1
         self._again = 0
         """Saves that were begun at this step before."""
@@ -160,6 +158,7 @@ class Session(Membership):
         if figures:
             self.report(**figures)
         step = self._completed if step is None else step
+        self._warn(self._loop.count(step, self._completed))
         if self._tracked.step_done() and self._loop.of_epochs:
             self._loop.step = step
         else:
@@ -380,7 +379,7 @@ class Session(Membership):
         self._lineage = (point.id, *found.restored.part.lineage)[:LINEAGE]
 
     def _warn(self, text: str) -> None:
-        if self.rank == 0:
+        if text and self.rank == 0:
             self._events.emit(events.WarningGiven(text=text))
             if self._assignment is None:
                 output.say(text)

@@ -27,6 +27,7 @@ from autoglm_resume.worker.saving.description import (
     OptimizerDescription,
     description_of,
 )
+from autoglm_resume.worker.state import coverage
 from autoglm_resume.worker.state.fitting import Loading
 from autoglm_resume.worker.state.parameters import ParameterWatch, has_parameters
 from autoglm_resume.worker.state.pending_gradients import GRADIENTS, PendingGradients
@@ -83,6 +84,7 @@ class TrackedObjects:
                 if isinstance(obj, DataLoader)
                 else "give it both; they may return and take any plain values and tensors",
             )
+        coverage.require_savable(name, obj)
         if isinstance(obj, torch.nn.parallel.DistributedDataParallel):
             never_free(obj)
         self.objects[name] = obj = unwrapped(obj)
@@ -93,7 +95,11 @@ class TrackedObjects:
             self._followers[name] = Follower(name, obj, find_place, where, say)
 
     def begin(self) -> None:
-        """Before anything is restored: `parameters` tell what changed since."""
+        """Before anything is restored: `parameters` tell what changed since.
+
+        Raises UsageError where an optimizer steps what is not saved.
+        """
+        coverage.require_parameters(self.objects)
         self._watch = ParameterWatch(self.objects)
 
     def parameters(self) -> Parameters:
@@ -214,7 +220,7 @@ class TrackedObjects:
         return union
 
     def structure(self, config_files: Iterable[str]) -> Structure | None:
-        """Of all modules; None where there is none."""
+        """Of all modules; None where there is none. Raises UsageError for what has no shape."""
         models = {n: o for n, o in self.objects.items() if isinstance(o, torch.nn.Module)}
         if not models:
             return None
@@ -223,6 +229,7 @@ class TrackedObjects:
             for name, model in models.items()
             for key, value in model.state_dict().items()
         }
+        coverage.require_shapes(tensors)
         config = {path: digest(files.read(Path(path), LARGEST_CONFIG)) for path in config_files}
         self._began = capture.structure_of(tensors, config)
         return self._began
