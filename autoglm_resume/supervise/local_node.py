@@ -70,13 +70,14 @@ class LocalNode:
         )
         self._past = past
         self._silences = past.silences
-        self._orphans_left = False
+        self.left: frozenset[int] = frozenset()
         self._now: _Ranks | None = None
 
     def start(self, order: Order, listener: Listener) -> Launched:
         context = self._context
-        if self._orphans_left:  # by an attempt that is not complete all the same
+        if self.left:  # by an attempt that is not complete all the same
             self._end_orphans()
+            self.left = frozenset()
         context.run.attempt(order.number).mkdir(parents=True, exist_ok=True)
         fixed = context.job.env.get("MASTER_PORT")
         endpoint = self._launcher.rendezvous(int(fixed) if fixed else None)
@@ -154,9 +155,9 @@ class LocalNode:
         try:
             group.stop(grace, linger, lambda: ends.overdue(time.monotonic(), group.alive))
             self._launcher.ended()
-            # What a script that came to its good end has left running, it left on purpose.
-            self._orphans_left = self.well
-            if not self._orphans_left:
+            if self.well:
+                self.left = children() - self._launcher.own() - self._helpers()
+            else:
                 self._end_orphans()
         finally:
             ranks.follower.drain()

@@ -76,6 +76,8 @@ class Node(Protocol):
     """The ranks of one machine, attempt after attempt."""
 
     name: str
+    left: frozenset[int]
+    """Pids of what scripts that came to their good end have left running, which is on purpose."""
 
     def start(self, order: Order, listener: Listener) -> Launched:
         """Begin an attempt. Raises UsageError that names who has a fixed MASTER_PORT."""

@@ -173,8 +173,7 @@ class Supervisor:
             if self._persistence is not None:
                 self._persistence.close(settled=self._answers.in_trouble)
             self._notifier.close(self._stops.hurried)
-            if code != 0:  # else they are what the script left running on purpose
-                end_orphans(frozenset())
+            end_orphans(self._node.left if self._node and code == 0 else frozenset())
             if code is None:
                 signals.hand_over(self._stops)
             else:
