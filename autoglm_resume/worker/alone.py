@@ -44,6 +44,8 @@ _agreements = itertools.count()
 _code = 0
 """Of the process, where Python would say that it went well, or has none that says how it did not.
 """
+_trained: dict[str, str] = {}
+"""The first session of this process, by its token, that trains with the checkpoints there."""
 _refused: AutoglmError | None = None
 """What nobody has caught of ours."""
 
@@ -169,6 +171,7 @@ def agreed(settings: Settings, model: Structure | None) -> Settings:
 def require_place(settings: Settings) -> None:
     """Raise UsageError where no save could be written: the result would be nowhere."""
     root = Path(settings.checkpoint.dir)
+    _trained.setdefault(str(root), settings.token)
     try:
         files.prove_writable(root)
     except OSError as error:
@@ -181,23 +184,33 @@ def require_place(settings: Settings) -> None:
 
 
 def require_steps(settings: Settings, step: int, total: int) -> None:
-    """Say so where no step is left of `total`: nobody must think that this has trained.
-
-    Raises UsageError if what is there was made by another command.
+    """Raise UsageError where no step is left of `total`, and another command has done them, or
+    another session of this process: a loop over seeds would report the first one's result for all.
     """
-    if step < max(total, 1):
-        return
-    done = f"{settings.checkpoint.dir} holds step {step} of {total} already"
-    if settings.others:
+    others = f"by another command: {'; '.join(settings.others)}" if settings.others else ""
+    if _trained.get(str(settings.checkpoint.dir), settings.token) != settings.token:
+        others = "by an earlier session of this process"
+    if step >= max(total, 1) and others:
         raise UsageError(
-            f"nothing to train: {done}, made by another command: {'; '.join(settings.others)}",
+            f"nothing to train: {_holds(settings, step, total)}, made {others}",
             hint="give this run a directory of its own: autoglm.init(checkpoint_dir=…); to look at"
             " that one's state, session.resume() loads it",
         )
-    if settings.rank == 0:
+
+
+def say_if_idle(settings: Settings, stepped: bool, step: int, total: int) -> None:
+    """At the end of a script that asked for the steps up to `total` and did none, since it had
+    `step` already: nobody must think that it has trained.
+    """
+    if settings.rank == 0 and not stepped and step >= max(total, 1) and total >= 0:
         output.say(
-            f"nothing to train: {done}; another run needs another autoglm.init(checkpoint_dir=…)"
+            f"nothing to train: {_holds(settings, step, total)}; another run needs another"
+            " autoglm.init(checkpoint_dir=…)"
         )
+
+
+def _holds(settings: Settings, step: int, total: int) -> str:
+    return f"{settings.checkpoint.dir} holds step {step} of {total} already"
 
 
 def _lead(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from autoglm_resume import output
+from autoglm_resume.errors import UsageError
 from autoglm_resume.protocol.assignment import Assignment
 from autoglm_resume.worker import ahead, alone, refusing, spare
 from autoglm_resume.worker.base import settings
@@ -23,10 +24,17 @@ def init(
     (default every 300 s), and how many are kept.
     """
     spare.refuse_session()
-    ahead.under_way = True
     output.fill_descriptors()  # before a pack is opened under the number of standard error
     assignment = Assignment.from_environment()
     if assignment is not None:
+        if ahead.under_way:
+            # Both would count the same steps: checkpoints of one would be taken for the other's.
+            raise UsageError(
+                "autoglm.init() was called before in this rank, which has one session",
+                hint="pass the session on to whoever needs it; for several trainings, such as a"
+                " loop over learning rates, start a run for each",
+            )
+        ahead.under_way = True
         return Session(settings.supervised(assignment), assignment)
     refusing.speak_alone(alone.end_refused)
     return Session(settings.unsupervised(checkpoint_dir, every_steps, every_seconds, keep), None)

@@ -49,7 +49,9 @@ class Loop:
         """The last step that the script said to be complete."""
         self._skipped: int | None = None
         """The step before the only one so far, if that was left out."""
-        self._planned = -1
+        self._passed_over = False
+        """Whether the run was resumed behind the steps that were asked for last."""
+        self.planned = -1
         """Steps that the script has asked for so far."""
         self._at: tuple[CodeType | None, int] = (None, -1)
         self._heads: list[tuple[CodeType, int]] = []
@@ -60,18 +62,28 @@ class Loop:
 
         Raises UsageError where it asked for them before, and all are complete.
         """
-        if total <= min(self._planned, completed):
+        if total <= min(self.planned, completed):
             raise UsageError(
                 f"session.steps({total}) was called before, and all its steps are complete: the "
                 "total counts the steps of the whole run",
-                hint=f"for {total} steps in each epoch: session.steps((epoch + 1) * {total})",
+                hint="for epoch in session.epochs(n), with session.step_done() after each batch;"
+                f" or, for {total} steps in each, session.steps((epoch + 1) * {total})",
             )
+        self._passed_over = self._counted is None and total < completed
         # Later ones may be the phases of a training that was resumed in the last of them.
-        odd = self._planned < 0 and total < completed
-        self._planned = max(self._planned, total)
+        odd = self.planned < 0 and total < completed
+        self.planned = max(self.planned, total)
         return (
             f"session.steps({total}): the checkpoint is of step {completed} already" if odd else ""
         )
+
+    def begins_anew(self, total: int, completed: int) -> bool:
+        """Whether the steps up to `total` follow others that the run was resumed behind: what a
+        script does besides in each of its epochs, it has done again in those.
+
+        Where none is left up to `total`, what follows them is done for the first time.
+        """
+        return self._passed_over and total >= completed
 
     def count(self, step: int, completed: int) -> str:
         """The script says that `step` is complete; returns what is odd about that, if anything.

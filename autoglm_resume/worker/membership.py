@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from autoglm_resume import output
+from autoglm_resume.events import WarningGiven
 from autoglm_resume.protocol.assignment import Assignment
 from autoglm_resume.worker.base import settings
+from autoglm_resume.worker.base.event_log import EventLog
 
 
 class Membership:
-    """The part of a session that says where it belongs."""
+    """The part of a session that says where it belongs, and speaks for it."""
 
     _settings: settings.Settings
     _assignment: Assignment | None
+    _events: EventLog
 
     @property
     def rank(self) -> int:
@@ -50,3 +54,10 @@ class Membership:
         if self._assignment is not None:
             return Path(self._assignment.directory).parent.parent
         return Path(self._settings.checkpoint.dir)
+
+    def _warn(self, text: str) -> None:
+        """Tell a person, once for all ranks; nothing if there is nothing to tell."""
+        if text and self.rank == 0:
+            self._events.emit(WarningGiven(text=text))
+            if self._assignment is None:
+                output.say(text)

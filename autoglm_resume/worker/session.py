@@ -118,6 +118,12 @@ class Session(Membership):
         the run is asked to stop, the iteration saves and ends the process with exit code 75.
         Raises UsageError where `total` was asked for before and is complete.
         """
+        if self._resumed and self._found and self._loop.begins_anew(total, self._completed):
+            known = self._tracked, self._structure, self._saves.held
+            resuming.again(self._found, self._store, *known)
+        return self._steps(total)
+
+    def _steps(self, total: int) -> Iterator[int]:
         start = self.resume()
         if odd := self._loop.plan(total, start):
             self._warn(odd)
@@ -378,16 +384,11 @@ class Session(Membership):
         self._saved_step = -1 if point.seals else point.step
         self._lineage = (point.id, *found.restored.part.lineage)[:LINEAGE]
 
-    def _warn(self, text: str) -> None:
-        if text and self.rank == 0:
-            self._events.emit(events.WarningGiven(text=text))
-            if self._assignment is None:
-                output.say(text)
-
     def _last_word(self) -> None:
         """At the end of a process without a supervisor, which would say it."""
         still = self._loop.step is not None
         done = self._completed + (still and self._updates.complete)
+        alone.say_if_idle(self._settings, self._stepped, self._completed, self._loop.planned)
         alone.last_word(self._saves.kept(), done, still=still)
         if self._saves.failure(self._id()) is not None:
             alone.end_badly()

@@ -70,7 +70,7 @@ def test_the_steps_of_an_epoch_asked_for_again_fail_the_run(job: Rehearsal) -> N
     assert finished.code == 2, finished
     assert len(job.events("attempt_started")) == 1, "it would be so again"
     assert "session.steps(4) was called before" in finished.err
-    assert "hint: for 4 steps in each epoch: session.steps((epoch + 1) * 4)" in finished.err
+    assert "for 4 steps in each, session.steps((epoch + 1) * 4)" in finished.err
 
 
 def test_fewer_steps_than_the_checkpoint_has_are_no_completed_run(job: Rehearsal) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.conftest import Rehearsal, finish
+from tests.faults.conftest import Rehearsal, all_dead, finish
 from tests.patience import PATIENCE
 
 
@@ -173,13 +173,17 @@ def test_one_rank_is_forked_although_numpy_starts_threads(rehearsal: Rehearsal) 
     assert not rehearsal.events("zygote_lost")
 
 
-def test_nothing_that_a_rank_started_outlives_its_attempt(rehearsal: Rehearsal) -> None:
+def test_nothing_that_a_rank_started_outlives_an_attempt_that_failed(rehearsal: Rehearsal) -> None:
     process = rehearsal.start("--fail", "daemon", hold=("0:0:39",))
     rehearsal.wait_for("committed", lambda e: e["step"] >= 10)
-    assert _named(rehearsal, "sleep")
+    started = _named(rehearsal, "sleep")
+    assert started
     os.kill(rehearsal.events("attempt_started")[0]["pids"]["1"], signal.SIGKILL)
     assert process.wait(PATIENCE) == 0
-    assert not rehearsal.workers()
+    assert all_dead(started)
+    # Those of the attempt that came to its good end were left on purpose.
+    assert rehearsal.workers() == _named(rehearsal, "sleep")
+    rehearsal.kill_workers()
 
 
 def test_a_rank_that_hangs_after_its_script_has_ended_does_not_hold_up_the_run(

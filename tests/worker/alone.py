@@ -39,6 +39,7 @@ def end_process() -> None:
     """As far as the sessions so far are concerned."""
     for leave in _exits:
         leave()
+    alone._trained.clear()
 
 
 def checkpoints() -> list[str]:

@@ -52,3 +52,16 @@ def test_steps_that_are_left_out_on_purpose_are_nothing_to_tell(
 ) -> None:
     counted(numbers)
     assert "never done" not in capfd.readouterr().err
+
+
+def test_a_second_session_with_the_checkpoints_of_the_first_does_not_pass_for_trained() -> None:
+    def swept(directory: str) -> None:
+        training = Training(checkpoint_dir=directory)
+        batches = iter(training.sampler)
+        for _ in training.session.steps(4):
+            training.step(next(batches))
+
+    swept("ckpt")
+    with pytest.raises(UsageError, match="made by an earlier session of this process"):
+        swept("ckpt")
+    swept("other")

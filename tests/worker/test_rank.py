@@ -112,6 +112,8 @@ def test_what_autoglm_refuses_a_script_is_told_in_a_sentence_and_recorded_as_tha
     assert ended.error is not None
     assert (ended.error["misused"], ended.error["message"]) == (True, said)
     assert ended.error["hint"]
+    ended = run(assign("import autoglm_resume as autoglm\nautoglm.init()\nautoglm.init()"))
+    assert (ended.code, "init() was called before in this rank" in ended.log) == (2, True)
     mine = "from autoglm_resume.errors import UsageError\nraise UsageError('mine')"
     ended = run(assign(mine))
     assert ended.code == 1

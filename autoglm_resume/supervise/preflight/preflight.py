@@ -165,14 +165,16 @@ def needs(
 
 
 def last_written(path: Path) -> float | None:
-    """Unix seconds of the last event of a journal."""
+    """Unix seconds of the latest event at the end of a journal, which may be followed by earlier
+    ones: this command itself has written since by a clock that it is to judge.
+    """
     try:
         with files.reading(path) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
             times = [event.time for event in journal.decode(file.read())]
     except OSError:
         return None
-    return next((at for at in reversed(times) if at is not None), None)
+    return max((at for at in times if at is not None), default=None)
 
 
 def shared_memory() -> int | None:

@@ -101,6 +101,25 @@ def find(
     return replace(found, begins=True)
 
 
+def again(
+    found: Found,
+    store: Store,
+    tracked: TrackedObjects,
+    model: Structure | None,
+    held: Callable[[str], Snapshot | None],
+) -> None:
+    """Load what was loaded, once more: a script that passes over the epochs that are complete does
+    what it does besides in each, and a scheduler would have stepped, a generator been drawn from.
+
+    It is read anew, since objects may hold on to what they were given. Raises CheckpointError.
+    """
+    quiet = EventLog(None, found.settings.rank)
+    if not found.begins:
+        read(found.point, store, found.settings, tracked, model, held(found.point.id), quiet).into(
+            tracked, quiet
+        )
+
+
 def read(
     point: ResumePoint,
     store: Store,
