@@ -13,6 +13,7 @@ import functools
 import sys
 import weakref
 from collections.abc import Callable
+from inspect import CO_GENERATOR
 from types import CodeType, FrameType
 from typing import Any
 
@@ -29,6 +30,8 @@ _REGULAR = frozenset({"POP_TOP", "POP_ITER", "END_FOR", _NEXT})
 """What a frame is doing that drops the iterator of a loop by `break` or `return`, or because
 another iterator of a `zip`, or an `islice`, was at its end."""
 _ENDS = frozenset({"RETURN_VALUE", "RETURN_CONST", "RAISE_VARARGS", "RERAISE"})
+_YIELDS = frozenset({"YIELD_VALUE", "YIELD_FROM", "SEND", "RESUME"})
+"""What a generator is at that is closed while it waits to be asked for more."""
 _JUMPS = frozenset((*dis.hasjrel, *dis.hasjabs))
 _USUAL = 3
 """Steps in a row that make a habit."""
@@ -168,7 +171,18 @@ class Watched:
         # At the end of the interpreter modules may be gone already.
         over = kind is not GeneratorExit or not sys or sys.is_finalizing()
         if not over and not forks.is_helper():
-            self._dropped(sys._getframe(1).f_back)
+            self._dropped(_dropper(sys._getframe(1).f_back))
+
+
+def _dropper(frame: FrameType | None) -> FrameType | None:
+    """Who dropped the iterator that was dropped in `frame`: a generator that stands at its own
+    `yield` was itself dropped by another.
+    """
+    while frame is not None and frame.f_code.co_flags & CO_GENERATOR:
+        if _instruction(frame)[1] not in _YIELDS:
+            break
+        frame = frame.f_back
+    return frame
 
 
 def regularly(frame: FrameType | None) -> bool:

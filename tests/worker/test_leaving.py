@@ -83,6 +83,21 @@ def returns(training: Training) -> int | None:
     return None
 
 
+def returns_from_a_stream(training: Training) -> int | None:
+    def streamed() -> Iterator[tuple[int, float]]:
+        for step in training.steps():
+            yield step, 0.5
+
+    def twice() -> Iterator[tuple[int, float]]:
+        yield from streamed()
+
+    for step, _ in wrapped(twice()):  # type: ignore[arg-type, misc]
+        training.step()
+        if step == 3:
+            return step
+    return None
+
+
 def breaks_out_of_more(training: Training) -> None:
     with contextlib.nullcontext():
         for number, (step, _) in enumerate(zip(training.steps(), range(100), strict=False)):
@@ -165,6 +180,7 @@ ENDS = [
     breaks,
     breaks_at_the_top,
     returns,
+    returns_from_a_stream,
     breaks_out_of_more,
     has_no_more_data,
     has_no_more_data_first,
@@ -275,6 +291,20 @@ def test_what_was_saved_by_a_break_is_where_the_next_process_goes_on() -> None:
     end_process()
     training = Training()
     assert list(training.steps(6)) == [4, 5]
+
+
+def test_an_exception_in_who_takes_the_steps_from_a_stream_is_no_end_of_the_training() -> None:
+    def fails(training: Training) -> None:
+        for step in wrapped(wrapped(training.steps())):
+            training.step()
+            if step == 3:
+                raise ValueError
+
+    training = Training()
+    with contextlib.suppress(ValueError):
+        fails(training)
+    assert training.session.step == 3
+    assert checkpoints() == []
 
 
 def test_a_loop_that_is_left_before_anything_is_done_leaves_no_checkpoint() -> None:
